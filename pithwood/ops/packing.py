@@ -1,0 +1,173 @@
+"""What attention kernels need to know about a packed batch: document offsets, and which blocks each row selected.
+
+Below the data room there is no batch dimension: documents lie one after another along T.
+
+Legend: T packed tokens (T_q queries, T_k keys), N documents, U units (blocks) of all documents, R selection rows,
+S selections per row, k ids per selection, H query heads, G KV heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Document offsets of packed queries and keys, bottom-right aligned.
+
+    Query i of document n stands at key position `i - cu_q[n] + (Lk[n] - Lq[n])` of its document: with Lk > Lq the queries
+    are the last Lq positions (decode, chunked prefill); with Lk < Lq the first Lq - Lk queries see nothing.
+    Documents of zero length are legal anywhere. The offsets are not read on the host by any op, so nothing synchronises:
+    sizes come from tensor shapes and from the bounds `max_q`, `max_k`.
+    """
+
+    cu_q: Tensor
+    """[N + 1] int32, offsets of each document's queries; unused offsets at the end repeat T_q."""
+    cu_k: Tensor
+    """[N + 1] int32, offsets of each document's keys; the same tensor as cu_q in self-attention."""
+    max_q: int
+    """Upper bound of a document's query count."""
+    max_k: int
+    """Upper bound of a document's key count."""
+    position_T: Tensor
+    """[T_q] int64, position of each query in its document, for RoPE and for loss by position."""
+    causal: bool = True
+    """False lets every query see all keys of its document."""
+
+    @property
+    def num_docs(self) -> int:
+        return self.cu_q.shape[0] - 1
+
+    @property
+    def num_queries(self) -> int:
+        return self.position_T.shape[0]
+
+    @property
+    def self_attention(self) -> bool:
+        """True if queries and keys are the same tokens (one offsets tensor)."""
+        return self.cu_q is self.cu_k
+
+    @staticmethod
+    def from_lengths(
+        lengths: Sequence[int],
+        key_lengths: Sequence[int] | None = None,
+        *,
+        causal: bool = True,
+        device: torch.device | str | None = None,
+        max_q: int | None = None,
+        max_k: int | None = None,
+    ) -> Packing:
+        """Packing of documents with these query (and key) lengths; raises ValueError on negative or unequal counts."""
+        keys = lengths if key_lengths is None else key_lengths
+        if len(keys) != len(lengths):
+            raise ValueError(f"{len(lengths)} query lengths but {len(keys)} key lengths; give one of each per document")
+        if any(n < 0 for n in (*lengths, *keys)):
+            raise ValueError("document lengths must be >= 0")
+        cu_q = _offsets(lengths, device)
+        cu_k = cu_q if key_lengths is None else _offsets(keys, device)
+        position = [
+            torch.arange(q, dtype=torch.int64) + (k - q) for q, k in zip(lengths, keys, strict=True)
+        ]
+        position_T = torch.cat(position) if position else torch.zeros(0, dtype=torch.int64)
+        return Packing(
+            cu_q,
+            cu_k,
+            max(lengths, default=0) if max_q is None else max_q,
+            max(keys, default=0) if max_k is None else max_k,
+            position_T.to(device) if device is not None else position_T,
+            causal,
+        )
+
+    def to(self, device: torch.device | str) -> Packing:
+        cu_q = self.cu_q.to(device, non_blocking=True)
+        cu_k = cu_q if self.self_attention else self.cu_k.to(device, non_blocking=True)
+        return replace(self, cu_q=cu_q, cu_k=cu_k, position_T=self.position_T.to(device, non_blocking=True))
+
+    def query_doc(self) -> Tensor:
+        """[T_q] int64: document of each query."""
+        return doc_of_rows(self.cu_q, self.num_queries)
+
+    def key_doc(self, num_keys: int) -> Tensor:
+        """[T_k] int64: document of each key."""
+        return doc_of_rows(self.cu_k, num_keys)
+
+    def query_key_position(self) -> Tensor:
+        """[T_q] int64: position of each query among its document's keys; negative if it stands before all of them."""
+        doc_T = self.query_doc()
+        cu_q, cu_k = self.cu_q.long(), self.cu_k.long()
+        shift_N = (cu_k[1:] - cu_k[:-1]) - (cu_q[1:] - cu_q[:-1]) - cu_q[:-1]
+        return torch.arange(self.num_queries, device=doc_T.device) + shift_N[doc_T]
+
+    def unit_offsets(self, block_size: int) -> Tensor:
+        """[N + 1] int64: offsets of each document's key blocks, ceil(Lk / block_size) each."""
+        lengths = (self.cu_k[1:] - self.cu_k[:-1]).long()
+        return _cumulate((lengths + block_size - 1) // block_size)
+
+    def num_units_bound(self, num_keys: int, block_size: int) -> int:
+        """Units (blocks) that always suffice for num_keys keys in num_docs documents; no host sync."""
+        return num_keys // block_size + min(self.num_docs, num_keys)
+
+    def row_offsets(self, row_size: int) -> Tensor:
+        """[N + 1] int64: offsets of each document's selection rows, ceil(Lq / row_size) each."""
+        lengths = (self.cu_q[1:] - self.cu_q[:-1]).long()
+        return _cumulate((lengths + row_size - 1) // row_size)
+
+    def num_rows_bound(self, row_size: int) -> int:
+        """Rows of a Selection with this row_size: exactly T_q for row_size 1, else a bound that needs no host sync."""
+        if row_size == 1:
+            return self.num_queries
+        return self.num_queries // row_size + min(self.num_docs, self.num_queries)
+
+    def row_of_query(self, row_size: int) -> Tensor:
+        """[T_q] int64: the selection row that each query belongs to; rows restart at documents."""
+        if row_size == 1:
+            return torch.arange(self.num_queries, device=self.cu_q.device)
+        doc_T = self.query_doc()
+        local_T = torch.arange(self.num_queries, device=doc_T.device) - self.cu_q.long()[doc_T]
+        return self.row_offsets(row_size)[doc_T] + local_T // row_size
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which units of its own document each row of queries may attend to.
+
+    A unit is `unit` consecutive keys (1: single tokens; a MoBA block otherwise), counted from the document's start.
+    Causality is applied on top of the selection: a selected unit is visible up to the query's own position.
+    """
+
+    ids: Tensor
+    """[R, S, k] int32 unit ids local to the document, ascending, -1 padded at the end, the own unit included."""
+    count: Tensor
+    """[R, S] int32 number of valid ids."""
+    unit: int
+    """Keys per unit."""
+    row_size: int = 1
+    """Queries per row: 1 (each query selects alone) or a tile of 64 to 256 that shares one selection."""
+    own: bool = True
+    """Whether the unit that holds the query is always among the ids (MoBA: yes)."""
+
+    def ids_per_head(self, packing: Packing, num_heads: int, num_kv_heads: int) -> Tensor:
+        """[T_q, H, k] int32: the ids spelled out for every query and query head; S must be 1, G or H."""
+        sets = self.ids.shape[1]
+        if sets not in (1, num_kv_heads, num_heads):
+            raise ValueError(f"selection has {sets} sets per row; allowed are 1, {num_kv_heads} (KV heads), {num_heads}")
+        ids = self.ids if self.row_size == 1 else self.ids[packing.row_of_query(self.row_size)]
+        return ids.repeat_interleave(num_heads // sets, dim=1) if sets != num_heads else ids
+
+
+def doc_of_rows(cu: Tensor, num_rows: int) -> Tensor:
+    """[num_rows] int64: the document that holds each row, for offsets cu [N + 1]; zero-length documents hold none."""
+    rows = torch.arange(num_rows, device=cu.device, dtype=cu.dtype)
+    return torch.searchsorted(cu, rows, right=True).sub_(1).clamp_(0, max(cu.shape[0] - 2, 0))
+
+
+def _offsets(lengths: Sequence[int], device: torch.device | str | None) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32).to(device or "cpu")
+
+
+def _cumulate(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
