@@ -71,6 +71,10 @@ class LayerCache(Protocol):
     """
 
     lengths_N: list[int]
+    added_N: list[int]
+    """This call's tokens per sequence: the lengths behind packing.cu_q, known on the host."""
+    decode_attention: Literal["moba", "full"] | None
+    """Attention asked for in decode steps by this run of generation; None leaves it to the mixer's configuration."""
 
     def append(self, name: str, rows_T: Tensor) -> Tensor:
         """Append this call's rows [T_q, *shape] of a token field; returns all rows of all sequences packed, [T_k, *shape]."""

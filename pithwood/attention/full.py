@@ -1,0 +1,36 @@
+"""Full causal attention: every query sees every key of its document up to its own position.
+
+Legend: T packed tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pithwood.attention.base import Cost, LayerContext, MixerOut, MixerShape
+from pithwood.attention.projections import HeadsConfig, HeadsMixer
+from pithwood.ops.dense_attention import dense_attention
+from pithwood.ops.packing import Packing
+
+
+@dataclass(frozen=True)
+class FullAttentionConfig(HeadsConfig):
+    """Full causal softmax attention with grouped KV heads."""
+
+    def build(self, shape: MixerShape) -> FullAttention:
+        return FullAttention(self, shape)
+
+
+class FullAttention(HeadsMixer):
+    """Vaswani et al. 2017, arXiv 1706.03762, section 3.2, causal; grouped KV heads: Ainslie et al. 2023, 2305.13245."""
+
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> MixerOut:
+        q_THK, k_TGK, v_TGK = self.project(x_TD, ctx)
+        k_TGK, v_TGK = self.extend(k_TGK, v_TGK, ctx)
+        o_THK, _ = dense_attention(q_THK, k_TGK, v_TGK, ctx.packing, scale=self.softmax_scale)
+        return self.output(o_THK)
+
+    def cost(self, packing: Packing) -> Cost:
+        return self.dense_cost(packing)

@@ -1,0 +1,217 @@
+"""Mixture of block attention (MoBA): a query attends to its own block of keys and to the past blocks that it scores best.
+
+The order on the key side is projection, key convolution, norm, RoPE. The convolution stands before RoPE, so that scores
+depend on relative positions only, and before the norm, so that the norm still bounds the logits; the cache keeps the raw
+keys that it needs. Block means are taken after all of it, over the keys exactly as attention sees them.
+
+Legend: T packed tokens (T_k with the cached ones), D model width, H query heads, G KV heads, K head dim, C = G * K,
+N documents, U units (blocks) of all documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pithwood.attention.base import CacheField, Cost, LayerCache, LayerContext, MixerOut, MixerShape
+from pithwood.attention.key_conv import KeyConv
+from pithwood.attention.projections import ACTIVATION_BYTES, HeadsConfig, HeadsMixer
+from pithwood.ops.attend import attend
+from pithwood.ops.dense_attention import dense_attention
+from pithwood.ops.packing import Packing, Selection
+from pithwood.ops.select import select
+from pithwood.ops.summarise import summarise
+
+Tie = Literal["later", "earlier"]
+MeanDtype = Literal["input", "fp32", "centered"]
+RoutePer = Literal["q_head", "kv_group"]
+DecodeAttention = Literal["moba", "full"]
+ConvWidth = Literal[0, 3, 5]
+
+GATE_WORKSPACE_BYTES = 64 * 2**20
+"""Most bytes of gate scores, and of gathered pairs, that the ops hold at a time."""
+
+
+@dataclass(frozen=True)
+class MoBAConfig(HeadsConfig):
+    """Mixture of block attention: at most `block_size * top_k` keys are seen, so all of a document up to that length."""
+
+    block_size: int = 128
+    """Keys per block, >= 1; blocks start anew at every document."""
+    top_k: int = 8
+    """Blocks that a query attends to, >= 1. The own block counts; 1 is block-local attention."""
+    topk_includes_current: bool = True
+    """False does not count the own block: top_k past blocks and the own one."""
+    tie: Tie = "later"
+    """Which of two equally scored blocks wins."""
+    mean_dtype: MeanDtype = "centered"
+    """Precision of the block means in the gate: the keys' dtype (as other implementations), fp32, or centred on the
+    document's first block before rounding to the keys' dtype, which changes no ranking and loses fewer bits."""
+    route_per: RoutePer = "q_head"
+    """Who selects: every query head, or the query heads of one KV head together (another model)."""
+    key_conv: ConvWidth = 0
+    """Width of the causal convolution over keys; 0 for none."""
+    decode: DecodeAttention = "moba"
+    """Attention of decode steps: as trained, or full attention over the same cache (the published way to generate)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("block_size", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {list(allowed)}")
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that a query attends to, the own one counted."""
+        return self.top_k + (0 if self.topk_includes_current else 1)
+
+    def build(self, shape: MixerShape) -> MoBA:
+        return MoBA(self, shape)
+
+    def init_std(self, name: str, default: float) -> float | None:
+        return 0.0 if name == "key_conv.weight" else super().init_std(name, default)
+
+
+_CHOICES = {
+    "tie": get_args(Tie),
+    "mean_dtype": get_args(MeanDtype),
+    "route_per": get_args(RoutePer),
+    "key_conv": get_args(ConvWidth),
+    "decode": get_args(DecodeAttention),
+}
+
+
+class MoBA(HeadsMixer):
+    """Lu et al. 2025, "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv 2502.13189, section 2.
+
+    Parameters are those of full attention (and `key_conv.weight` where asked), so either can take over from the other.
+    """
+
+    def __init__(self, config: MoBAConfig, shape: MixerShape) -> None:
+        super().__init__(config, shape)
+        self.config = config
+        channels = shape.num_kv_heads * shape.head_dim
+        self.key_conv = KeyConv(config.key_conv, channels) if config.key_conv else None
+
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> MixerOut:
+        q_THK, k_TGK, v_TGK = self.project(x_TD, ctx)
+        k_TGK, v_TGK = self.extend(k_TGK, v_TGK, ctx)
+        if ctx.cache is not None:
+            self._keep_block_means(k_TGK, ctx.packing, ctx.cache)
+        if self._decodes_full(ctx):
+            o_THK, _ = dense_attention(q_THK, k_TGK, v_TGK, ctx.packing, scale=self.softmax_scale)
+            return self.output(o_THK)
+        blocks = ctx.decide("blocks", lambda: self.route(q_THK, k_TGK, ctx))
+        o_THK, _ = attend(q_THK, k_TGK, v_TGK, ctx.packing, blocks, scale=self.softmax_scale)
+        return self.output(o_THK)
+
+    def route(self, q_THK: Tensor, k_TGK: Tensor, ctx: LayerContext) -> Selection:
+        """The blocks of every query: its own, and the past ones whose mean key it scores highest."""
+        c = self.config
+        if ctx.cache is None:
+            mean_UGK = summarise(k_TGK, ctx.packing, c.block_size)
+        else:
+            mean_UGK = _cached_means(k_TGK, ctx.packing, ctx.cache, c.block_size)
+        return select(
+            q_THK,
+            mean_UGK,
+            ctx.packing,
+            c.num_blocks,
+            block_size=c.block_size,
+            tie=c.tie,
+            route_per=c.route_per,
+            mean_dtype=c.mean_dtype,
+        )
+
+    def mix_raw_keys(self, k_TC: Tensor, ctx: LayerContext) -> Tensor:
+        if self.key_conv is None:
+            return k_TC
+        if ctx.cache is None:
+            return self.key_conv(k_TC, ctx.packing)
+        tail_NWC = ctx.cache.read("key_tail").to(k_TC.dtype)
+        ctx.cache.write("key_tail", self.key_conv.next_tail(k_TC, tail_NWC, ctx.packing))
+        return self.key_conv(k_TC, ctx.packing, tail_NWC)
+
+    def cache_fields(self) -> tuple[CacheField, ...]:
+        """k and v per token, fp32 means of finished blocks, and the last raw keys where keys are convolved."""
+        row = (self.shape.num_kv_heads, self.shape.head_dim)
+        fields = (
+            *super().cache_fields(),
+            CacheField("block_mean", row, torch.float32, "block", self.config.block_size),
+        )
+        if self.key_conv is None:
+            return fields
+        tail = (self.key_conv.width - 1, row[0] * row[1])
+        return (*fields, CacheField("key_tail", tail, self.k_proj.weight.dtype, "tail"))
+
+    def cost(self, packing: Packing) -> Cost:
+        """Model FLOPs count the own block's causal half and the selected past blocks, exactly, from the lengths.
+
+        Executed FLOPs add the own block's masked half, the gate against all blocks of the document, the convolution.
+        """
+        c, s = self.config, self.shape
+        position_T = packing.query_key_position()
+        position_T = position_T[position_T >= 0]
+        own = float((position_T % c.block_size + 1).sum())
+        past = float((position_T // c.block_size).clamp(max=c.num_blocks - 1).sum()) * c.block_size
+        units_N = packing.unit_offsets(c.block_size).diff()
+        lengths_N = (packing.cu_q[1:] - packing.cu_q[:-1]).long()
+        gate = float((lengths_N * units_N).sum())
+        per_pair = 4.0 * s.num_heads * s.head_dim
+        channels = s.num_kv_heads * s.head_dim
+        finished = int(((packing.cu_k[1:] - packing.cu_k[:-1]) // c.block_size).sum())
+        attention = Cost(
+            model_flops=per_pair * (own + past),
+            executed_flops=per_pair * (len(position_T) * c.block_size + past)
+            + 2.0 * s.num_heads * s.head_dim * gate
+            + 2.0 * c.key_conv * channels * packing.num_queries,
+            saved_bytes=packing.num_queries * s.num_heads * c.num_blocks * 4.0
+            + c.key_conv * packing.num_queries * channels * ACTIVATION_BYTES,
+            workspace_bytes=min(2.0 * GATE_WORKSPACE_BYTES, 4.0 * s.num_heads * (gate + past * s.head_dim)),
+            cache_bytes=finished * channels * 4.0
+            + max(c.key_conv - 1, 0) * packing.num_docs * channels * ACTIVATION_BYTES,
+        )
+        return self.projection_cost(packing) + attention
+
+    def optimizer_shapes(self) -> dict[str, tuple[int, int, int] | None]:
+        # W taps per channel are no matrix between two spaces: nothing for Muon to orthogonalise
+        return {} if self.key_conv is None else {"key_conv.weight": None}
+
+    def _decodes_full(self, ctx: LayerContext) -> bool:
+        if ctx.mode != "decode" or ctx.cache is None:
+            return False
+        return (ctx.cache.decode_attention or self.config.decode) == "full"
+
+    def _keep_block_means(self, k_TGK: Tensor, packing: Packing, cache: LayerCache) -> None:
+        """Add the means of the blocks that this call's tokens finish; their keys all lie in the cache by then."""
+        size = self.config.block_size
+        before_N = [held // size for held in cache.lengths_N]
+        after_N = [(held + new) // size for held, new in zip(cache.lengths_N, cache.added_N, strict=True)]
+        counts_N = [after - before for before, after in zip(before_N, after_N, strict=True)]
+        if not any(counts_N):
+            return
+        starts = packing.cu_k[:-1].long() + torch.tensor(before_N, device=k_TGK.device) * size
+        lengths_N = torch.tensor([count * size for count in counts_N], device=k_TGK.device)
+        doc = torch.arange(len(counts_N), device=k_TGK.device).repeat_interleave(lengths_N)
+        first = lengths_N.cumsum(0) - lengths_N
+        rows = starts[doc] + torch.arange(doc.shape[0], device=k_TGK.device) - first[doc]
+        finished = Packing.from_lengths([count * size for count in counts_N], device=k_TGK.device)
+        mean_UGK = summarise(k_TGK[rows], finished, size)
+        cache.append_blocks("block_mean", mean_UGK[: sum(counts_N)], counts_N)
+
+
+def _cached_means(k_TGK: Tensor, packing: Packing, cache: LayerCache, block_size: int) -> Tensor:
+    """Cached means laid out as by `summarise`; an open block's row is zero, as only its own queries may see it."""
+    rows_UGK, counts_N = cache.blocks("block_mean")
+    mean_UGK = rows_UGK.new_zeros(packing.num_units_bound(k_TGK.shape[0], block_size), *rows_UGK.shape[1:])
+    count_N = torch.tensor(counts_N, device=rows_UGK.device)
+    doc = torch.arange(len(counts_N), device=rows_UGK.device).repeat_interleave(count_N)
+    first = count_N.cumsum(0) - count_N
+    unit = packing.unit_offsets(block_size)[doc] + torch.arange(doc.shape[0], device=doc.device) - first[doc]
+    return mean_UGK.index_copy_(0, unit, rows_UGK)

@@ -1,0 +1,182 @@
+"""What the attention mixers share: projections into heads and back, per-head norms, RoPE, the token cache, their cost.
+
+All of them own the same parameters under the same names (`q_proj`, `k_proj`, `v_proj`, `o_proj`, and with QK-norm
+`q_norm`, `k_norm`), so a run can exchange one mixer for another at any step and keep weights and optimizer state by name.
+
+Legend: T packed tokens (T_k with the cached ones), D model width, H query heads, G KV heads, K head dim, N documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pithwood.attention.base import CacheField, Cost, LayerContext, Mixer, MixerConfig, MixerOut, MixerShape
+from pithwood.ops.linear import linear
+from pithwood.ops.packing import Packing
+from pithwood.ops.rms_norm import rms_norm
+
+ACTIVATION_BYTES = 2
+"""Bytes per activation in `cost`: bf16. An fp32 run keeps twice as much."""
+TILE = 128
+"""Queries and keys that a dense kernel visits together: what it executes is counted in such tiles."""
+
+
+@dataclass(frozen=True)
+class HeadsConfig(MixerConfig):
+    """What every attention mixer's configuration holds."""
+
+    rope: bool = True
+    """Rotate queries and keys by position; False makes the layer position-free (NoPE)."""
+    softmax_scale: float | None = None
+    """Factor on the logits before the softmax, > 0; None is 1 / sqrt(head_dim)."""
+
+    def __post_init__(self) -> None:
+        if self.softmax_scale is not None and not self.softmax_scale > 0:
+            raise ValueError(f"softmax_scale={self.softmax_scale} must be > 0; None gives 1/sqrt(head_dim)")
+
+    def init_std(self, name: str, default: float) -> float | None:
+        if name in ("q_norm.weight", "k_norm.weight"):
+            return None
+        return 0.0 if name.endswith(".bias") else default
+
+
+class HeadsMixer(Mixer):
+    """Base of the attention mixers: x_TD -> q, k, v per head, and heads -> y_TD."""
+
+    def __init__(self, config: HeadsConfig, shape: MixerShape) -> None:
+        super().__init__()
+        _check_shape(config, shape)
+        self.shape, self.rope, self.softmax_scale = shape, config.rope, config.softmax_scale
+        q_width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        self.q_proj = Projection(shape.model_dim, q_width, shape.bias)
+        self.k_proj = Projection(shape.model_dim, kv_width, shape.bias)
+        self.v_proj = Projection(shape.model_dim, kv_width, shape.bias)
+        self.o_proj = Projection(q_width, shape.model_dim, shape.bias)
+        self.q_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
+        self.k_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
+
+    def project(self, x_TD: Tensor, ctx: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
+        """q_THK, k_TGK, v_TGK of this call's tokens, in x's dtype: projected, normed, rotated.
+
+        Raises ValueError for what these mixers do not do: attention in both directions, context parallelism, RoPE
+        without angles, and keys from before this call without a cache that holds them.
+        """
+        self._check_context(ctx)
+        tokens, dim = x_TD.shape[0], self.shape.head_dim
+        q_THK = self.q_proj(x_TD).view(tokens, -1, dim)
+        k_TGK = self.mix_raw_keys(self.k_proj(x_TD), ctx).view(tokens, -1, dim)
+        v_TGK = self.v_proj(x_TD).view(tokens, -1, dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
+        if self.rope and ctx.rope is not None:
+            q_THK, k_TGK = ctx.rope.apply(q_THK), ctx.rope.apply(k_TGK)
+        return q_THK, k_TGK, v_TGK
+
+    def mix_raw_keys(self, k_TC: Tensor, ctx: LayerContext) -> Tensor:
+        """What happens to the key projection's output [T, G*K] before norm and RoPE; here nothing."""
+        return k_TC
+
+    def extend(self, k_TGK: Tensor, v_TGK: Tensor, ctx: LayerContext) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens that the queries may see: with a cache, this call's are appended to it."""
+        if ctx.cache is None:
+            return k_TGK, v_TGK
+        return ctx.cache.append("k", k_TGK), ctx.cache.append("v", v_TGK)
+
+    def output(self, o_THK: Tensor) -> MixerOut:
+        """Heads back into the model width."""
+        return MixerOut(self.o_proj(o_THK.flatten(1)))
+
+    def cache_fields(self) -> tuple[CacheField, ...]:
+        row, dtype = (self.shape.num_kv_heads, self.shape.head_dim), self.k_proj.weight.dtype
+        return CacheField("k", row, dtype, "token"), CacheField("v", row, dtype, "token")
+
+    def projection_cost(self, packing: Packing) -> Cost:
+        """Cost of everything but the attention itself: four projections, and what is kept for their backward pass.
+
+        Saved: x (once, for three projections), q, k, v as attention sees them, q and k before their norms, and o with
+        its log-sum-exp. The cache holds k and v of every key.
+        """
+        s, tokens, keys = self.shape, packing.num_queries, int(packing.cu_k[-1])
+        q_width, kv_width = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+        flops = 2.0 * tokens * s.model_dim * (2 * q_width + 2 * kv_width)
+        before_norm = q_width + kv_width if s.qk_norm else 0
+        saved = tokens * (s.model_dim + 2 * q_width + 2 * kv_width + before_norm) * ACTIVATION_BYTES
+        saved += tokens * s.num_heads * 4
+        workspace = 2.0 * tokens * (q_width + kv_width) * ACTIVATION_BYTES
+        return Cost(flops, flops, saved, workspace, keys * 2.0 * kv_width * ACTIVATION_BYTES)
+
+    def dense_cost(self, packing: Packing, window: int | None = None) -> Cost:
+        """Cost of a dense causal mixer; model FLOPs count the visible (query, key) pairs only."""
+        per_pair = 4.0 * self.shape.num_heads * self.shape.head_dim
+        attention = Cost(
+            per_pair * visible_pairs(packing, window),
+            per_pair * visible_pairs(packing, window, tile=TILE),
+        )
+        return self.projection_cost(packing) + attention
+
+    def _check_context(self, ctx: LayerContext) -> None:
+        where = f"{type(self).__name__} in layer {self.shape.layer}"
+        if not ctx.packing.causal:
+            raise ValueError(f"{where} is causal; got a packing with causal=False: use a bidirectional mixer")
+        if ctx.cp is not None:
+            raise ValueError(f"{where} does not run under context parallelism: set mesh.cp=1")
+        if self.rope and ctx.rope is None:
+            raise ValueError(f"{where} has rope=True but the model gives no rotary angles: set rope=False")
+        if ctx.cache is None and not ctx.packing.self_attention:
+            raise ValueError(f"{where} got keys longer than its queries but no cache that holds them")
+
+
+class Projection(nn.Module):
+    """Linear map with an uninitialised master weight [out, in], used in the input's dtype."""
+
+    def __init__(self, in_width: int, out_width: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_width, in_width))
+        self.bias = nn.Parameter(torch.empty(out_width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head's vector, one weight [K] for all heads; starts at ones."""
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, x_THK: Tensor) -> Tensor:
+        return rms_norm(x_THK, self.weight, self.eps)
+
+
+def visible_pairs(packing: Packing, window: int | None = None, tile: int = 1) -> float:
+    """(query, key) pairs of one head that a causal mask, and a window if given, leaves visible; offsets on the CPU.
+
+    With tile > 1 every tile x tile square that holds a visible pair counts whole: what a tiled kernel executes.
+    """
+    lengths_N = (packing.cu_k[1:] - packing.cu_k[:-1]).long()
+    first = packing.query_key_position()
+    if tile == 1:
+        seen = (first + 1).clamp(min=0)
+        return float((seen if window is None else seen.clamp(max=window)).sum())
+    doc_T = packing.query_doc()
+    local_T = torch.arange(packing.num_queries) - packing.cu_q.long()[doc_T]
+    starts = local_T % tile == 0
+    last_T = torch.minimum(first + tile, lengths_N[doc_T]) if packing.num_docs else first
+    low_T = torch.zeros_like(first) if window is None else (first - window + 1).clamp(min=0)
+    tiles_T = ((last_T + tile - 1) // tile - low_T // tile).clamp(min=0)
+    return float(tiles_T[starts].sum()) * tile * tile
+
+
+def _check_shape(config: HeadsConfig, shape: MixerShape) -> None:
+    if shape.num_kv_heads < 1 or shape.num_heads % shape.num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads={shape.num_kv_heads} must divide num_heads={shape.num_heads}: "
+            f"try {[g for g in range(1, shape.num_heads + 1) if shape.num_heads % g == 0]}"
+        )
+    if config.rope and shape.head_dim % 2:
+        raise ValueError(f"head_dim={shape.head_dim} must be even with rope=True: try {shape.head_dim + 1}")
