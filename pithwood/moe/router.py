@@ -1,0 +1,132 @@
+"""Which experts a token goes to, with what weight, and the loss terms that keep the experts evenly used.
+
+Legend: T packed tokens, D model width, E experts, k experts per token, G expert groups.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pithwood.attention.base import LayerContext
+from pithwood.losses import attach_loss
+from pithwood.moe.balance import balance_loss, count_experts, z_loss
+from pithwood.moe.config import MoEConfig
+
+
+class Router(nn.Module):
+    """Scores experts with one linear map and selects top_k of them.
+
+    Scores, selection and weights are fp32 (fp64 for fp64 inputs) whatever the activations' dtype: a bf16 logit has 8
+    bits, and near ties would be decided by rounding. Ids are discrete; gradients reach the router through the weights,
+    which are gathered from the scores at the ids, so replayed ids give exact gradients.
+    """
+
+    e_score_correction_bias: Tensor | None
+    counts_E: Tensor
+
+    def __init__(self, cfg: MoEConfig, model_dim: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.weight = nn.Parameter(torch.empty(cfg.num_experts, model_dim))
+        has_bias = cfg.bias_update_rate is not None
+        self.register_buffer(
+            "e_score_correction_bias", torch.zeros(cfg.num_experts, dtype=torch.float32) if has_bias else None
+        )
+        # int64: a step of a large run routes more pairs to one expert than fp32 counts exactly.
+        self.register_buffer("counts_E", torch.zeros(cfg.num_experts, dtype=torch.int64), persistent=False)
+
+    def route(self, x_TD: Tensor, ctx: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Expert ids and weights of each token, and x_TD with the router's loss terms attached.
+
+        x_TD      [T, D] any float
+        returns   ids [T, k] int64, distinct within a token, -1 for none (only by replay);
+                  weight [T, k] fp32, 0 where the id is -1;
+                  x_TD unchanged in value: use it, not the argument, from here on, or the loss terms have no gradient
+        raises    ValueError if replayed ids have another shape than [T, k]
+
+        In training mode the expert counts of this call are added to `counts_E`.
+        """
+        cfg = self.cfg
+        logits_TE = self.logits(x_TD)
+        score_TE = logits_TE.softmax(-1) if cfg.score == "softmax" else logits_TE.sigmoid()
+        ids_Tk = ctx.decide("experts", lambda: self.select(score_TE))
+        if ids_Tk.shape != (x_TD.shape[0], cfg.top_k):
+            raise ValueError(
+                f"replayed expert ids of layer {ctx.layer} have shape {tuple(ids_Tk.shape)}; "
+                f"expected {(x_TD.shape[0], cfg.top_k)} (tokens, top_k)"
+            )
+        weight_Tk = self.weights(score_TE, ids_Tk)
+
+        counting = self.training and ctx.mode == "train"
+        if counting:
+            self.counts_E += count_experts(ids_Tk, cfg.num_experts)
+        if ctx.ledger is not None:
+            if cfg.balance != "none":
+                prob_TE = score_TE if cfg.score == "softmax" else score_TE / score_TE.sum(-1, keepdim=True)
+                step_counts_E = self.counts_E if counting else None
+                term = balance_loss(prob_TE, ids_Tk, cfg.balance, cfg.balance_coef, ctx.packing, step_counts_E)
+                x_TD = attach_loss(x_TD, term, ctx.ledger)
+            if cfg.z_loss_coef > 0:
+                x_TD = attach_loss(x_TD, z_loss(logits_TE, cfg.z_loss_coef), ctx.ledger)
+        return ids_Tk, weight_Tk, x_TD
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """[T, E] router logits in fp32, or fp64 for fp64 inputs."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+
+    @torch.no_grad()
+    def select(self, score_TE: Tensor) -> Tensor:
+        """[T, k] int64 ids of the experts with the largest score (plus bias), best first, from the best groups.
+
+        Group limits: DeepSeek-AI 2024, "DeepSeek-V2", arXiv 2405.04434, section 2.2.2. Bias: see `update_bias`.
+        """
+        cfg = self.cfg
+        num_tokens = score_TE.shape[0]
+        if cfg.routing == "balanced":
+            pair = torch.arange(num_tokens * cfg.top_k, device=score_TE.device)
+            return (pair % cfg.num_experts).view(num_tokens, cfg.top_k)
+        choice_TE = score_TE
+        if self.e_score_correction_bias is not None:
+            choice_TE = score_TE + self.e_score_correction_bias.to(score_TE.dtype)
+        if cfg.groups_per_token < cfg.num_groups:
+            choice_TGe = choice_TE.view(num_tokens, cfg.num_groups, -1)
+            if cfg.group_score == "max":
+                group_TG = choice_TGe.amax(-1)
+            else:
+                group_TG = choice_TGe.topk(2, dim=-1).values.sum(-1)
+            best = group_TG.topk(cfg.groups_per_token, dim=-1).indices
+            closed_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, best, False)
+            # -inf, not 0: with a bias the scores of an open group may be negative.
+            choice_TE = choice_TGe.masked_fill(closed_TG[:, :, None], float("-inf")).view(num_tokens, -1)
+        return choice_TE.topk(cfg.top_k, dim=-1).indices
+
+    def weights(self, score_TE: Tensor, ids_Tk: Tensor) -> Tensor:
+        """[T, k] weights of the chosen experts from the scores without bias; 0 where the id is -1."""
+        weight_Tk = score_TE.gather(1, ids_Tk.long().clamp_min(0)).masked_fill(ids_Tk < 0, 0.0)
+        if self.cfg.renormalize:
+            total = weight_Tk.sum(-1, keepdim=True)
+            # A token without experts has total 0; dividing by 1 keeps its weights and their gradients 0.
+            weight_Tk = weight_Tk / total.masked_fill(total == 0, 1.0)
+        return weight_Tk * self.cfg.scale if self.cfg.scale != 1.0 else weight_Tk
+
+    @torch.no_grad()
+    def update_bias(self, counts_E: Tensor) -> None:
+        """Move the selection bias by bias_update_rate towards underused experts; call once after each optimizer step.
+
+        counts_E [E]: (token, slot) pairs per expert over the whole step, all micro-batches and ranks.
+        bias_e += rate * sign(mean(counts) - counts_e). Does nothing without a bias.
+        Wang et al. 2024, arXiv 2408.15664; DeepSeek-AI 2024, "DeepSeek-V3", arXiv 2412.19437, section 2.1.2.
+        """
+        rate = self.cfg.bias_update_rate
+        if self.e_score_correction_bias is None or rate is None:
+            return
+        # E * counts - total keeps the sign exact in integers.
+        error_E = counts_E.sum() - counts_E * self.cfg.num_experts
+        self.e_score_correction_bias += rate * error_E.sign().to(torch.float32)
+
+    def reset_step(self) -> None:
+        """Zero the counts; call before each optimizer step's first forward."""
+        self.counts_E.zero_()

@@ -1,0 +1,47 @@
+"""Matrix products of consecutive groups of rows with one weight each: the work of a layer's experts.
+
+Legend: R rows, D input width, X output width, E groups.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pithwood.ops.grouped_mm.ref import grouped_mm_ref
+
+__all__ = ["grouped_mm", "grouped_mm_ref"]
+
+
+def grouped_mm(rows_RD: Tensor, w_EXD: Tensor, offsets: Tensor, impl: Literal["ref", "torch"] | None = None) -> Tensor:
+    """rows[offsets[e]:offsets[e + 1]] @ w[e]^T for every group e, differentiable in rows and weights.
+
+    rows_RD   [R, D] float, in the order of the groups
+    w_EXD     [E, X, D], same dtype
+    offsets   [E + 1] int32 on the same device, ascending from 0, last <= R; a group may be empty or hold every row
+    impl      "ref": a loop, any dtype and device. "torch": `F.grouped_mm`, on CUDA one kernel without host sync for
+              bf16 with D and X multiples of 8. None: "torch" for bf16 on CUDA, "ref" for everything else.
+    returns   [R, X] in the same dtype; rows from offsets[-1] on are unspecified, and so is their gradient
+    raises    ValueError on unequal dtypes, shapes that do not fit, or an impl that cannot serve the input
+    """
+    if rows_RD.dim() != 2 or w_EXD.dim() != 3 or rows_RD.shape[1] != w_EXD.shape[2]:
+        raise ValueError(f"rows {tuple(rows_RD.shape)} must be [R, D] and weights {tuple(w_EXD.shape)} [E, X, D]")
+    if offsets.shape != (w_EXD.shape[0] + 1,):
+        raise ValueError(f"offsets {tuple(offsets.shape)} must have one entry more than the {w_EXD.shape[0]} groups")
+    if rows_RD.dtype != w_EXD.dtype:
+        raise ValueError(f"rows are {rows_RD.dtype} and weights {w_EXD.dtype}; cast one of them")
+    if impl is None:
+        impl = "torch" if rows_RD.is_cuda and rows_RD.dtype == torch.bfloat16 else "ref"
+    if impl == "ref":
+        return grouped_mm_ref(rows_RD, w_EXD, offsets)
+    if impl == "torch":
+        if rows_RD.is_cuda and (rows_RD.shape[1] % 8 or w_EXD.shape[1] % 8):
+            raise ValueError(
+                f"widths D={rows_RD.shape[1]} and X={w_EXD.shape[1]} must be multiples of 8 for impl='torch' on CUDA; "
+                "change model_dim or expert_dim, or use impl='ref'"
+            )
+        return F.grouped_mm(rows_RD, w_EXD.transpose(-2, -1), offs=offsets[1:])
+    raise ValueError(f"grouped_mm impl={impl!r} is unknown; choose 'ref', 'torch' or None")
