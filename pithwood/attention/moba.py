@@ -1,8 +1,8 @@
-"""Mixture of block attention (MoBA): a query attends to its own block of keys and to the past blocks that it scores best.
+"""Mixture of block attention (MoBA): a query attends to its own block and to the past blocks that it scores best.
 
 The order on the key side is projection, key convolution, norm, RoPE. The convolution stands before RoPE, so that scores
-depend on relative positions only, and before the norm, so that the norm still bounds the logits; the cache keeps the raw
-keys that it needs. Block means are taken after all of it, over the keys exactly as attention sees them.
+depend on relative positions only, and before the norm, so that the norm still bounds the logits; the cache keeps the
+raw keys that it needs. Block means are taken after all of it, over the keys exactly as attention sees them.
 
 Legend: T packed tokens (T_k with the cached ones), D model width, H query heads, G KV heads, K head dim, C = G * K,
 N documents, U units (blocks) of all documents.
@@ -37,7 +37,7 @@ GATE_WORKSPACE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class MoBAConfig(HeadsConfig):
-    """Mixture of block attention: at most `block_size * top_k` keys are seen, so all of a document up to that length."""
+    """Mixture of block attention: at most `block_size * top_k` keys are seen, all of a document up to that length."""
 
     block_size: int = 128
     """Keys per block, >= 1; blocks start anew at every document."""

@@ -1,7 +1,7 @@
 """What the attention mixers share: projections into heads and back, per-head norms, RoPE, the token cache, their cost.
 
 All of them own the same parameters under the same names (`q_proj`, `k_proj`, `v_proj`, `o_proj`, and with QK-norm
-`q_norm`, `k_norm`), so a run can exchange one mixer for another at any step and keep weights and optimizer state by name.
+`q_norm`, `k_norm`), so a run can exchange one mixer for another at any step and keep weights and optimizer state.
 
 Legend: T packed tokens (T_k with the cached ones), D model width, H query heads, G KV heads, K head dim, N documents.
 """
