@@ -1,0 +1,57 @@
+"""A configuration that cannot work is refused, in words that name the field and the way out."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from pithwood.moe import MoEConfig
+
+GOOD: dict[str, Any] = {"num_experts": 8, "top_k": 2, "expert_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_experts": 0}, "num_experts=0"),
+        ({"expert_dim": 0}, "expert_dim=0"),
+        ({"top_k": 0}, "between 1 and num_experts=8"),
+        ({"top_k": 9}, "between 1 and num_experts=8"),
+        ({"score": "tanh"}, "choose one of softmax, sigmoid"),
+        ({"routing": "random"}, "choose one of learned, balanced"),
+        ({"scale": 0.0}, "scale=0.0 must be positive"),
+        ({"num_groups": 3}, "must divide num_experts=8"),
+        ({"num_groups": 4, "groups_per_token": 5}, "between 1 and num_groups=4"),
+        ({"num_groups": 4, "groups_per_token": 1, "top_k": 3}, "raise groups_per_token or lower top_k"),
+        ({"num_groups": 8, "groups_per_token": 4, "group_score": "top2_sum"}, "groups of two experts or more"),
+        ({"shared_dim": 4}, "needs num_shared_experts"),
+        ({"num_shared_experts": -1}, "must be >= 0"),
+        ({"balance": "expert"}, "choose one of none, micro_batch, sequence, global_batch"),
+        ({"balance": "sequence"}, "needs balance_coef > 0"),
+        ({"balance_coef": 0.1}, "does nothing with balance='none'"),
+        ({"bias_update_rate": -1.0}, "bias_update_rate=-1.0"),
+        ({"z_loss_coef": -1.0}, "z_loss_coef=-1.0"),
+    ],
+)
+def test_bad_values_are_refused_by_name(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        MoEConfig(**{**GOOD, **change})
+
+
+def test_every_field_is_documented() -> None:
+    body = ast.parse(inspect.getsource(MoEConfig)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    nodes = body.body
+    for node, after in pairwise(nodes):
+        if isinstance(node, ast.AnnAssign):
+            assert isinstance(after, ast.Expr), f"{ast.unparse(node.target)} has no docstring"
+
+
+def test_shared_width_defaults_to_the_experts_own() -> None:
+    assert MoEConfig(**GOOD).shared_width == 0
+    assert MoEConfig(**GOOD, num_shared_experts=3).shared_width == 48
+    assert MoEConfig(**GOOD, num_shared_experts=3, shared_dim=5).shared_width == 15

@@ -1,0 +1,133 @@
+"""Rows go to the right expert in the promised order and come back, and so do gradients."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+from torch.func import functional_call
+
+from pithwood.moe.dispatch import combine_tokens, dispatch_tokens
+from pithwood.moe.experts import GroupedExperts
+from tests.moe.helpers import dense_moe, filled
+from tests.numerics import assert_close
+
+IDS = {
+    "plain": torch.tensor([[0, 2], [1, 2], [2, 0], [3, 1], [0, 3]]),
+    "one_expert_takes_all": torch.tensor([[2], [2], [2], [2], [2]]),
+    "some_none": torch.tensor([[0, -1], [-1, -1], [3, 0], [-1, 3], [1, 0]]),
+    "all_none": torch.full((5, 2), -1),
+    "all_experts": torch.tensor([[3, 2, 1, 0]] * 5),
+}
+
+
+@pytest.mark.quick
+@given(st.integers(0, 30), st.integers(1, 6), st.data())
+@settings(max_examples=60, deadline=None)
+def test_rows_are_sorted_by_expert_then_token_then_slot(num_tokens: int, num_experts: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, 3))
+    ids = data.draw(st.lists(st.integers(-1, num_experts - 1), min_size=num_tokens * k, max_size=num_tokens * k))
+    ids_Tk = torch.tensor(ids, dtype=torch.int64).view(num_tokens, k)
+    x_TD = torch.arange(num_tokens, dtype=torch.float32)[:, None] + 1
+    rows_RD, offsets, handle = dispatch_tokens(x_TD, ids_Tk, num_experts)
+    expected = [[t for t in range(num_tokens) for j in range(k) if ids[t * k + j] == e] for e in range(num_experts)]
+    assert offsets.dtype == torch.int32
+    for e, tokens in enumerate(expected):
+        assert rows_RD[offsets[e] : offsets[e + 1], 0].tolist() == [t + 1 for t in tokens]
+    count_T = (ids_Tk >= 0).sum(-1).float()
+    back = combine_tokens(rows_RD, torch.ones(num_tokens, k), handle, num_tokens)
+    assert torch.equal(back[:, 0], x_TD[:, 0] * count_T)
+
+
+def through_experts(x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, experts: GroupedExperts) -> Tensor:
+    rows_RD, offsets, handle = dispatch_tokens(x_TD, ids_Tk, experts.down_proj.shape[0])
+    return combine_tokens(experts(rows_RD, offsets), weight_Tk, handle, x_TD.shape[0])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("case", IDS)
+def test_values_and_gradients_agree_with_a_dense_loop(case: str) -> None:
+    ids_Tk = IDS[case]
+    experts = filled(GroupedExperts(4, 6, 3)).double()
+    assert isinstance(experts, GroupedExperts)
+    x_TD = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    weight_Tk = torch.rand(ids_Tk.shape, dtype=torch.float64, requires_grad=True)
+    inputs = (x_TD, weight_Tk, experts.gate_up_proj, experts.down_proj)
+    actual = through_experts(x_TD, ids_Tk, weight_Tk, experts)
+    expected = dense_moe(x_TD, ids_Tk, weight_Tk, experts.gate_up_proj, experts.down_proj)
+    assert_close(actual, expected)
+    pull = torch.randn(5, 6, dtype=torch.float64)
+    grads = torch.autograd.grad((actual * pull).sum(), inputs)
+    if case == "all_none":
+        assert all(g.eq(0).all() for g in grads)
+        return
+    for grad, want in zip(grads, torch.autograd.grad((expected * pull).sum(), inputs), strict=True):
+        assert_close(grad, want)
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_gradients_agree_with_finite_differences(case: str) -> None:
+    ids_Tk = IDS[case]
+    experts = filled(GroupedExperts(4, 4, 3)).double()
+    assert isinstance(experts, GroupedExperts)
+    x_TD = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    weight_Tk = torch.rand(ids_Tk.shape, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        rows_RD, offsets, handle = dispatch_tokens(x, ids_Tk, 4)
+        named = {"gate_up_proj": gate_up, "down_proj": down}
+        return combine_tokens(functional_call(experts, named, (rows_RD, offsets)), weight, handle, 5)
+
+    assert torch.autograd.gradcheck(run, (x_TD, weight_Tk, experts.gate_up_proj, experts.down_proj))
+
+
+def test_rows_without_an_expert_are_never_read_even_if_nan() -> None:
+    ids_Tk = IDS["some_none"]
+    x_TD = torch.randn(5, 6, requires_grad=True)
+    weight_Tk = torch.rand(5, 2, requires_grad=True)
+    rows_RD, offsets, handle = dispatch_tokens(x_TD, ids_Tk, 4)
+    grad_rows = torch.ones_like(rows_RD)
+    grad_rows[offsets[-1] :] = float("nan")
+    (grad_x,) = torch.autograd.grad(rows_RD, x_TD, grad_rows)
+    assert_close(grad_x, (ids_Tk >= 0).sum(-1).float()[:, None].expand(5, 6))
+
+    poisoned = rows_RD.detach().clone()
+    poisoned[offsets[-1] :] = float("nan")
+    poisoned.requires_grad_()
+    out_TD = combine_tokens(poisoned, weight_Tk, handle, 5)
+    weight = weight_Tk.detach() * (ids_Tk >= 0)
+    assert_close(out_TD, x_TD.detach() * weight.sum(-1, keepdim=True))
+    grad_weight, grad_poisoned = torch.autograd.grad(out_TD.sum(), (weight_Tk, poisoned))
+    assert grad_weight[ids_Tk < 0].eq(0).all()
+    assert torch.isfinite(grad_weight).all()
+    assert torch.isfinite(grad_poisoned).all()
+
+
+def test_combine_accumulates_low_precision_in_fp32() -> None:
+    # 256 + 1 + 1 - 256 is 2; with a bf16 accumulator the ones vanish.
+    ids_Tk = torch.tensor([[0, 1, 2, 3]])
+    _, _, handle = dispatch_tokens(torch.zeros(1, 1), ids_Tk, 4)
+    rows_RD = torch.tensor([[256.0], [1.0], [1.0], [-256.0]], dtype=torch.bfloat16)
+    out_TD = combine_tokens(rows_RD, torch.ones(1, 4), handle, 1)
+    assert out_TD.dtype == torch.bfloat16
+    assert out_TD.item() == 2.0
+
+
+def test_dispatch_backward_accumulates_low_precision_in_fp32() -> None:
+    x_TD = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    rows_RD, _, _ = dispatch_tokens(x_TD, torch.tensor([[0, 1, 2, 3]]), 4)
+    pull = torch.tensor([[256.0], [1.0], [1.0], [-256.0]], dtype=torch.bfloat16)
+    (grad,) = torch.autograd.grad(rows_RD, x_TD, pull)
+    assert grad.item() == 2.0
+
+
+def test_shapes_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be \[tokens, top_k\] for 3 tokens"):
+        dispatch_tokens(torch.zeros(3, 2), torch.zeros(4, 2, dtype=torch.int64), 2)
+    rows_RD, _, handle = dispatch_tokens(torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match="must fit the dispatch"):
+        combine_tokens(rows_RD, torch.zeros(3, 1), handle, 3)
+    with pytest.raises(ValueError, match="5 rows, but the dispatch made 6"):
+        combine_tokens(rows_RD[:5], torch.zeros(3, 2), handle, 3)
