@@ -1,0 +1,63 @@
+"""Stop requests by signal: the handler only sets a flag, the training loop saves and leaves at the next step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Context manager that turns SIGINT and SIGTERM into a flag; a second SIGINT raises KeyboardInterrupt at once.
+
+    with StopRequest() as stop:
+        for step in steps:
+            ...
+            if stop: save and leave
+
+    Raises ValueError outside the main thread, where Python cannot install handlers. The old handlers come back at the
+    end.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        """The first signal that came; 0 as long as none has. A process leaving because of it exits with 128 + it."""
+        self._interrupts = 0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.signal_number != 0
+
+    @property
+    def signal_name(self) -> str | None:
+        """Name of the first signal that came, as "SIGTERM"; None as long as none has."""
+        return signal.Signals(self.signal_number).name if self.signal_number else None
+
+    def __bool__(self) -> bool:
+        return self.requested
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError("StopRequest must be entered in the main thread: signals are handled there only")
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            # None stands for a handler that was not installed from Python and cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+        self.signal_number = self.signal_number or number

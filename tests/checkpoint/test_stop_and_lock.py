@@ -1,0 +1,91 @@
+"""Signals set a flag, and one process holds a run folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from pithwood.checkpoint.lock import RunLock
+from pithwood.checkpoint.signals import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_sets_the_flag_and_the_old_handler_comes_back(number):
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    with StopRequest() as stop:
+        assert not stop
+        assert stop.signal_name is None
+        signal.raise_signal(number)
+        assert stop.requested
+        assert stop.signal_number == number
+        assert stop.signal_name == number.name
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_a_second_interrupt_raises_and_a_second_sigterm_does_not():
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal_name == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_come_back_after_an_error():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError), StopRequest():
+        raise RuntimeError
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_other_threads_are_refused():
+    caught = []
+
+    def enter() -> None:
+        try:
+            StopRequest().__enter__()
+        except ValueError as error:
+            caught.append(str(error))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert "main thread" in caught[0]
+
+
+HOLDER = """
+import sys, pathlib
+from pithwood.checkpoint.lock import RunLock
+with RunLock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_locked_folder_names_its_holder_and_a_killed_holder_lets_go(tmp_path):
+    run_dir = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"in use by process {holder.pid} on .*another folder"), RunLock(run_dir):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with RunLock(run_dir):
+        assert (run_dir / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_the_lock_is_free_after_the_block(tmp_path):
+    for _ in range(2):
+        with RunLock(tmp_path), pytest.raises(ValueError, match=f"process {os.getpid()} "), RunLock(tmp_path):
+            pass
