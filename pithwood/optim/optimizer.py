@@ -1,0 +1,284 @@
+"""The optimizer of a run: one step from gradients to weights, on the device from the norm to the average.
+
+    optimizer = Optimizer(MuonConfig(lr=2e-3), dict(model.named_parameters()), roles, total_steps=run.steps)
+    loss.backward(); metrics = optimizer.step(step); optimizer.zero_grad()
+
+All state is keyed by parameter name and knows neither mesh nor order: `state_dict` is a flat dictionary of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pithwood.optim.adamw import adamw_update
+from pithwood.optim.clip import clip_scale, global_norm
+from pithwood.optim.config import MuonConfig, OptimizerConfig
+from pithwood.optim.ema import WeightAverage
+from pithwood.optim.groups import ParamPlan, ParamRole, check_parameters, plan_parameters
+from pithwood.optim.muon import MuonSlice, muon_update, resolve_ns_dtype
+from pithwood.optim.schedule import schedule_factor, schedule_spans
+
+MOMENTUM, EXP_AVG, EXP_AVG_SQ, COUNT = "muon.momentum.", "adamw.exp_avg.", "adamw.exp_avg_sq.", "adamw.step."
+AVERAGE, AVERAGE_UPDATES, SKIPS = "ema.", "ema_updates", "consecutive_skips"
+
+
+class Optimizer:
+    """Clips, skips, updates and averages a named set of parameters.
+
+    named_parameters  fp32 parameters, contiguous, on one device; none twice
+    roles             one per name
+    total_steps       length of the run, for the schedule
+    trainable         globs of the names that train, with "!" for exceptions; the others get requires_grad False
+    lr_scales         glob -> multiple of the learning rate, the last match deciding
+    raises            ValueError for anything that does not fit, before any parameter is touched
+    """
+
+    def __init__(
+        self,
+        cfg: OptimizerConfig,
+        named_parameters: dict[str, Tensor],
+        roles: dict[str, ParamRole],
+        total_steps: int,
+        *,
+        trainable: tuple[str, ...] = ("*",),
+        lr_scales: dict[str, float] | None = None,
+    ) -> None:
+        schedule_spans(cfg.schedule, total_steps)
+        self.cfg, self.total_steps = cfg, total_steps
+        self.state: dict[str, Tensor] = {}
+        self.average: WeightAverage | None = None
+        """The averaged weights, None unless cfg.ema_decay is above 0."""
+        self.set_phase(named_parameters, roles, trainable=trainable, lr_scales=lr_scales)
+        self.consecutive_skips = torch.zeros((), dtype=torch.int64, device=self.device)
+        """Device scalar: skipped steps since the last accepted one. Reading it on the host waits for the device."""
+
+    def set_phase(
+        self,
+        named_parameters: dict[str, Tensor],
+        roles: dict[str, ParamRole],
+        *,
+        trainable: tuple[str, ...] = ("*",),
+        lr_scales: dict[str, float] | None = None,
+        drop: bool = False,
+    ) -> None:
+        """Change what trains, and how fast, at a phase boundary; state follows the names.
+
+        A name known before keeps its state, also while it is frozen, and also when its tensor is a new one of the same
+        shape. A new name starts fresh. The state of names that are gone is kept for their return, and saved, unless
+        `drop`. To resume in a later phase, go through the same phases first, then load.
+        """
+        device = check_parameters(named_parameters)
+        plans = plan_parameters(
+            named_parameters,
+            roles,
+            muon=isinstance(self.cfg, MuonConfig),
+            weight_decay=self.cfg.weight_decay,
+            decay_embeddings=self.cfg.decay_embeddings,
+            weight_decay_rules=self.cfg.weight_decay_rules,
+            lr_scales=lr_scales or {},
+            trainable=trainable,
+        )
+        averaged = self.average.average if self.average is not None else {}
+        for name, param in named_parameters.items():
+            for held in (self.state.get(MOMENTUM + name), self.state.get(EXP_AVG + name), averaged.get(name)):
+                if held is not None and held.shape != param.shape:
+                    raise ValueError(
+                        f"{name} has shape {tuple(param.shape)} but its optimizer state {tuple(held.shape)}; "
+                        "a parameter that changes its shape between phases needs a new name"
+                    )
+        self.device, self.params, self.plans = device, dict(named_parameters), plans
+        for name, plan in plans.items():
+            param = named_parameters[name]
+            param.requires_grad_(plan.trainable)
+            if not plan.trainable:
+                param.grad = None
+            elif plan.muon and MOMENTUM + name not in self.state:
+                self.state[MOMENTUM + name] = torch.zeros_like(param, requires_grad=False)
+            elif not plan.muon and EXP_AVG + name not in self.state:
+                self.state[EXP_AVG + name] = torch.zeros_like(param, requires_grad=False)
+                self.state[EXP_AVG_SQ + name] = torch.zeros_like(param, requires_grad=False)
+                self.state[COUNT + name] = torch.zeros((), dtype=torch.float32, device=device)
+        if self.average is not None:
+            self.average.add(self.params)
+        elif self.cfg.ema_decay > 0.0:
+            self.average = WeightAverage(self.cfg.ema_decay, self.cfg.ema_warmup, self.params, device)
+        if drop:
+            self.state = {key: value for key, value in self.state.items() if _split_key(key)[1] in plans}
+            if self.average is not None:
+                self.average.average = {name: self.average.average[name] for name in plans}
+
+    @torch.no_grad()
+    def step(self, step: int, grad_norm: Tensor | None = None) -> dict[str, Tensor]:
+        """Update the parameters from their `.grad`, whose content is spent; return device scalars, no host sync.
+
+        step       from 0, sets the learning rate
+        grad_norm  norm of the whole gradient where these parameters are only a part of it; None computes it here
+        returns    fp32 grad_norm (before clipping), clipped, skipped (0 or 1), lr (of cfg.lr); int64 consecutive_skips
+
+        If the norm is not finite, every parameter, moment, count and average keeps every bit. Parameters without a
+        gradient are left alone, as torch's optimizers do.
+        """
+        factor = schedule_factor(self.cfg.schedule, step, self.total_steps)
+        active = []
+        for name, plan in self.plans.items():
+            grad = self.params[name].grad
+            if plan.trainable and grad is not None:
+                if grad.dtype != torch.float32 or grad.is_sparse:
+                    raise ValueError(
+                        f"{name}: its gradient is {grad.dtype}, {grad.layout}; the optimizer needs dense fp32 ones"
+                    )
+                active.append((plan, self.params[name].detach(), grad.detach()))
+        norm = global_norm([grad for _, _, grad in active]) if grad_norm is None else grad_norm.detach().float()
+        ok = torch.isfinite(norm)
+        scale = clip_scale(norm, self.cfg.clip_norm)
+        self._step_muon([item for item in active if item[0].muon], factor, scale, ok)
+        self._step_adamw([item for item in active if not item[0].muon], factor, scale, ok)
+        if self.average is not None:
+            self.average.update(self.params, ok)
+        self.consecutive_skips.add_(1).mul_(~ok)
+        return {
+            "grad_norm": norm,
+            "clipped": ((scale < 1.0) & ok).float(),
+            "skipped": (~ok).float(),
+            "consecutive_skips": self.consecutive_skips.clone(),
+            # Filled on the device: copying a host number there would wait for it.
+            "lr": torch.full_like(norm, self.cfg.lr * factor),
+        }
+
+    def _step_muon(
+        self, active: list[tuple[ParamPlan, Tensor, Tensor]], factor: float, scale: Tensor, ok: Tensor
+    ) -> None:
+        cfg = self.cfg
+        if not isinstance(cfg, MuonConfig):
+            return
+        slices = [
+            MuonSlice(
+                param.view(plan.matrix_shape),
+                grad.reshape(plan.matrix_shape),
+                self.state[MOMENTUM + plan.name].view(plan.matrix_shape),
+                cfg.lr * factor * plan.lr_scale,
+                plan.weight_decay,
+            )
+            for plan, param, grad in active
+        ]
+        muon_update(
+            slices,
+            momentum=cfg.momentum,
+            nesterov=cfg.nesterov,
+            ns_steps=cfg.ns_steps,
+            ns_dtype=resolve_ns_dtype(cfg.ns_dtype, self.device),
+            grad_scale=scale,
+            ok=ok,
+        )
+
+    def _step_adamw(
+        self, active: list[tuple[ParamPlan, Tensor, Tensor]], factor: float, scale: Tensor, ok: Tensor
+    ) -> None:
+        cfg = self.cfg
+        lr = cfg.lr if not isinstance(cfg, MuonConfig) or cfg.adamw_lr is None else cfg.adamw_lr
+        groups: dict[tuple[float, float], list[tuple[str, Tensor, Tensor]]] = {}
+        for plan, param, grad in active:
+            # The fused kernel walks memory and needs the gradient laid out as the parameter.
+            groups.setdefault((plan.lr_scale, plan.weight_decay), []).append((plan.name, param, grad.contiguous()))
+        for (lr_scale, weight_decay), members in groups.items():
+            adamw_update(
+                [param for _, param, _ in members],
+                [grad for _, _, grad in members],
+                [self.state[EXP_AVG + name] for name, _, _ in members],
+                [self.state[EXP_AVG_SQ + name] for name, _, _ in members],
+                [self.state[COUNT + name] for name, _, _ in members],
+                lr=lr * factor * lr_scale,
+                betas=cfg.betas,
+                eps=cfg.eps,
+                weight_decay=weight_decay,
+                grad_scale=scale,
+                ok=ok,
+            )
+
+    def zero_grad(self) -> None:
+        """Drop all gradients; the next backward pass allocates them anew."""
+        for param in self.params.values():
+            param.grad = None
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within the context the parameters hold their running averages; ValueError if no average is kept."""
+        if self.average is None:
+            raise ValueError(
+                f"there are no averaged weights: ema_decay={self.cfg.ema_decay}; set it above 0, for instance to 0.999"
+            )
+        with self.average.swap(self.params):
+            yield
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all state by key: the live tensors, which the next step changes; copy them to keep them."""
+        flat = {**self.state, SKIPS: self.consecutive_skips}
+        if self.average is not None:
+            flat |= {AVERAGE + name: value for name, value in self.average.average.items()}
+            flat[AVERAGE_UPDATES] = self.average.updates
+        return flat
+
+    @torch.no_grad()
+    def load_state_dict(self, flat: dict[str, Tensor], strict: bool = True) -> tuple[list[str], list[str]]:
+        """Copy saved state in; returns the keys (missing, unexpected).
+
+        Moments of a parameter that is frozen here are expected: they wait for its next phase. With `strict` any other
+        missing or unexpected key raises ValueError and nothing is changed. Without it, missing keys keep what they
+        hold, and unexpected moments and averages are kept for names to come. A wrong shape or dtype always raises.
+        """
+        own = self.state_dict()
+        missing = [key for key in own if key not in flat]
+        foreign = [key for key in flat if key not in own]
+        unexpected = [key for key in foreign if not self._waits(key)]
+        if strict and (missing or unexpected):
+            raise ValueError(
+                f"optimizer state does not fit: missing {_some(missing)}; unexpected {_some(unexpected)}. "
+                "The optimizer's kind, ema_decay and the model must be those that saved it, or load with strict=False"
+            )
+        wanted = {key: (own[key].shape, own[key].dtype) for key in own if key in flat}
+        for key in foreign:
+            prefix, name = _split_key(key)
+            if name in self.params:
+                wanted[key] = (torch.Size() if prefix == COUNT else self.params[name].shape, torch.float32)
+        for key, (shape, dtype) in wanted.items():
+            if flat[key].shape != shape or flat[key].dtype != dtype:
+                raise ValueError(
+                    f"{key} is {flat[key].dtype} {tuple(flat[key].shape)}, but {dtype} {tuple(shape)} is needed"
+                )
+        for key, value in flat.items():
+            if key in own:
+                own[key].copy_(value)
+                continue
+            prefix, name = _split_key(key)
+            held = value.detach().to(self.device, copy=True)
+            if prefix == AVERAGE and self.average is not None:
+                self.average.average[name] = held
+            elif prefix not in ("", AVERAGE):
+                self.state[key] = held
+        return missing, unexpected
+
+    def _waits(self, key: str) -> bool:
+        prefix, name = _split_key(key)
+        plan = self.plans.get(name)
+        return (
+            plan is not None
+            and not plan.trainable
+            and prefix not in ("", AVERAGE)
+            and plan.muon == (prefix == MOMENTUM)
+        )
+
+
+def _split_key(key: str) -> tuple[str, str]:
+    """Return (prefix, parameter name) of a state key; the prefix is empty for state that belongs to no parameter."""
+    for prefix in (MOMENTUM, EXP_AVG, EXP_AVG_SQ, COUNT, AVERAGE):
+        if key.startswith(prefix):
+            return prefix, key[len(prefix) :]
+    return "", key
+
+
+def _some(keys: list[str]) -> str:
+    return f"{', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''} ({len(keys)})" if keys else "nothing"
