@@ -65,10 +65,10 @@ class HeadsMixer(Mixer):
         without angles, and keys from before this call without a cache that holds them.
         """
         self._check_context(ctx)
-        tokens, dim = x_TD.shape[0], self.shape.head_dim
-        q_THK = self.q_proj(x_TD).view(tokens, -1, dim)
-        k_TGK = self.mix_raw_keys(self.k_proj(x_TD), ctx).view(tokens, -1, dim)
-        v_TGK = self.v_proj(x_TD).view(tokens, -1, dim)
+        tokens, heads, kv_heads, dim = x_TD.shape[0], self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim
+        q_THK = self.q_proj(x_TD).view(tokens, heads, dim)
+        k_TGK = self.mix_raw_keys(self.k_proj(x_TD), ctx).view(tokens, kv_heads, dim)
+        v_TGK = self.v_proj(x_TD).view(tokens, kv_heads, dim)
         if self.q_norm is not None and self.k_norm is not None:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
         if self.rope and ctx.rope is not None:

@@ -1,0 +1,1 @@
+"""Generation: the cache that layers keep their state in, and sampling."""

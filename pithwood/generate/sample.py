@@ -31,7 +31,8 @@ def generate(
 ) -> list[list[int]]:
     """New tokens of each prompt, without the prompt; a sequence that stops ends with eos_id.
 
-    model           has forward_cached(tokens_T, packing, cache, mode) -> [T, D], logits([N, D]) -> [N, X], cache_fields()
+    model           has forward_cached(tokens_T, packing, cache, mode) -> [T, D], logits([N, D]) -> [N, X] and
+                    cache_fields() -> the fields of every layer
     prompts         token ids, at least one each; lengths may differ
     temperature     >= 0; 0 takes the most probable token
     top_k           >= 1, draw among so many most probable tokens; None among all
