@@ -1,0 +1,108 @@
+"""The closing summary, and the sinks that need the extra `log`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from pithwood.observe.events import EventLog
+from pithwood.observe.sinks import TensorBoardSink, WandbSink, scalars
+from pithwood.observe.summary import closing_lines, read_summary, write_summary
+
+SUMMARY = {
+    "recipe": "demo",
+    "run_dir": "runs/demo-1a2b",
+    "steps": 800,
+    "tokens": 6_553_600,
+    "seconds": 431.0,
+    "validation_loss": 3.21,
+    "validation_bits_per_byte": 1.75,
+    "gzip_bits_per_byte": 2.5,
+}
+
+
+def test_summary_is_written_whole_and_read_back(tmp_path: Path):
+    path = write_summary(tmp_path / "run", {**SUMMARY, "best": math.inf, "run_dir": tmp_path})
+    raw = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert raw["best"] == "inf"
+    assert read_summary(tmp_path / "run") == {**SUMMARY, "best": math.inf, "run_dir": str(tmp_path)}
+    write_summary(tmp_path / "run", {"recipe": "demo"})
+    assert read_summary(tmp_path / "run") == {"recipe": "demo"}
+    assert [p.name for p in path.parent.iterdir()] == ["summary.json"]
+
+
+def test_closing_lines_tell_what_where_and_next():
+    lines = closing_lines({**SUMMARY, "override": "model.attention.0.top_k=4", "prompt": "class Tree:"})
+    assert lines[0] == ("validation: 1.750 bits per byte (loss 3.210), 30% below gzip -9 of the same bytes (2.500)")
+    assert lines[1] == "run folder: runs/demo-1a2b (800 steps, 6.6M tokens, 7m11s)"
+    assert lines[2] == "try next:"
+    commands = [shlex.split(line.split("  ")[-1]) for line in lines[3:]]
+    assert commands == [
+        ["pithwood", "generate", "runs/demo-1a2b", "--prompt", "class Tree:"],
+        ["pithwood", "train", "demo", "model.attention.0.top_k=4"],
+        ["pithwood", "train", "demo_dense"],
+    ]
+
+
+def test_closing_lines_without_an_override_propose_more_steps():
+    lines = closing_lines({**SUMMARY, "recipe": "debug"})
+    assert lines[4].endswith("pithwood train debug steps=1600")
+    assert lines[5].endswith("pithwood recipes")
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [(3.0, "20% above gzip"), (2.505, "not below gzip"), (math.nan, "diverged"), (None, "no validation")],
+)
+def test_closing_lines_do_not_flatter(bits, words):
+    assert words in closing_lines({**SUMMARY, "validation_bits_per_byte": bits})[0]
+
+
+def test_an_interrupted_run_says_how_to_continue():
+    lines = closing_lines({**SUMMARY, "interrupted": int(signal.SIGTERM), "command": "pithwood train demo seed=3"})
+    assert lines[0] == "stopped by SIGTERM and saved; continue with: pithwood train demo seed=3"
+    assert not any("try next" in line for line in lines)
+
+
+def test_scalars_are_the_numbers_of_curves():
+    event = {"kind": "train", "step": 3, "time": 1.0, "loss": 2.5, "loss/balance": 1, "note": "x"}
+    assert scalars(event) == {"train/loss": 2.5, "train/loss/balance": 1.0}
+    assert scalars({"kind": "checkpoint", "step": 3, "time": 1.0, "seconds": 2.0}) == {}
+
+
+def test_sinks_name_the_extra_when_their_package_is_missing(tmp_path: Path, monkeypatch):
+    with pytest.raises(ValueError, match="mode 'cloud'"):
+        WandbSink(tmp_path, "p", "n", mode="cloud")  # type: ignore[arg-type]
+    # An empty path hides every installed package from the search, and what was imported before from the cache.
+    monkeypatch.setattr(sys, "path", [])
+    for name in ("tensorboard", "wandb"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [])
+    with pytest.raises(ValueError, match=r"'tensorboard', which is not installed.*pithwood\[log\]"):
+        TensorBoardSink(tmp_path)
+    with pytest.raises(ValueError, match=r"'wandb', which is not installed.*pithwood\[log\]"):
+        WandbSink(tmp_path, "p", "n")
+
+
+def test_tensorboard_sink_writes_scalars_or_says_why_not(tmp_path: Path):
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(ValueError, match="tensorboard"):
+            TensorBoardSink(tmp_path / "tb")
+        return
+    log = EventLog(None, [TensorBoardSink(tmp_path / "tb")], log_every=2)
+    for step in range(1, 5):
+        log.emit("train", step, loss=1.0 / step)
+    log.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(tmp_path / "tb"))
+    reader.Reload()
+    points = [(point.step, point.value) for point in reader.Scalars("train/loss")]
+    assert points == [(step, pytest.approx(1.0 / step)) for step in range(1, 5)]
