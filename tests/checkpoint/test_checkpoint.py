@@ -67,10 +67,20 @@ def test_tensors_and_state_come_back_bitwise(tmp_path):
 @pytest.mark.parametrize("code", DTYPES)
 def test_every_dtype_comes_back_bitwise(tmp_path, code):
     raw = torch.randint(0, 2 if code == "BOOL" else 256, (6 * DTYPES[code].itemsize,), dtype=torch.uint8)
-    # An odd tensor of bytes beside it puts everything behind it out of line if alignment is not taken care of.
     tensors = {"a": torch.zeros(3, dtype=torch.uint8), "b": raw.view(DTYPES[code]).reshape(2, 3)}
     loaded, _ = load_checkpoint(save_checkpoint(tmp_path, 0, tensors, {}))
     assert_bitwise(loaded, tensors)
+
+
+def test_every_tensor_on_disk_is_aligned_to_its_item_size(tmp_path):
+    tensors = {code: torch.zeros(3, dtype=dtype) for code, dtype in sorted(DTYPES.items(), reverse=True)}
+    file = save_checkpoint(tmp_path, 0, tensors, {}) / "tensors-00000.safetensors"
+    size = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + size])
+    assert header.keys() == DTYPES.keys()
+    assert {
+        name: (8 + size + entry["data_offsets"][0]) % DTYPES[name].itemsize for name, entry in header.items()
+    } == dict.fromkeys(DTYPES, 0)
 
 
 def test_a_checkpoint_may_hold_no_tensors(tmp_path):
@@ -332,3 +342,19 @@ def test_saving_and_loading_leave_the_random_state_alone(tmp_path):
     before = capture_rng()
     load_checkpoint(save_checkpoint(tmp_path, 1, {"a": torch.zeros(3)}, {}))
     assert capture_rng() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_tensors_and_random_state_on_a_gpu_come_back_bitwise(tmp_path):
+    tensors = {name: tensor.cuda() for name, tensor in some_tensors().items()}
+    torch.cuda.manual_seed(1)
+    path = save_checkpoint(tmp_path, 1, tensors, {"rng": capture_rng()})
+    expected = torch.randn(100, device="cuda")
+    into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    _, state = load_checkpoint(path, into)
+    assert_bitwise(into, tensors)
+    fresh, _ = load_checkpoint(path, device="cuda")
+    assert_bitwise(fresh, tensors)
+    restore_rng(state["rng"])
+    assert torch.randn(100, device="cuda").equal(expected)
