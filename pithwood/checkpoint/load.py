@@ -65,8 +65,8 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def verify_checkpoint(path: Path) -> Manifest:
     """Check every file of a checkpoint against its SHA-256; returns its manifest.
 
-    Raises ValueError if it is not a checkpoint of ours or has a newer format, DamagedCheckpoint (a ValueError) naming
-    the bad file.
+    Raises ValueError if there is no such folder or its format is newer, DamagedCheckpoint naming the bad file
+    if it is damaged or no checkpoint of ours.
     """
     return read_manifest(Path(path), hashes=True)
 

@@ -41,7 +41,7 @@ MANIFEST, STATE, SUMS = "manifest.json", "state.json", "SHA256SUMS"
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint of ours whose files are missing, cut short or altered."""
+    """Files of a checkpoint are missing, cut short or altered, or the folder never was one."""
 
 
 @dataclass(frozen=True)
@@ -221,15 +221,15 @@ def write_manifest(folder: Path, manifest: Manifest, state: dict[str, Any], tens
 def read_manifest(folder: Path, *, hashes: bool = True) -> Manifest:
     """Read and check the manifest; with `hashes` every other file is checked against SHA256SUMS too.
 
-    Raises ValueError if the folder is no checkpoint of ours or has a newer format, DamagedCheckpoint naming the file
-    otherwise.
+    Raises ValueError if there is no such folder or its format is newer, DamagedCheckpoint naming the file
+    if it is damaged or no checkpoint of ours.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no checkpoint folder {folder}; give a folder such as RUN/checkpoints/step-00001200")
     content = _read(folder, MANIFEST) if (folder / MANIFEST).exists() else None
     sums = _read_sums(folder) if (folder / SUMS).exists() else None
     if content is None and sums is None:
-        raise ValueError(
+        raise DamagedCheckpoint(
             f"{folder} is not a Pithwood checkpoint: it has neither {MANIFEST} nor {SUMS}; give a folder "
             "that was saved by a run, or import Hugging Face safetensors instead"
         )

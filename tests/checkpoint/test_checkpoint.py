@@ -253,8 +253,11 @@ def test_a_damaged_checkpoint_is_skipped_with_a_report(tmp_path, capsys):
     report = capsys.readouterr().err
     assert str(bad) in report
     assert "tensors-00000.safetensors: content does not match" in report
+    (tmp_path / "checkpoints" / "step-00000003").mkdir()
+    assert latest_checkpoint(tmp_path) == good
+    assert "step-00000003 is not a Pithwood checkpoint" in capsys.readouterr().err
     flip_byte(good / "manifest.json", 5)
-    with pytest.raises(ValueError, match=r"all 2 checkpoints .* are damaged"):
+    with pytest.raises(ValueError, match=r"all 3 checkpoints .* are damaged"):
         latest_checkpoint(tmp_path)
 
 
