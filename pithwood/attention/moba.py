@@ -197,11 +197,8 @@ class MoBA(HeadsMixer):
         if not any(counts_N):
             return
         starts = packing.cu_k[:-1].long() + torch.tensor(before_N, device=k_TGK.device) * size
-        lengths_N = torch.tensor([count * size for count in counts_N], device=k_TGK.device)
-        doc = torch.arange(len(counts_N), device=k_TGK.device).repeat_interleave(lengths_N)
-        first = lengths_N.cumsum(0) - lengths_N
-        rows = starts[doc] + torch.arange(doc.shape[0], device=k_TGK.device) - first[doc]
         finished = Packing.from_lengths([count * size for count in counts_N], device=k_TGK.device)
+        rows = starts[finished.query_doc()] + finished.position_T
         mean_UGK = summarise(k_TGK[rows], finished, size)
         cache.append_blocks("block_mean", mean_UGK[: sum(counts_N)], counts_N)
 
@@ -210,8 +207,6 @@ def _cached_means(k_TGK: Tensor, packing: Packing, cache: LayerCache, block_size
     """Cached means laid out as by `summarise`; an open block's row is zero, as only its own queries may see it."""
     rows_UGK, counts_N = cache.blocks("block_mean")
     mean_UGK = rows_UGK.new_zeros(packing.num_units_bound(k_TGK.shape[0], block_size), *rows_UGK.shape[1:])
-    count_N = torch.tensor(counts_N, device=rows_UGK.device)
-    doc = torch.arange(len(counts_N), device=rows_UGK.device).repeat_interleave(count_N)
-    first = count_N.cumsum(0) - count_N
-    unit = packing.unit_offsets(block_size)[doc] + torch.arange(doc.shape[0], device=doc.device) - first[doc]
+    held = Packing.from_lengths(counts_N, device=rows_UGK.device)
+    unit = packing.unit_offsets(block_size)[held.query_doc()] + held.position_T
     return mean_UGK.index_copy_(0, unit, rows_UGK)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -178,7 +180,7 @@ def test_activations_are_kept_in_the_caches_dtype_and_statistics_in_their_own():
         (lambda: Cache([[TOKEN, TOKEN]], 1, 10), "layer 0 declares the cache field 'k' twice"),
         (lambda: Cache([[CacheField("m", (1,), torch.float32, "block")]], 1, 10), "block_size=0; give >= 1"),
         (lambda: Cache([[TOKEN]], 0, 10), "num_sequences >= 1"),
-        (lambda: Cache([[TOKEN]], 1, 10, decode_attention="dense"), "choose 'moba', 'full' or None"),
+        (lambda: _cache(decode_attention="dense"), "choose 'moba', 'full' or None"),
         (lambda: Cache([[TOKEN]], 2, 10).begin([1]), "1 lengths for a cache of 2 sequences"),
         (lambda: Cache([[TOKEN]], 1, 10).begin([-1]), "cannot add -1 tokens"),
         (lambda: Cache([[TOKEN]], 1, 10).advance(), "without a step"),
@@ -192,6 +194,10 @@ def test_activations_are_kept_in_the_caches_dtype_and_statistics_in_their_own():
 def test_misuse_is_refused_in_plain_words(use, message):
     with pytest.raises(ValueError, match=message):
         use()
+
+
+def _cache(**arguments: Any) -> Cache:
+    return Cache([[TOKEN]], 1, 10, **arguments)
 
 
 def _view():
