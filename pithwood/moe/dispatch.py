@@ -124,7 +124,6 @@ class _Combine(torch.autograd.Function):
                 grad_weight = grad_weight.masked_fill(handle.none_Tk, 0.0)
             grad_weight = grad_weight.to(weight_Tk.dtype)
         if ctx.needs_input_grad[0]:
-            weight = weight_Tk if handle.none_Tk is None else weight_Tk.masked_fill(handle.none_Tk, 0.0)
-            weight_R = weight.reshape(-1).index_select(0, handle.pair_R)
+            weight_R = weight_Tk.reshape(-1).index_select(0, handle.pair_R)
             grad_rows = (grad_RD * weight_R[:, None]).to(rows_RD.dtype)
         return grad_rows, grad_weight, None

@@ -101,6 +101,9 @@ def test_transformers_loss_is_top_k_times_ours(top_k: int) -> None:
     (their_grad,) = torch.autograd.grad(theirs, logits)
     (our_grad,) = torch.autograd.grad(ours * top_k, logits)
     assert_close(their_grad, our_grad)
+    # Over two layers theirs is one mean, ours a sum over layers.
+    both = qwen.load_balancing_loss_func((logits, logits), num_experts=8, top_k=top_k)
+    assert_close(both, 2 * ours * top_k / 2)
 
 
 def test_z_loss_by_hand() -> None:

@@ -91,8 +91,6 @@ def test_bad_input_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", SIZES)
 def test_default_on_cuda(dtype: torch.dtype, case: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
     sizes = [size * 8 for size in SIZES[case]]
     rows, w, offsets = inputs(sizes, dtype, tail=16)
     rows, w = rows.detach().cuda().requires_grad_(), w.detach().cuda().requires_grad_()
@@ -108,13 +106,14 @@ def test_default_on_cuda(dtype: torch.dtype, case: str) -> None:
 
 
 @pytest.mark.gpu
-def test_odd_widths_are_refused_on_cuda() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
+def test_odd_widths_and_other_dtypes_are_refused_on_cuda() -> None:
     rows = torch.zeros(4, 12, device="cuda", dtype=torch.bfloat16)
     w = torch.zeros(1, 8, 12, device="cuda", dtype=torch.bfloat16)
+    offsets = torch.tensor([0, 4], device="cuda", dtype=torch.int32)
     with pytest.raises(ValueError, match="multiples of 8"):
-        grouped_mm(rows, w, torch.tensor([0, 4], device="cuda", dtype=torch.int32))
+        grouped_mm(rows, w, offsets)
+    with pytest.raises(ValueError, match="takes bfloat16 on CUDA"):
+        grouped_mm(rows.half(), w.half(), offsets, impl="torch")
 
 
 @pytest.mark.quick
@@ -137,3 +136,20 @@ def test_swiglu_gradcheck_and_refusal() -> None:
     assert_close(swiglu(gate_up), F.silu(gate_up[..., :4]) * gate_up[..., 4:])
     with pytest.raises(ValueError, match="equal widths; got 7"):
         swiglu(torch.zeros(2, 7))
+
+
+@pytest.mark.parametrize("impl", ["ref", "torch"])
+def test_compiles_as_one_graph_whatever_the_group_sizes(impl: str) -> None:
+    def run(rows: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+        return swiglu(grouped_mm(rows, w, offsets, impl=impl))  # type: ignore[arg-type]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for sizes in ([5, 0, 12, 1], [0, 0, 18, 0]):
+        # The shape rules of F.grouped_mm under compilation are those of CUDA, on any device.
+        rows, w, offsets = inputs(sizes, torch.bfloat16)
+        out = compiled(rows, w, offsets)
+        assert_close(out, run(rows, w, offsets))
+        grads = torch.autograd.grad(out.sum(), (rows, w))
+        wants = torch.autograd.grad(run(rows, w, offsets).sum(), (rows, w))
+        for grad, want in zip(grads, wants, strict=True):
+            assert_close(grad, want)

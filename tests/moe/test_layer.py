@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pithwood.moe import DenseMLP, MoEConfig, MoELayer
+from pithwood.moe.dispatch import dispatch_tokens
 from tests.moe.helpers import context, dense_moe, filled, make_layer
 from tests.numerics import assert_close
 
@@ -183,3 +184,39 @@ def test_cost_counts_active_experts_and_the_router() -> None:
     assert layer.cost(10).model_flops == expected
     assert layer.cost(10).executed_flops == expected
     assert layer.cost(10, element_size=2).saved_bytes < layer.cost(10).saved_bytes
+
+
+def test_routing_and_experts_compile_as_one_graph_each() -> None:
+    fields: dict[str, Any] = {"balance": "sequence", "balance_coef": 0.1, "z_loss_coef": 0.1, "score": "sigmoid"}
+    layer = make_layer(num_experts=4, top_k=2, expert_dim=8, dtype=torch.float32, **fields)
+    x_TD = torch.randn(10, 12)
+    ids_Tk, weight_Tk, _ = layer.route(x_TD, context([4, 6], tokens=10))
+    counts_E = layer.counts_E.clone()
+    layer.reset_step()
+    route = torch.compile(layer.route, fullgraph=True, backend="aot_eager")
+    compiled_ids, compiled_weight, x_TD = route(x_TD, context([4, 6], tokens=10))
+    assert torch.equal(compiled_ids, ids_Tk)
+    assert_close(compiled_weight, weight_Tk)
+    assert torch.equal(layer.counts_E, counts_E)
+    rows_RD, offsets, _ = dispatch_tokens(x_TD, ids_Tk, 4)
+    experts = torch.compile(layer.experts, fullgraph=True, backend="aot_eager")
+    assert_close(experts(rows_RD, offsets), layer.experts(rows_RD, offsets))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_agrees_with_cpu_when_ids_are_replayed(dtype: torch.dtype) -> None:
+    fields: dict[str, Any] = {"balance": "sequence", "balance_coef": 0.1, "z_loss_coef": 0.1, "num_shared_experts": 1}
+    layer = make_layer(32, num_experts=6, top_k=2, expert_dim=16, dtype=torch.float32, **fields)
+    ids = torch.randint(-1, 5, (40, 2), generator=torch.Generator().manual_seed(5))  # expert 5 stays empty
+    x_TD, pull = torch.randn(40, 32).to(dtype), torch.randn(40, 32).to(dtype)
+    results = []
+    for device in ("cpu", "cuda"):
+        layer.to(device)
+        ctx = context([15, 25], tokens=40, replay={"layers.0.experts": ids.to(device)})
+        ctx.packing = ctx.packing.to(device)
+        out = layer(x_TD.to(device), ctx)
+        results.append((out, *torch.autograd.grad((out * pull.to(device)).sum(), list(layer.parameters()))))
+    tol = 2e-2 if dtype == torch.bfloat16 else 1e-3  # TF32 may be on
+    for on_cpu, on_cuda in zip(*results, strict=True):
+        assert_close(on_cuda, on_cpu, tol)

@@ -100,6 +100,15 @@ def test_the_bias_moves_selection_but_not_weights() -> None:
     assert_close(weight_Tk, router.logits(x_TD).sigmoid().gather(1, ids_Tk))
 
 
+def test_closed_groups_stay_closed_when_all_open_scores_are_negative() -> None:
+    fields: dict[str, Any] = {"score": "sigmoid", "group_score": "top2_sum", "bias_update_rate": 0.0}
+    router = make_router(num_experts=8, top_k=3, num_groups=4, groups_per_token=2, **fields)
+    assert router.e_score_correction_bias is not None
+    router.e_score_correction_bias.fill_(-2.0)
+    ids_Tk, _, _ = router.route(torch.randn(30, 12), context([30]))
+    assert all(len(set(groups)) <= 2 for groups in (ids_Tk // 2).tolist())
+
+
 def test_balanced_routing_is_exact() -> None:
     router = make_router(num_experts=6, top_k=4, routing="balanced")
     ids_Tk, weight_Tk, _ = router.route(torch.randn(9, 12), context([9]))

@@ -38,6 +38,8 @@ def grouped_mm(rows_RD: Tensor, w_EXD: Tensor, offsets: Tensor, impl: Literal["r
     if impl == "ref":
         return grouped_mm_ref(rows_RD, w_EXD, offsets)
     if impl == "torch":
+        if rows_RD.is_cuda and rows_RD.dtype != torch.bfloat16:
+            raise ValueError(f"impl='torch' takes bfloat16 on CUDA, not {rows_RD.dtype}; cast, or use impl='ref'")
         if rows_RD.is_cuda and (rows_RD.shape[1] % 8 or w_EXD.shape[1] % 8):
             raise ValueError(
                 f"widths D={rows_RD.shape[1]} and X={w_EXD.shape[1]} must be multiples of 8 for impl='torch' on CUDA; "

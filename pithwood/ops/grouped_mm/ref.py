@@ -1,10 +1,14 @@
 """Grouped matrix product as a loop over groups; the definition of correct, and the fast path on CPU.
 
+Every product is written straight into its slice of the result: no copies, no per-group gradients to stack. The loops
+are registered as operators, so that compiled graphs and checkpointing policies see one node for any group sizes.
+
 Legend: R rows, D input width, X output width, E groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,44 +16,69 @@ from torch import Tensor
 
 
 def grouped_mm_ref(rows_RD: Tensor, w_EXD: Tensor, offsets: Tensor) -> Tensor:
-    """rows[offsets[e]:offsets[e + 1]] @ w[e]^T for every group, as `grouped_mm`; reads the offsets on the host once."""
-    return _GroupedMM.apply(rows_RD, w_EXD, tuple(offsets.tolist()))
+    """rows[offsets[e]:offsets[e + 1]] @ w[e]^T for every group, as `grouped_mm`; reads the offsets on the host."""
+    return _product(rows_RD, w_EXD, offsets)
 
 
-class _GroupedMM(torch.autograd.Function):
-    """Every product is written straight into its slice of the result: no copies, no per-group gradients to stack."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, w_EXD: Tensor, bounds: tuple[int, ...]) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(rows_RD, w_EXD)
-        ctx.bounds = bounds
-        out_RX = rows_RD.new_empty(rows_RD.shape[0], w_EXD.shape[1])
-        for e, begin, end in _groups(bounds):
-            torch.mm(rows_RD[begin:end], w_EXD[e].t(), out=out_RX[begin:end])
-        out_RX[bounds[-1] :].zero_()
-        return out_RX
-
-    @staticmethod
-    def backward(ctx: Any, grad_RX: Tensor):  # type: ignore[override]
-        rows_RD, w_EXD = ctx.saved_tensors
-        bounds: tuple[int, ...] = ctx.bounds
-        grad_rows = grad_w = None
-        if ctx.needs_input_grad[0]:
-            grad_rows = torch.empty_like(rows_RD)
-            for e, begin, end in _groups(bounds):
-                torch.mm(grad_RX[begin:end], w_EXD[e], out=grad_rows[begin:end])
-            grad_rows[bounds[-1] :].zero_()
-        if ctx.needs_input_grad[1]:
-            grad_w = torch.empty_like(w_EXD)
-            for e in range(w_EXD.shape[0]):
-                begin, end = bounds[e], bounds[e + 1]
-                if begin == end:
-                    grad_w[e].zero_()
-                else:
-                    torch.mm(grad_RX[begin:end].t(), rows_RD[begin:end], out=grad_w[e])
-        return grad_rows, grad_w, None
+@torch.library.custom_op("pithwood::grouped_mm_ref", mutates_args=())
+def _product(rows_RD: Tensor, w_EXD: Tensor, offsets: Tensor) -> Tensor:
+    out_RX = rows_RD.new_empty(rows_RD.shape[0], w_EXD.shape[1])
+    for e, group in _groups(offsets):
+        torch.mm(rows_RD[group], w_EXD[e].t(), out=out_RX[group])
+    return out_RX
 
 
-def _groups(bounds: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """(group, begin, end) of the groups that are not empty."""
-    return [(e, bounds[e], bounds[e + 1]) for e in range(len(bounds) - 1) if bounds[e] < bounds[e + 1]]
+@torch.library.custom_op("pithwood::grouped_mm_ref_grad_rows", mutates_args=())
+def _grad_rows(grad_RX: Tensor, w_EXD: Tensor, offsets: Tensor) -> Tensor:
+    grad_RD = grad_RX.new_empty(grad_RX.shape[0], w_EXD.shape[2])
+    for e, group in _groups(offsets):
+        torch.mm(grad_RX[group], w_EXD[e], out=grad_RD[group])
+    return grad_RD
+
+
+@torch.library.custom_op("pithwood::grouped_mm_ref_grad_weight", mutates_args=())
+def _grad_weight(grad_RX: Tensor, rows_RD: Tensor, offsets: Tensor) -> Tensor:
+    grad_EXD = rows_RD.new_empty(offsets.shape[0] - 1, grad_RX.shape[1], rows_RD.shape[1])
+    for e, group in _groups(offsets):
+        # A product over no rows is a matrix of zeros.
+        torch.mm(grad_RX[group].t(), rows_RD[group], out=grad_EXD[e])
+    return grad_EXD
+
+
+@_product.register_fake
+def _(rows_RD: Tensor, w_EXD: Tensor, offsets: Tensor) -> Tensor:
+    return rows_RD.new_empty(rows_RD.shape[0], w_EXD.shape[1])
+
+
+@_grad_rows.register_fake
+def _(grad_RX: Tensor, w_EXD: Tensor, offsets: Tensor) -> Tensor:
+    return grad_RX.new_empty(grad_RX.shape[0], w_EXD.shape[2])
+
+
+@_grad_weight.register_fake
+def _(grad_RX: Tensor, rows_RD: Tensor, offsets: Tensor) -> Tensor:
+    return rows_RD.new_empty(offsets.shape[0] - 1, grad_RX.shape[1], rows_RD.shape[1])
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_RX: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    rows_RD, w_EXD, offsets = ctx.saved_tensors
+    needs_rows, needs_weight = ctx.needs_input_grad[:2]
+    return (
+        _grad_rows(grad_RX, w_EXD, offsets) if needs_rows else None,
+        _grad_weight(grad_RX, rows_RD, offsets) if needs_weight else None,
+        None,
+    )
+
+
+_product.register_autograd(_backward, setup_context=_save_inputs)
+
+
+def _groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """(group, its rows) for every group, empty ones too."""
+    bounds = offsets.tolist()
+    for e in range(len(bounds) - 1):
+        yield e, slice(bounds[e], bounds[e + 1])
