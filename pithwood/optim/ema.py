@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,9 @@ class WeightAverage:
     their value.
     """
 
-    def __init__(self, decay: float, warmup: bool, named_parameters: dict[str, Tensor], device: torch.device) -> None:
+    def __init__(
+        self, decay: float, warmup: bool, named_parameters: Mapping[str, Tensor], device: torch.device
+    ) -> None:
         if not 0.0 < decay < 1.0:
             raise ValueError(f"ema_decay={decay} must lie between 0 and 1; 0 turns the average off")
         self.decay, self.warmup = decay, warmup
@@ -26,7 +28,7 @@ class WeightAverage:
         self.add(named_parameters)
 
     @torch.no_grad()
-    def add(self, named_parameters: dict[str, Tensor]) -> None:
+    def add(self, named_parameters: Mapping[str, Tensor]) -> None:
         """Start averaging the parameters that are new here, from their present values; known names keep their
         average."""
         for name, param in named_parameters.items():
@@ -34,7 +36,7 @@ class WeightAverage:
                 self.average[name] = param.detach().to(torch.float32, copy=True)
 
     @torch.no_grad()
-    def update(self, named_parameters: dict[str, Tensor], ok: Tensor) -> None:
+    def update(self, named_parameters: Mapping[str, Tensor], ok: Tensor) -> None:
         """Move the average towards the parameters; where `ok` (bool scalar on the device) is false, change nothing.
         No host sync."""
         weight = torch.full_like(self.updates, 1.0 - self.decay)
@@ -46,7 +48,7 @@ class WeightAverage:
         self.updates.add_(ok.float())
 
     @contextmanager
-    def swap(self, named_parameters: dict[str, Tensor]) -> Iterator[None]:
+    def swap(self, named_parameters: Mapping[str, Tensor]) -> Iterator[None]:
         """Within the context the parameters hold their averages; afterwards their own values again, bit for bit,
         errors included."""
         with torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -99,7 +100,7 @@ def logical_shape(name: str, shape: tuple[int, ...], role: ParamRole) -> tuple[i
     )
 
 
-def check_parameters(named_parameters: dict[str, Tensor]) -> torch.device:
+def check_parameters(named_parameters: Mapping[str, Tensor]) -> torch.device:
     """Return the one device of the parameters; ValueError for a wrong dtype, layout, device or a tensor twice."""
     seen: dict[int, str] = {}
     devices = {param.device for param in named_parameters.values()}
@@ -121,14 +122,14 @@ def check_parameters(named_parameters: dict[str, Tensor]) -> torch.device:
 
 
 def plan_parameters(
-    named_parameters: dict[str, Tensor],
-    roles: dict[str, ParamRole],
+    named_parameters: Mapping[str, Tensor],
+    roles: Mapping[str, ParamRole],
     *,
     muon: bool,
     weight_decay: float,
     decay_embeddings: bool,
     weight_decay_rules: tuple[WeightDecayRule, ...],
-    lr_scales: dict[str, float],
+    lr_scales: Mapping[str, float],
     trainable: tuple[str, ...],
 ) -> dict[str, ParamPlan]:
     """Decide for every parameter; ValueError for a missing role, an impossible shape or a glob that matches nothing.

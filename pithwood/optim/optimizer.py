@@ -8,7 +8,7 @@ All state is keyed by parameter name and knows neither mesh nor order: `state_di
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -40,12 +40,12 @@ class Optimizer:
     def __init__(
         self,
         cfg: OptimizerConfig,
-        named_parameters: dict[str, Tensor],
-        roles: dict[str, ParamRole],
+        named_parameters: Mapping[str, Tensor],
+        roles: Mapping[str, ParamRole],
         total_steps: int,
         *,
         trainable: tuple[str, ...] = ("*",),
-        lr_scales: dict[str, float] | None = None,
+        lr_scales: Mapping[str, float] | None = None,
     ) -> None:
         schedule_spans(cfg.schedule, total_steps)
         self.cfg, self.total_steps = cfg, total_steps
@@ -58,11 +58,11 @@ class Optimizer:
 
     def set_phase(
         self,
-        named_parameters: dict[str, Tensor],
-        roles: dict[str, ParamRole],
+        named_parameters: Mapping[str, Tensor],
+        roles: Mapping[str, ParamRole],
         *,
         trainable: tuple[str, ...] = ("*",),
-        lr_scales: dict[str, float] | None = None,
+        lr_scales: Mapping[str, float] | None = None,
         drop: bool = False,
     ) -> None:
         """Change what trains, and how fast, at a phase boundary; state follows the names.
@@ -90,7 +90,8 @@ class Optimizer:
                         f"{name} has shape {tuple(param.shape)} but its optimizer state {tuple(held.shape)}; "
                         "a parameter that changes its shape between phases needs a new name"
                     )
-        self.device, self.params, self.plans = device, dict(named_parameters), plans
+        self.device, self.plans = device, plans
+        self.params: dict[str, Tensor] = dict(named_parameters)
         for name, plan in plans.items():
             param = named_parameters[name]
             param.requires_grad_(plan.trainable)
@@ -223,7 +224,7 @@ class Optimizer:
         return flat
 
     @torch.no_grad()
-    def load_state_dict(self, flat: dict[str, Tensor], strict: bool = True) -> tuple[list[str], list[str]]:
+    def load_state_dict(self, flat: Mapping[str, Tensor], strict: bool = True) -> tuple[list[str], list[str]]:
         """Copy saved state in; returns the keys (missing, unexpected).
 
         Moments of a parameter that is frozen here are expected: they wait for its next phase. With `strict` any other

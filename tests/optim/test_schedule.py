@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 
 from pithwood.optim.schedule import Constant, Cosine, WarmupStableDecay, schedule_factor, schedule_spans
+
+WRONG: Any = "exp"
 
 pytestmark = pytest.mark.quick
 
@@ -38,7 +43,7 @@ def test_cosine_decay_is_half_way_in_the_middle_and_ends_at_the_final_fraction()
     whole = curve(Cosine(2, final_fraction=0.1), 12)
     assert whole[6] == pytest.approx(0.55)
     assert whole[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(whole[1:], whole[2:], strict=False))
+    assert all(a >= b for a, b in pairwise(whole[1:]))
 
 
 def test_decay_of_one_step_and_of_the_whole_run():
@@ -78,7 +83,7 @@ def test_warmup_and_decay_longer_than_the_run_are_refused():
         (lambda: WarmupStableDecay(-1), "warmup_steps=-1"),
         (lambda: WarmupStableDecay(decay_fraction=1.5), "decay_fraction=1.5"),
         (lambda: WarmupStableDecay(final_fraction=-0.1), "final_fraction=-0.1"),
-        (lambda: WarmupStableDecay(shape="exp"), "linear, 1-sqrt, cosine"),
+        (lambda: WarmupStableDecay(shape=WRONG), "linear, 1-sqrt, cosine"),
         (lambda: Cosine(final_fraction=2.0), "final_fraction=2.0"),
         (lambda: schedule_factor(Constant(), 10, 10), "step=10"),
         (lambda: schedule_factor(Constant(), -1, 10), "step=-1"),
