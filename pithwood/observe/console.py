@@ -217,7 +217,7 @@ def event_line(event: dict[str, Any], total_steps: int) -> str | None:
     if kind == "resume":
         return _SEPARATOR.join([position, "resumed", *([str(event["checkpoint"])] if "checkpoint" in event else [])])
     if kind == "phase":
-        return _SEPARATOR.join([position, f"phase {event.get('name', '')}".rstrip()])
+        return _SEPARATOR.join([position, f"phase {event.get('name', event.get('index', ''))}".rstrip()])
     return None
 
 

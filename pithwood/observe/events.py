@@ -1,7 +1,6 @@
 """The event log of a run: each step emits one event, sinks read them, and nothing waits for the device between flushes.
 
-An event is a flat dict with `kind`, `step` and `time` (Unix seconds) and the fields of its kind. `step` counts finished
-optimizer steps, except that a `phase` carries the first step that it governs.
+An event is a flat dict with `kind`, `step` (optimizer steps finished), `time` (Unix seconds) and its kind's fields.
 
 run         a run starts at step 0: recipe, config_hash, versions, device, ...
 resume      a run continues after `step`: checkpoint, versions, device, ...
@@ -11,7 +10,7 @@ train       every step: tokens (seen so far), loss, bits_per_byte, grad_norm, lr
 validation  loss, bits_per_byte, tokens (trained on so far), seconds
 checkpoint  path, seconds
 skip        the update of this step was not applied: reason, ...
-phase       name, ...
+phase       other mixers, objectives or learning rates from the next step on: index, ...
 done        the run reached its last step: tokens, seconds, ...
 """
 
@@ -76,13 +75,14 @@ class EventLog:
     run_dir      folder of the run; events go to `events.jsonl` in it. None: keep no file (ranks other than the first)
     sinks        further readers: console, TensorBoard, W&B
     log_every    train events are flushed at steps divisible by this; every other kind is flushed at once
-    resume_step  None appends to the file as it is. A step s first removes what lies after it, so that the file reads
-                 like that of an unbroken run: events with step > s and any `done`. `run` and `resume` stay: they tell
-                 what happened to the process. Pass -1 to begin again from nothing.
+    resume_step  None appends to the file as it is. A step s first removes what a run that continues from the checkpoint
+                 of step s does again, so that the file reads like that of an unbroken run: events with step > s, events
+                 after the line of that checkpoint, and any `done`. `run` and `resume` stay: they tell what happened
+                 to the process. Pass -1 to begin again from nothing.
     raises       ValueError if log_every < 1 or if events.jsonl holds something other than events
 
     A line that a killed process left half written is removed when the file is opened. For the log to be complete up to
-    a checkpoint, validate first, then emit `checkpoint` and call `sync()` before the checkpoint takes its final name.
+    a checkpoint, validate first, and call `sync()` before the checkpoint takes its final name.
     """
 
     def __init__(
@@ -267,16 +267,23 @@ def _repair(path: Path, resume_step: int | None) -> None:
         return
     lines = _whole_lines(path)
     if resume_step is not None:
-        lines = [line for line in lines if _survives(json.loads(line), resume_step)]
+        lines = _unbroken(lines, resume_step)
     content = b"".join(line + b"\n" for line in lines)
     if content != path.read_bytes():
         write_atomically(path, content)
 
 
-def _survives(event: dict[str, Any], resume_step: int) -> bool:
-    if event["kind"] in _HISTORY:
-        return True
-    return event["kind"] != "done" and event["step"] <= resume_step
+def _unbroken(lines: list[bytes], resume_step: int) -> list[bytes]:
+    """The lines that a run continued from the checkpoint of `resume_step` will not write again."""
+    events = [json.loads(line) for line in lines]
+    saved_at = [i for i, event in enumerate(events) if (event["kind"], event["step"]) == ("checkpoint", resume_step)]
+    # What follows the checkpoint's own line at the same step (a phase, the last validation) is done again too.
+    end = saved_at[-1] if saved_at else len(events)
+    return [
+        line
+        for i, (line, event) in enumerate(zip(lines, events, strict=True))
+        if event["kind"] in _HISTORY or (i <= end and event["kind"] != "done" and event["step"] <= resume_step)
+    ]
 
 
 def _plain(name: str, value: Any, *, encode: bool = False) -> Any:

@@ -97,8 +97,8 @@ def plot_loss(
 def plot_blocks(selections: Mapping[Any, tuple[Tensor, int]], path: Path | str, title: str | None = None) -> None:
     """Draw, for each layer, how often the queries of each block chose each key block.
 
-    selections  layer -> (ids [T, S, k] int32 of one document that starts at query 0, block_size); {} draws a note
-                instead
+    selections  layer (number or title) -> (ids [T, S, k] int32 of one document that starts at query 0, block_size);
+                {} draws a note instead
     path        PNG file, replaced atomically
 
     Colour is the share of (query, set) pairs of the query block that chose the key block: the own block on the diagonal
@@ -129,11 +129,9 @@ def plot_blocks(selections: Mapping[Any, tuple[Tensor, int]], path: Path | str, 
             np.ma.masked_array(share_QB, future), norm=norm, cmap=_block_colours(), interpolation="nearest"
         )
         stats = selection_stats(ids_TSk, Packing.from_lengths([ids_TSk.shape[0]], device=ids_TSk.device), block_size)
-        ax.set_title(
-            f"layer {layer}\nown {float(stats['own_share']):.0%}, entropy {_number(float(stats['entropy']))}",
-            fontsize=9,
-            color=_INK,
-        )
+        name = layer if isinstance(layer, str) else f"layer {layer}"
+        own, entropy = float(stats["own_share"]), float(stats["entropy"])
+        ax.set_title(f"{name}\nown {own:.0%}, entropy {_number(entropy)}", fontsize=9, color=_INK)
         ax.set_facecolor(_FUTURE)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -206,6 +206,21 @@ def test_a_second_resume_from_an_earlier_step_keeps_the_first_resume_on_record(t
     assert [e["kind"] for e in read_events(tmp_path)] == ["resume"]
 
 
+def test_what_follows_a_checkpoint_at_its_own_step_is_not_doubled(tmp_path: Path):
+    log = EventLog(tmp_path, log_every=1)
+    train(log, 1, 4)
+    log.emit("checkpoint", 4)
+    log.emit("phase", 4, index=1)
+    log.emit("validation", 4, loss=9.0)
+    log.flush()  # dies here, with the checkpoint of step 4 on disk
+    log = EventLog(tmp_path, log_every=1, resume_step=4)
+    log.emit("resume", 4)
+    log.emit("phase", 4, index=1)
+    log.close()
+    kinds = [e["kind"] for e in read_events(tmp_path)]
+    assert kinds == ["train"] * 4 + ["validation", "checkpoint", "resume", "phase"]
+
+
 def test_a_finished_run_that_goes_on_has_one_done(tmp_path: Path):
     log = EventLog(tmp_path, log_every=1)
     train(log, 1, 3)
