@@ -1,10 +1,11 @@
-"""What all tests share: fixed seeds and threads, markers that skip where hardware is missing, and no silent skips in CI."""
+"""What all tests share: fixed seeds and threads, skips where hardware is missing, and no other skips in CI."""
 
 from __future__ import annotations
 
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +25,8 @@ _skipped = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--no-skips", action="store_true", help="fail if a test without gpu or multi_gpu mark is skipped (CI=true implies it)"
-    )  # fmt: skip
+    help_text = "fail if a test without gpu or multi_gpu mark is skipped; CI=true implies it"
+    parser.addoption("--no-skips", action="store_true", help=help_text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,17 +43,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 class _SkipWatch:
-    """Collects skips of tests that should have run here; with test processes (-n) it works where their reports arrive."""
+    """Collects skips of tests that should have run here; with test processes (-n) it works where reports arrive."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.skipped = config.stash[_skipped]
 
     def active(self) -> bool:
-        is_worker = hasattr(self.config, "workerinput")
-        return not is_worker and (
-            self.config.getoption("--no-skips") or os.environ.get("CI", "").lower() in ("true", "1")
-        )
+        if hasattr(self.config, "workerinput"):  # a test process; the one that started it judges
+            return False
+        return bool(self.config.getoption("--no-skips")) or os.environ.get("CI", "").lower() in ("true", "1")
 
     def note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         expected = hasattr(report, "wasxfail") or {"gpu", "multi_gpu"} & set(getattr(report, "keywords", ()))
@@ -69,11 +68,8 @@ class _SkipWatch:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if (
-            self.active()
-            and self.skipped
-            and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
-        ):
+        passed = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+        if self.active() and self.skipped and passed:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -93,14 +89,14 @@ def _fixed_seeds() -> None:
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """Fresh memory of torch.empty and its like holds NaN (or the largest int) during the test, so that reading it shows."""
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    """Fresh memory of torch.empty and its like holds NaN (or the largest int) in the test, so that reading it shows."""
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = was_filling
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
