@@ -1,0 +1,75 @@
+"""Full and sliding-window attention over packed documents.
+
+Legend: T packed tokens (T_q queries, T_k keys), H query heads, G KV heads, K query/key head dim, V value head dim.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pithwood.ops.checks import check_impl, check_positive, check_qkv, check_sink
+from pithwood.ops.dense_attention.banded import BandedAttention
+from pithwood.ops.dense_attention.ref import dense_ref
+from pithwood.ops.dense_attention.sdpa import sdpa_attention, sdpa_fits
+from pithwood.ops.dense_attention.varlen import varlen_attention, varlen_misfit
+from pithwood.ops.merge import add_sink
+from pithwood.ops.packing import Packing
+
+__all__ = ["dense_attention"]
+
+
+def dense_attention(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGV: Tensor,
+    packing: Packing,
+    scale: float | None = None,
+    window: int | None = None,
+    sink_H: Tensor | None = None,
+    *,
+    need_lse: bool = False,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention of each query to its document's keys, causal if the packing is, bottom-right aligned.
+
+    q_THK       [T_q, H, K] float       k_TGK [T_k, G, K], v_TGV [T_k, G, V] of the same dtype; H a multiple of G
+    scale                               factor of the scores; None: K ** -0.5
+    window      >= 1                    keys a query sees, its own included; None: all. Causal packings only
+    sink_H      [H] float               a logit per head that takes part in the softmax without a value (not scaled)
+    need_lse                            also return the log-sum
+    impl        "ref" | "torch" | "varlen"   None: "varlen" (flash attention in torch) where it fits: CUDA, fp16 or
+                                        bf16, V = K <= 256 and a multiple of 8, and no gradient through lse or sink;
+                                        "torch" elsewhere
+    returns     (o [T_q, H, V] like q, lse [T_q, H] fp32 (fp64 for fp64), sink included, or None)
+    raises      ValueError on shapes, dtypes, window < 1 or without causality, "varlen" where it does not fit
+
+    Differentiable in q, k, v, sink, through o and lse. A query that sees no key gives zero output, lse -inf (without
+    sink) and no gradient. "torch" is `scaled_dot_product_attention` document by document for plain full attention, and
+    a chunked softmax (memory linear in T, with a window linear in T x window / chunk) for everything else; it reads the
+    offsets on the host.
+    """
+    check_impl(impl, ("ref", "torch", "varlen"))
+    check_qkv(q_THK, k_TGK, v_TGV, packing)
+    check_sink(sink_H, q_THK.shape[1])
+    if window is not None:
+        check_positive("window", window)
+        if not packing.causal:
+            raise ValueError(f"window={window} needs a causal packing; use window=None for bidirectional attention")
+    scale = q_THK.shape[2] ** -0.5 if scale is None else scale
+    needs_lse = need_lse or sink_H is not None
+    lse: Tensor | None
+    misfit = varlen_misfit(q_THK, k_TGK, v_TGV, needs_lse)
+    if impl == "varlen" and misfit:
+        raise ValueError(f"impl='varlen' does not fit here: {misfit}; use impl='torch'")
+    if impl == "ref":
+        o, lse = dense_ref(q_THK, k_TGK, v_TGV, packing, scale, window)
+    elif impl == "varlen" or (impl is None and not misfit):
+        o, lse = varlen_attention(q_THK, k_TGK, v_TGV, packing, scale, window, needs_lse)
+    elif not needs_lse and window is None and sdpa_fits(q_THK, v_TGV, packing):
+        o, lse = sdpa_attention(q_THK, k_TGK, v_TGV, packing, scale), None
+    else:
+        o, lse = BandedAttention.apply(q_THK, k_TGK, v_TGV, packing, scale, window)
+    if sink_H is not None:
+        assert lse is not None
+        o, lse = add_sink(o, lse, sink_H)
+    return o.to(q_THK.dtype), lse if need_lse else None

@@ -1,0 +1,69 @@
+"""The one place that knows `torch.nn.attention.varlen`, whose signature differs between torch releases.
+
+Legend: T packed tokens, H query heads, G KV heads, K query/key head dim, V value head dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pithwood.ops.packing import Packing
+
+
+def varlen_misfit(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, needs_lse: bool) -> str | None:
+    """Why varlen attention cannot take this call, or None if it can."""
+    if not q_THK.is_cuda:
+        return f"it needs CUDA tensors, got {q_THK.device}"
+    if q_THK.dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs fp16 or bf16, got {q_THK.dtype}"
+    if q_THK.shape[2] != v_TGV.shape[2] or q_THK.shape[2] > 256 or q_THK.shape[2] % 8:
+        return f"it needs equal head dims <= 256 that are multiples of 8, got {q_THK.shape[2]} and {v_TGV.shape[2]}"
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q_THK, k_TGK, v_TGV))
+    if needs_lse and tracked:
+        return "its log-sum has no gradient"
+    if min(q_THK.shape[0], k_TGK.shape[0]) == 0:
+        return "it needs at least one query and one key"
+    return None
+
+
+def varlen_attention(
+    q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, packing: Packing, scale: float, window: int | None, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(o [T, H, V], lse [T, H] fp32 or None) by flash attention; no host sync."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    accepted = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {}
+    if "window_size" in accepted:
+        # left counts the keys before the query's own
+        left = -1 if window is None else window - 1
+        options["window_size"] = (left, 0) if packing.causal else (-1, -1)
+    elif window is None:
+        options["is_causal"] = packing.causal
+    else:
+        raise ValueError(f"window={window} needs varlen_attn with window_size (torch {torch.__version__} has none)")
+    if "scale" in accepted:
+        options["scale"] = scale
+    else:
+        q_THK = q_THK * (scale * q_THK.shape[2] ** 0.5)
+    ratio = q_THK.shape[1] // k_TGK.shape[1]
+    if ratio > 1 and "enable_gqa" in accepted:
+        options["enable_gqa"] = True
+    elif ratio > 1:
+        k_TGK, v_TGV = k_TGK.repeat_interleave(ratio, dim=1), v_TGV.repeat_interleave(ratio, dim=1)
+    if need_lse:
+        options["return_aux"] = AuxRequest(lse=True)
+    result: Any = varlen_attn(q_THK, k_TGK, v_TGV, packing.cu_q, packing.cu_k, packing.max_q, packing.max_k, **options)
+    o: Tensor = result[0] if need_lse else result
+    lse: Tensor | None = result[1].transpose(0, 1) if need_lse else None
+    if not packing.self_attention:
+        # Rows without a visible key: their output and log-sum are our convention, not the kernel's.
+        lengths_N = packing.cu_k.diff()[packing.query_doc()]
+        empty_T = packing.query_key_position() < 0 if packing.causal else lengths_N == 0
+        o = o.masked_fill(empty_T[:, None, None], 0.0)
+        lse = None if lse is None else lse.masked_fill(empty_T[:, None], float("-inf"))
+    return o, lse

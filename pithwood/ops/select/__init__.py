@@ -1,0 +1,78 @@
+"""Which key blocks each query attends to, and the differentiable scores of what was selected.
+
+Legend: T packed tokens, U units (blocks) of all documents, R selection rows, S selections per row, k selected per row,
+H query heads, G KV heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pithwood.ops.checks import check_choice, check_heads, check_impl, check_packed, check_positive
+from pithwood.ops.packing import Packing, Selection
+from pithwood.ops.select.means import rounded_means, routing_queries
+from pithwood.ops.select.ref import select_ref
+from pithwood.ops.select.scores import scores_at
+from pithwood.ops.select.topk import select_topk
+
+__all__ = ["scores_at", "select"]
+
+
+@torch.no_grad()
+def select(
+    q_THK: Tensor,
+    s_UGK: Tensor,
+    packing: Packing,
+    top_k: int,
+    *,
+    block_size: int,
+    forced: str | None = None,
+    tie: str = "later",
+    route_per: str = "q_head",
+    mean_dtype: str = "input",
+    impl: str | None = None,
+) -> Selection:
+    """Pick the `top_k` key blocks each query attends to, scored by query . block summary, without gradient.
+
+    q_THK       [T_q, H, K] float       queries as attention sees them; their dtype is taken for the keys' dtype
+    s_UGK       [U, G, K] float         `summarise(k, packing, block_size)`, best kept in fp32; H a multiple of G
+    top_k       >= 1                    counts the own block: 1 is block-local attention
+    forced      "own" | "none"          whether the block that holds the query's key position is always chosen;
+                                        None: "own" if packing.causal, else "none"
+    tie         "later" | "earlier"     which of equally scored blocks goes first
+    route_per   "q_head" | "kv_group"   every query head selects alone (S = H), or the heads of a KV head share one
+                                        selection by their mean score (S = G)
+    mean_dtype  "input" | "fp32" | "centered"   round the means to the key dtype; keep them; or subtract the mean of the
+                                        document's block 0 first and then round. The subtracted vector is common to all
+                                        blocks of a document, so exact ranking is invariant and rounding hurts less
+    impl        "ref" | "torch"         None: "torch"
+    returns     Selection               ids [T_q, S, top_k], unit = block_size, row_size = 1
+    raises      ValueError on unknown switches, top_k < 1, H % G, shapes that do not fit the packing
+
+    Causal: candidates are the blocks strictly before the query's own, which are complete. Otherwise all blocks of the
+    document are. With more keys than queries the own block is that of the query's key position; queries before the
+    first key select nothing. Scores are fp32 sums of fp32 products (fp64 for fp64). NaN scores are never selected, +inf
+    comes first, -inf last. Ties are exact: scores become integers that order like the floats, and the block number
+    breaks ties. Lu et al. 2025, "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv 2502.13189, section
+    2.2.
+    """
+    check_impl(impl, ("ref", "torch"))
+    forced = ("own" if packing.causal else "none") if forced is None else forced
+    check_choice("forced", forced, ("own", "none"))
+    check_choice("tie", tie, ("later", "earlier"))
+    check_choice("route_per", route_per, ("q_head", "kv_group"))
+    check_choice("mean_dtype", mean_dtype, ("input", "fp32", "centered"))
+    check_positive("top_k", top_k)
+    check_positive("block_size", block_size)
+    check_packed("q", q_THK, packing.num_queries)
+    check_packed("s", s_UGK)
+    check_heads(q_THK.shape[1], s_UGK.shape[1])
+    if q_THK.shape[2] != s_UGK.shape[2]:
+        raise ValueError(f"q has head dim {q_THK.shape[2]} but the summaries have {s_UGK.shape[2]}; they must agree")
+    means = rounded_means(s_UGK, packing, block_size, mean_dtype, q_THK.dtype)
+    queries = routing_queries(q_THK, s_UGK.shape[1], route_per)
+    run = select_ref if impl == "ref" else select_topk
+    own = forced == "own"
+    ids_TSk = run(queries, means, packing, top_k, block_size, own, tie)
+    return Selection(ids_TSk, (ids_TSk >= 0).sum(-1, dtype=torch.int32), block_size, 1, own)

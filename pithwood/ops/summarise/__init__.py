@@ -1,0 +1,44 @@
+"""Block summaries of keys: what a router compares a query with.
+
+Legend: T packed tokens, U units (blocks) of all documents, G KV heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pithwood.ops.checks import check_choice, check_impl, check_packed, check_positive
+from pithwood.ops.packing import Packing
+from pithwood.ops.summarise.ref import summarise_ref
+from pithwood.ops.summarise.segments import summarise_segments
+
+
+@torch.no_grad()
+def summarise(
+    k_TGK: Tensor,
+    packing: Packing,
+    block_size: int,
+    how: str = "mean",
+    dtype: torch.dtype = torch.float32,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Return one summary per key block; blocks restart at every document.
+
+    k_TGK       [T_k, G, K] float     keys as attention sees them (after RoPE, key convolution and qk-norm)
+    how         "mean"                mean over the block's real length, accumulated in fp32 (fp64 for fp64 keys)
+    dtype                             dtype of the result; fp32 keeps the mean exact enough for any later rounding
+    impl        "ref" | "torch"       None: "torch"
+    returns     [U, G, K] dtype       U = packing.num_units_bound(T_k, block_size), rows beyond the last block are zero;
+                                      detached: routing has no gradient
+    raises      ValueError on unknown `how` or `impl`, block_size < 1, or keys that are not [T_k, G, K]
+
+    O(T) time and memory. Lu et al. 2025, arXiv 2502.13189, section 2.2.
+    """
+    check_impl(impl, ("ref", "torch"))
+    check_choice("how", how, ("mean",))
+    check_positive("block_size", block_size)
+    check_packed("k", k_TGK, packing.num_queries if packing.self_attention else None)
+    run = summarise_ref if impl == "ref" else summarise_segments
+    return run(k_TGK.detach(), packing, block_size).to(dtype)
