@@ -33,6 +33,7 @@ MIXERS: list[MixerConfig] = [
     SlidingWindowConfig(window=5),
     MoBAConfig(block_size=4, top_k=3),
     MoBAConfig(block_size=4, top_k=3, key_conv=3),
+    MoBAConfig(block_size=16, top_k=2),
     MoBAConfig(block_size=8, top_k=2, route_per="kv_group", mean_dtype="fp32", tie="earlier"),
 ]
 
@@ -53,6 +54,7 @@ def _ids(config: MixerConfig) -> str:
         (MoBAConfig(block_size=4, top_k=3, mean_dtype="centered"), moba_mask(4, 3)),
         (MoBAConfig(block_size=5, top_k=1, topk_includes_current=False), moba_mask(5, 2)),
         (MoBAConfig(block_size=3, top_k=1), moba_mask(3, 1)),
+        (MoBAConfig(block_size=16, top_k=2), moba_mask(16, 2)),
     ],
 )
 def test_mixer_equals_its_definition_with_gradients(config, mask, rope):

@@ -62,6 +62,15 @@ def test_prefill_then_decode_equals_the_whole_forward_at_each_position(name, pre
         assert_close(actual[position], expected[position], 1e-5, f"position {position}")
 
 
+@pytest.mark.parametrize("prefill", [30, 31, 32, 47])
+def test_decode_over_blocks_large_enough_to_gather_queries_to_them(prefill):
+    model, sequences = TinyModel([MoBAConfig(block_size=16, top_k=2), MoBAConfig(block_size=17, top_k=2)]), tokens(53)
+    (actual,) = run_in_steps(model, sequences, [[prefill]] + [[1]] * (53 - prefill))
+    (expected,) = whole(model, sequences)
+    for position in range(53):
+        assert_close(actual[position], expected[position], 1e-5, f"position {position}")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_sequences_of_different_lengths_decode_together(name):
     model, sequences = TinyModel(MODELS[name]), tokens(12, 20, 8, 9)
