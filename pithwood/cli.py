@@ -193,7 +193,7 @@ def _recipes(args: argparse.Namespace) -> tuple[int, str]:
     found = list_recipes()
     if args.json:
         return 0, _json({"recipes": [{"name": name, "summary": summary} for name, summary in found]})
-    width = max(len(name) for name, _ in found)
+    width = max((len(name) for name, _ in found), default=0)
     lines = [f"{name:<{width}}  {summary}" for name, summary in found]
     return 0, "\n".join([*lines, "", "train one with: pithwood train RECIPE"])
 

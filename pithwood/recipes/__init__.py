@@ -95,7 +95,7 @@ def _function_of_file(name: str):
 
 
 def _import_file(path: Path) -> ModuleType:
-    """A module made of one file and known under the file's name, which is what saved configurations call its classes by."""
+    """A module made of one file and known under its name, by which saved configurations call its classes."""
     name = path.stem
     if not name.isidentifier():
         raise ValueError(f"{path.name} cannot be imported; its name must be a Python identifier")
