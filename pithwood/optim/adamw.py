@@ -36,7 +36,8 @@ def adamw_update(
     """
     if not params:
         return
-    torch._foreach_add_(counts, ok.float())
+    # A list, since one tensor for all would be read back to the host.
+    torch._foreach_add_(counts, [ok.float()] * len(counts))
     torch._fused_adamw_(
         params,
         grads,

@@ -58,10 +58,10 @@ def orthogonalize(update_MRC: Tensor, ns_steps: int, dtype: torch.dtype) -> Tens
     rounding follows torch.optim.Muon: cast, then norm and division in `dtype`.
     """
     a, b, c = QUINTIC
-    x = update_MRC.to(dtype, copy=True)
+    x = update_MRC.to(dtype)
     num, rows, cols = x.shape
     tall = rows > cols
-    x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=NORM_EPS))
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=NORM_EPS)
     gram_MKK = x.new_empty(num, min(rows, cols), min(rows, cols))
     poly_MKK, out = torch.empty_like(gram_MKK), torch.empty_like(x)
     for _ in range(ns_steps):
@@ -146,15 +146,13 @@ def muon_update(
             grad_MRC = item.grad * grad_scale
             mean_MRC = torch.lerp(item.momentum, grad_MRC, 1.0 - momentum)
             torch.where(ok, mean_MRC, item.momentum, out=item.momentum)
-            updates.append(grad_MRC.lerp_(mean_MRC, momentum) if nesterov else mean_MRC)
-        stacked_MRC = updates[0] if len(updates) == 1 else torch.cat(updates)
-        del updates
-        ortho_MRC = orthogonalize(stacked_MRC, ns_steps, ns_dtype)
+            updates.append((grad_MRC.lerp_(mean_MRC, momentum) if nesterov else mean_MRC).to(ns_dtype))
+        ortho_MRC = orthogonalize(updates[0] if len(updates) == 1 else torch.cat(updates), ns_steps, ns_dtype)
         scale = update_scale(ortho_MRC.shape[1], ortho_MRC.shape[2])
         start = 0
         for item in chunk:
             stop = start + item.param.shape[0]
             moved_MRC = item.param * (1.0 - item.lr * item.weight_decay)
-            moved_MRC.add_(ortho_MRC[start:stop].float(), alpha=-item.lr * scale)
+            moved_MRC.add_(ortho_MRC[start:stop], alpha=-item.lr * scale)
             torch.where(ok, moved_MRC, item.param, out=item.param)
             start = stop
