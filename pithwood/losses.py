@@ -1,9 +1,9 @@
 """Loss terms and how their gradients enter the graph where they are made.
 
-A step's loss is a sum over names of `coef * (sum over micro-batches of term.sum) / (global count of that name)`. The counts of a
-whole optimizer step (all micro-batches, all ranks) are known before its first forward, so each term's gradient can be scaled
-correctly at the place where the term arises: no loss has to be carried to the end, and pipelines, recomputation, chunks and
-gradient accumulation all give the same gradient.
+A step's loss is a sum over names of `coef * (sum over micro-batches of term.sum) / (global count of that name)`. The
+counts of a whole optimizer step (all micro-batches, all ranks) are known before its first forward, so each term's
+gradient can be scaled correctly at the place where the term arises: no loss has to be carried to the end, and
+pipelines, recomputation, chunks and gradient accumulation all give the same gradient.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class _AttachLoss(torch.autograd.Function):
 def attach_loss(x: Tensor, term: LossTerm, ledger: LossLedger | None) -> Tensor:
     """Return x unchanged; in the backward pass the gradient of `coef * sum / global count` flows into term.sum.
 
-    The caller must use the returned tensor on the path to the step's loss. Without a ledger (evaluation, decoding) nothing happens.
+    The caller must use the returned tensor on the path to the step's loss. Without a ledger (evaluation, decoding)
+    nothing happens.
     """
     if ledger is None:
         return x

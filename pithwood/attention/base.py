@@ -1,7 +1,7 @@
 """What a token mixer is: its configuration, its forward, the state it keeps in a cache, and what it costs.
 
-A mixer is any module with `forward(x_TD, ctx) -> MixerOut`. It is made by its configuration's `build`, so a mixer that lives
-outside this package needs no registration: pass its configuration in the model's `attention` tuple.
+A mixer is any module with `forward(x_TD, ctx) -> MixerOut`. It is made by its configuration's `build`, so a mixer that
+lives outside this package needs no registration: pass its configuration in the model's `attention` tuple.
 
 Legend: T packed tokens, D model width, N documents.
 """
@@ -28,7 +28,8 @@ class Cost:
     """What a forward pass costs. FLOPs count a multiply-add as two; the backward pass is not included."""
 
     model_flops: float = 0.0
-    """What the mathematics needs: causal half, selected blocks and active experts only. MFU counts these, times three."""
+    """What the mathematics needs: causal half, selected blocks and active experts only. MFU counts these, times
+    three."""
     executed_flops: float = 0.0
     """What runs, with masked halves, gates and padding."""
     saved_bytes: float = 0.0
@@ -50,15 +51,18 @@ class Cost:
 
 @dataclass(frozen=True)
 class CacheField:
-    """One named piece of state that a mixer keeps while decoding. The allocator in `generate/cache.py` owns the storage."""
+    """One named piece of state that a mixer keeps while decoding. The allocator in `generate/cache.py` owns the
+    storage.
+    """
 
     name: str
     shape: tuple[int, ...]
     """Shape of one row: of one token, block, sequence, or of the whole tail."""
     dtype: torch.dtype
     per: Literal["token", "block", "sequence", "tail"]
-    """token: one row for every token. block: one row for every complete block of `block_size` tokens. sequence: one row for a
-    sequence, overwritten each step (recurrent state). tail: the last rows of a sequence, overwritten each step (convolutions)."""
+    """token: one row for every token. block: one row for every complete block of `block_size` tokens. sequence: one row
+    for a sequence, overwritten each step (recurrent state). tail: the last rows of a sequence, overwritten each step
+    (convolutions)."""
     block_size: int = 0
     """Tokens per row of a `block` field."""
 
@@ -77,7 +81,9 @@ class LayerCache(Protocol):
     """Attention asked for in decode steps by this run of generation; None leaves it to the mixer's configuration."""
 
     def append(self, name: str, rows_T: Tensor) -> Tensor:
-        """Append this call's rows [T_q, *shape] of a token field; returns all rows of all sequences packed, [T_k, *shape]."""
+        """Append this call's rows [T_q, *shape] of a token field; returns all rows of all sequences packed, [T_k,
+        *shape].
+        """
         ...
 
     def append_blocks(self, name: str, rows_U: Tensor, counts_N: list[int]) -> None:
@@ -99,7 +105,9 @@ class LayerCache(Protocol):
 
 @dataclass
 class LayerContext:
-    """Everything a layer may read besides its input. Built once per micro-batch; `layer` and `carry` change from layer to layer."""
+    """Everything a layer may read besides its input. Built once per micro-batch; `layer` and `carry` change from layer
+    to layer.
+    """
 
     packing: Packing
     rope: Rope | None
@@ -109,7 +117,8 @@ class LayerContext:
     cp: Any = None
     """Context-parallel group; None is the one-process form."""
     carry: dict[str, Tensor] = field(default_factory=dict)
-    """Named state handed from layer to layer (shared indexes, gate residuals); mixers declare names in `carry_fields`."""
+    """Named state handed from layer to layer (shared indexes, gate residuals); mixers declare names in
+    `carry_fields`."""
     replay: dict[str, Any] | None = None
     """Recorded decisions to use instead of computing them: key -> value as `probe` collected it."""
     probe: dict[str, Any] | None = None
@@ -181,9 +190,13 @@ class MixerConfig:
     """Base of all mixer configurations."""
 
     def build(self, shape: MixerShape) -> Mixer:
-        """A new mixer with uninitialised parameters; raises ValueError in the words of the config if it cannot fit `shape`."""
+        """A new mixer with uninitialised parameters; raises ValueError in the words of the config if it cannot fit
+        `shape`.
+        """
         raise NotImplementedError
 
     def init_std(self, name: str, default: float) -> float | None:
-        """Standard deviation for the initial values of a parameter by local name; 0.0 zeros; None keeps what build() set."""
+        """Standard deviation for the initial values of a parameter by local name; 0.0 zeros; None keeps what build()
+        set.
+        """
         return default

@@ -28,6 +28,7 @@ def generate(
     eos_id: int | None = None,
     attention: Literal["moba", "full"] | None = None,
     dtype: torch.dtype = torch.float32,
+    num_tokens: int | None = None,
 ) -> list[list[int]]:
     """New tokens of each prompt, without the prompt; a sequence that stops ends with eos_id.
 
@@ -42,6 +43,7 @@ def generate(
     attention       "full" or "moba" for the decode steps of mixers that can do both; None as their configuration says.
                     Prefill always runs as trained
     dtype           of the activations and the cache
+    num_tokens      draw only ids below this: a head may have more rows than its tokenizer has tokens; None all
     raises          ValueError for anything outside these ranges
 
     Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", arXiv 1904.09751, section 3 (top_p).
@@ -61,7 +63,7 @@ def generate(
         tokens_T = torch.tensor([t for tokens in new for t in tokens], dtype=torch.int64, device=device)
         hidden_TD = model.forward_cached(tokens_T, packing, cache, "prefill" if step == 0 else "decode")
         cache.advance()
-        logits_NX = model.logits(hidden_TD[packing.cu_q[1:].long() - 1])
+        logits_NX = model.logits(hidden_TD[packing.cu_q[1:].long() - 1])[:, :num_tokens]
         uniform_N = None if uniform is None else uniform[running, step].to(device)
         drawn = sample(logits_NX, uniform_N, temperature, top_k, top_p).tolist()
         going = []

@@ -2,8 +2,8 @@
 
 Below the data room there is no batch dimension: documents lie one after another along T.
 
-Legend: T packed tokens (T_q queries, T_k keys), N documents, U units (blocks) of all documents, R selection rows,
-S selections per row, k ids per selection, H query heads, G KV heads.
+Legend: T packed tokens (T_q queries, T_k keys), N documents, U units (blocks) of all documents, R selection rows, S
+selections per row, k ids per selection, H query heads, G KV heads.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 class Packing:
     """Document offsets of packed queries and keys, bottom-right aligned.
 
-    Query i of document n stands at key position `i - cu_q[n] + (Lk[n] - Lq[n])` of its document: with Lk > Lq the queries
-    are the last Lq positions (decode, chunked prefill); with Lk < Lq the first Lq - Lk queries see nothing.
-    Documents of zero length are legal anywhere. The offsets are not read on the host by any op, so nothing synchronises:
-    sizes come from tensor shapes and from the bounds `max_q`, `max_k`.
+    Query i of document n stands at key position `i - cu_q[n] + (Lk[n] - Lq[n])` of its document: with Lk > Lq the
+    queries are the last Lq positions (decode, chunked prefill); with Lk < Lq the first Lq - Lk queries see nothing.
+    Documents of zero length are legal anywhere. The offsets are not read on the host by any op, so nothing
+    synchronises: sizes come from tensor shapes and from the bounds `max_q`, `max_k`.
     """
 
     cu_q: Tensor
@@ -69,9 +69,7 @@ class Packing:
             raise ValueError("document lengths must be >= 0")
         cu_q = _offsets(lengths, device)
         cu_k = cu_q if key_lengths is None else _offsets(keys, device)
-        position = [
-            torch.arange(q, dtype=torch.int64) + (k - q) for q, k in zip(lengths, keys, strict=True)
-        ]
+        position = [torch.arange(q, dtype=torch.int64) + (k - q) for q, k in zip(lengths, keys, strict=True)]
         position_T = torch.cat(position) if position else torch.zeros(0, dtype=torch.int64)
         return Packing(
             cu_q,
@@ -154,7 +152,9 @@ class Selection:
         """[T_q, H, k] int32: the ids spelled out for every query and query head; S must be 1, G or H."""
         sets = self.ids.shape[1]
         if sets not in (1, num_kv_heads, num_heads):
-            raise ValueError(f"selection has {sets} sets per row; allowed are 1, {num_kv_heads} (KV heads), {num_heads}")
+            raise ValueError(
+                f"selection has {sets} sets per row; allowed are 1, {num_kv_heads} (KV heads), {num_heads}"
+            )
         ids = self.ids if self.row_size == 1 else self.ids[packing.row_of_query(self.row_size)]
         return ids.repeat_interleave(num_heads // sets, dim=1) if sets != num_heads else ids
 

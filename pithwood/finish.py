@@ -1,0 +1,121 @@
+"""What a finished run leaves behind: the full validation, samples, pictures and the summary."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from pithwood.data.batches import Batch, sequential_batches
+from pithwood.data.corpus import Corpus
+from pithwood.data.tokenizer import END_OF_TEXT_ID
+from pithwood.evaluate.loss import evaluate_loss
+from pithwood.generate.sample import generate
+from pithwood.models.qwen3_moe import Qwen3MoE
+from pithwood.observe.events import EventLog, read_events
+from pithwood.observe.plots import plot_blocks, plot_loss
+from pithwood.observe.summary import write_summary
+from pithwood.ops.packing import Selection
+from pithwood.run import Run
+
+
+def finish(
+    run: Run,
+    model: Qwen3MoE,
+    corpus: Corpus,
+    folder: Path,
+    events: EventLog,
+    averaged_weights: AbstractContextManager[Any],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Validate on everything, sample, draw loss.png and blocks.png, write summary.json; returns the summary."""
+    started = time.monotonic()
+    with averaged_weights:
+        batches = partial(
+            sequential_batches, corpus, "validation", seq_len=run.seq_len, samples_per_batch=run.samples_per_micro_batch
+        )
+        result = evaluate_loss(model, batches(), dtype)
+        tokens = run.steps * run.samples_per_step * run.seq_len
+        events.emit(
+            "validation", run.steps, tokens=tokens, **{name: result[name] for name in ("loss", "bits_per_byte")}
+        )
+        (folder / "sample.txt").write_text(_samples(run, model, corpus), encoding="utf-8")
+        selections = chosen_blocks(model, next(iter(batches(max_samples=1))), dtype)
+    events.flush()
+    log = read_events(folder / "events.jsonl")
+    gzip = corpus.gzip_bits_per_byte
+    plot_loss(log, gzip, folder / "loss.png", title=None)
+    if selections:
+        plot_blocks(selections, folder / "blocks.png")
+    trained = [event for event in log if event["kind"] == "train"]
+    counts = model.num_params()
+    summary: dict[str, Any] = {
+        "recipe": run.name,
+        "run_dir": str(folder),
+        "steps": run.steps,
+        "tokens": tokens,
+        "seconds": sum(event["step_s"] for event in trained) + _pauses(log) + time.monotonic() - started,
+        "parameters": counts["total"],
+        "active_parameters": counts["active"],
+        "validation_loss": result["loss"],
+        "validation_bits_per_byte": result["bits_per_byte"],
+        "validation_tokens": result["tokens"],
+        "validation_bytes": result["bytes"],
+        "gzip_bits_per_byte": gzip,
+        "below_gzip": result["bits_per_byte"] < gzip,
+        "train_loss": trained[-1]["loss"],
+        "tokens_per_s": median(event["tokens_per_s"] for event in trained),
+        "device": str(model.head_weight.device),
+        "threads": torch.get_num_threads(),
+        "files": ["loss.png", *(["blocks.png"] if selections else []), "sample.txt", "events.jsonl", "config.json"],
+    }
+    write_summary(folder, summary)
+    events.emit("done", run.steps, tokens=tokens, seconds=summary["seconds"], bits_per_byte=result["bits_per_byte"])
+    return summary
+
+
+def _pauses(log: list[dict[str, Any]]) -> float:
+    return sum(event.get("seconds", 0.0) for event in log if event["kind"] in ("validation", "checkpoint"))
+
+
+@torch.no_grad()
+def chosen_blocks(model: Qwen3MoE, batch: Batch, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, int]]:
+    """Each MoBA layer's block ids [T, S, k] for the longest document of a batch, and its block size."""
+    device = model.head_weight.device
+    probe: dict[str, Any] = {}
+    model.hidden(batch.columns["tokens"].to(device), batch.packing.to(device), dtype=dtype, probe=probe)
+    cu = batch.packing.cu_q.long()
+    longest = int((cu[1:] - cu[:-1]).argmax())
+    span = slice(int(cu[longest]), int(cu[longest + 1]))
+    found = {}
+    for key, value in probe.items():
+        if isinstance(value, Selection) and value.row_size == 1 and value.unit > 1:
+            found[f"layer {key.split('.')[1]}"] = (value.ids[span].cpu(), value.unit)
+    return found
+
+
+def _samples(run: Run, model: Qwen3MoE, corpus: Corpus) -> str:
+    if not run.sample_prompts:
+        return ""
+    tokenizer = corpus.tokenizer
+    prompts = [tokenizer.encode(prompt) or [END_OF_TEXT_ID] for prompt in run.sample_prompts]
+    continued = generate(
+        model,
+        prompts,
+        max_new_tokens=run.sample_tokens,
+        temperature=0.7,
+        top_p=0.95,
+        seed=run.seed,
+        eos_id=END_OF_TEXT_ID,
+        num_tokens=tokenizer.vocab_size,
+    )
+    parts = [
+        f"--- prompt: {prompt!r}\n{prompt}{tokenizer.decode(tokens)}\n"
+        for prompt, tokens in zip(run.sample_prompts, continued, strict=True)
+    ]
+    return "\n".join(parts)

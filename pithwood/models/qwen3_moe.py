@@ -1,0 +1,421 @@
+"""Qwen3-MoE: a decoder of pre-norm blocks, grouped-query attention with QK-norm, and a mixture of SwiGLU experts.
+
+Source: Qwen3 technical report (arXiv 2505.09388) and the Hugging Face class `Qwen3MoeForCausalLM`, whose names the
+parameters bear; experts are stacked: `mlp.experts.gate_up_proj` [E, 2F, D], `mlp.experts.down_proj` [E, D, F]. Wider
+than the original where the configuration asks: any token mixer per layer, dense layers, shared experts, sigmoid scores,
+group-limited routing, a selection bias. A block is three stages, `attend_and_route`, `experts`, `merge`; the exchange
+of tokens between them belongs to the caller, so that it can be overlapped with other work.
+
+Legend: T packed tokens, D model width, H query heads, G KV heads, K head dim, E experts, F expert width, R dispatched
+rows, k experts per token, X vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pithwood.attention.base import CacheField, Cost, LayerContext, Mixer, MixerConfig, MixerShape, Mode
+from pithwood.attention.full import FullAttentionConfig
+from pithwood.losses import LossLedger
+from pithwood.models.init import fill_normal
+from pithwood.moe.config import MoEConfig
+from pithwood.moe.dispatch import combine_tokens, dispatch_tokens
+from pithwood.moe.experts import DenseMLP
+from pithwood.moe.layer import MoELayer
+from pithwood.ops.linear import linear
+from pithwood.ops.linear_logprob import linear_logprob
+from pithwood.ops.packing import Packing
+from pithwood.ops.rms_norm import rms_norm
+from pithwood.ops.rope import Rope
+from pithwood.optim.groups import ParamRole
+
+
+@dataclass(frozen=True)
+class Qwen3MoEConfig:
+    """Architecture of one model; every size in elements."""
+
+    vocab_size: int = 151_936
+    """Rows of the embedding and the head; at least the tokenizer's size."""
+    model_dim: int = 2048
+    """Width D of the residual stream."""
+    num_layers: int = 48
+    """Decoder blocks."""
+    num_heads: int = 32
+    """Query heads; a multiple of num_kv_heads."""
+    num_kv_heads: int = 4
+    """Key/value heads."""
+    head_dim: int = 128
+    """Size of one head; even (RoPE)."""
+    qk_norm: bool = True
+    """RMSNorm of each query and key head before RoPE."""
+    attention_bias: bool = False
+    """Biases in the four attention projections."""
+    attention: MixerConfig | tuple[MixerConfig, ...] = field(default_factory=FullAttentionConfig)
+    """Token mixer of every layer, or one per layer."""
+    moe: MoEConfig = field(default_factory=lambda: MoEConfig(num_experts=128, top_k=8, expert_dim=768))
+    """Routed experts of every layer that is not dense."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers with a plain SwiGLU instead of experts."""
+    dense_dim: int = 6144
+    """Hidden width of the dense layers."""
+    rope_theta: float = 1_000_000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-6
+    """Added to the mean square inside every RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding as the head."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; output projections (o_proj, down_proj) get init_std / sqrt(2 *
+    num_layers)."""
+
+    def mixers(self) -> tuple[MixerConfig, ...]:
+        """One mixer configuration per layer."""
+        return (self.attention,) * self.num_layers if isinstance(self.attention, MixerConfig) else tuple(self.attention)
+
+    def validate(self) -> None:
+        """Raise ValueError in the words of the configuration if the sizes do not fit together."""
+        for name in ("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even (RoPE rotates pairs)")
+        if len(self.mixers()) != self.num_layers:
+            raise ValueError(
+                f"attention has {len(self.mixers())} entries but num_layers={self.num_layers}; "
+                "give one mixer for all layers, or exactly one per layer"
+            )
+        bad = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
+        if bad:
+            raise ValueError(f"dense_layers={self.dense_layers} names layers outside 0..{self.num_layers - 1}: {bad}")
+
+
+@dataclass
+class Routed:
+    """What `attend_and_route` hands to the exchange and to `merge`."""
+
+    residual_TD: Tensor
+    ffn_in_TD: Tensor
+    ids_Tk: Tensor | None
+    """Expert ids, -1 for none; None in a dense layer, whose tokens stay where they are."""
+    weight_Tk: Tensor | None
+    carry: dict[str, Tensor]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Block(nn.Module):
+    """One decoder layer in three stages."""
+
+    def __init__(self, cfg: Qwen3MoEConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.model_dim, cfg.norm_eps)
+        self.self_attn = cfg.mixers()[layer].build(_mixer_shape(cfg, layer))
+        self.post_attention_layernorm = RMSNorm(cfg.model_dim, cfg.norm_eps)
+        self.mlp = (
+            DenseMLP(cfg.model_dim, cfg.dense_dim) if layer in cfg.dense_layers else MoELayer(cfg.moe, cfg.model_dim)
+        )
+
+    def attend_and_route(self, x_TD: Tensor, ctx: LayerContext) -> Routed:
+        out = self.self_attn(self.input_layernorm(x_TD), ctx)
+        residual_TD = x_TD + out.y_TD
+        ffn_in_TD = self.post_attention_layernorm(residual_TD)
+        carry = {**ctx.carry, **out.carry}
+        if isinstance(self.mlp, DenseMLP):
+            return Routed(residual_TD, ffn_in_TD, None, None, carry)
+        ids_Tk, weight_Tk, ffn_in_TD = self.mlp.route(ffn_in_TD, ctx)
+        return Routed(residual_TD, ffn_in_TD, ids_Tk, weight_Tk, carry)
+
+    def experts(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
+        """Routed experts over rows grouped by expert."""
+        assert isinstance(self.mlp, MoELayer)
+        return self.mlp.experts(rows_RD, offsets_E)
+
+    def merge(self, routed: Routed, out_TD: Tensor | None) -> Tensor:
+        """Residual plus routed output (None in a dense layer) plus what every token computes at home."""
+        if isinstance(self.mlp, DenseMLP):
+            return routed.residual_TD + self.mlp(routed.ffn_in_TD)
+        assert out_TD is not None
+        shared_TD = self.mlp.shared(routed.ffn_in_TD)
+        y_TD = routed.residual_TD + out_TD
+        return y_TD if shared_TD is None else y_TD + shared_TD
+
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """The three stages with the one-process exchange between them; returns the output and the carry for the next
+        layer.
+        """
+        routed = self.attend_and_route(x_TD, ctx)
+        out_TD = None
+        if routed.ids_Tk is not None:
+            assert isinstance(self.mlp, MoELayer)
+            assert routed.weight_Tk is not None
+            rows_RD, offsets_E, handle = dispatch_tokens(routed.ffn_in_TD, routed.ids_Tk, self.mlp.cfg.num_experts)
+            rows_RD = self.experts(rows_RD, offsets_E)
+            out_TD = combine_tokens(rows_RD, routed.weight_Tk, handle, x_TD.shape[0])
+        return self.merge(routed, out_TD), routed.carry
+
+
+class Qwen3MoE(nn.Module):
+    """The whole model. Parameters are uninitialised until `init_weights` or a loaded checkpoint fills them."""
+
+    def __init__(self, cfg: Qwen3MoEConfig) -> None:
+        super().__init__()
+        cfg.validate()
+        self.cfg = cfg
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(
+                    cfg.vocab_size, cfg.model_dim, _weight=torch.empty(cfg.vocab_size, cfg.model_dim)
+                ),
+                "layers": nn.ModuleList([Block(cfg, layer) for layer in range(cfg.num_layers)]),
+                "norm": RMSNorm(cfg.model_dim, cfg.norm_eps),
+            }
+        )
+        if not cfg.tie_embeddings:
+            self.lm_head = nn.Linear(1, 1, bias=False)
+            self.lm_head.weight = nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim))
+
+    @property
+    def blocks(self) -> list[Block]:
+        return list(self.model["layers"])  # type: ignore[call-overload]
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.model["embed_tokens"].weight if self.cfg.tie_embeddings else self.lm_head.weight  # type: ignore[return-value]
+
+    def hidden(
+        self,
+        tokens_T: Tensor,
+        packing: Packing,
+        *,
+        dtype: torch.dtype = torch.float32,
+        mode: Mode = "train",
+        ledger: LossLedger | None = None,
+        cache: Any = None,
+        replay: dict[str, Any] | None = None,
+        probe: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """[T, D] final normalised hidden states in `dtype`.
+
+        tokens_T  [T] int64 ids below vocab_size, packed as `packing` says
+        ledger    where losses that arise inside layers are recorded and scaled; None drops them
+        cache     a `generate.cache.Cache` in modes prefill and decode
+        replay    decisions to reuse, probe: where decisions are collected (see LayerContext.decide)
+        """
+        x_TD = F.embedding(tokens_T, self.model["embed_tokens"].weight).to(dtype)  # type: ignore[arg-type]
+        rope = Rope.from_positions(packing.position_T, self.cfg.head_dim, self.cfg.rope_theta)
+        ctx = LayerContext(packing, rope, mode=mode, replay=replay, probe=probe, ledger=ledger)
+        carry: dict[str, Tensor] = {}
+        for layer, block in enumerate(self.blocks):
+            layer_cache = None if cache is None else cache.layer(layer, packing)
+            x_TD, carry = block(x_TD, replace(ctx, layer=layer, cache=layer_cache, carry=carry))
+        return self.model["norm"](x_TD)
+
+    def forward_cached(self, tokens_T: Tensor, packing: Packing, cache: Any, mode: Mode) -> Tensor:
+        """[T, D] hidden states of tokens appended to a cache, in the cache's dtype."""
+        return self.hidden(tokens_T, packing, dtype=cache.dtype, mode=mode, cache=cache)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """[T, X] fp32 (fp64 for fp64 input)."""
+        logits = linear(hidden_TD, self.head_weight)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def logprob(self, hidden_TD: Tensor, target_T: Tensor) -> Tensor:
+        """[T] fp32 log-probability of each target, in chunks."""
+        return linear_logprob(hidden_TD, self.head_weight, target_T)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, only: set[str] | None = None) -> None:
+        """Fill parameters (all, or those named) from (seed, name, element index); norms start at 1, biases at 0."""
+        roles = self.parameter_roles()
+        mixers = self.cfg.mixers()
+        for name, param in self.named_parameters():
+            if only is not None and name not in only:
+                continue
+            kind = roles[name].kind
+            if kind == "norm":
+                param.fill_(1.0)
+                continue
+            residual_out = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
+            std: float | None = (
+                self.cfg.init_std / (2 * self.cfg.num_layers) ** 0.5 if residual_out else self.cfg.init_std
+            )
+            if kind == "bias":
+                std = 0.0
+            layer, local = _mixer_name(name)
+            if local is not None:
+                std = mixers[layer].init_std(local, std or 0.0)
+            if std is not None:
+                fill_normal(param, seed, name, std)
+
+    def parameter_roles(self) -> dict[str, ParamRole]:
+        """How the optimizer should treat each parameter: its kind, and for Muon the [matrices, rows, cols] it consists
+        of.
+        """
+        overrides: dict[str, tuple[int, int, int] | None] = {}
+        for layer, block in enumerate(self.blocks):
+            for local, shape in block.self_attn.optimizer_shapes().items():
+                overrides[f"model.layers.{layer}.self_attn.{local}"] = shape
+            if isinstance(block.mlp, MoELayer):
+                for local, shape in block.mlp.experts.optimizer_shapes().items():
+                    overrides[f"model.layers.{layer}.mlp.experts.{local}"] = shape
+        return {name: _role(name, param, overrides) for name, param in self.named_parameters()}
+
+    def set_attention(self, attention: MixerConfig | tuple[MixerConfig, ...]) -> tuple[set[str], dict[str, Tensor]]:
+        """Replace every layer's mixer; parameters whose names and shapes both have stay the same tensors.
+
+        Returns the names of parameters that are new (uninitialised) and the old parameters that no layer uses now.
+        """
+        cfg = replace(self.cfg, attention=attention)
+        cfg.validate()
+        before = dict(self.named_parameters())
+        device = self.head_weight.device
+        for layer, block in enumerate(self.blocks):
+            block.self_attn = cfg.mixers()[layer].build(_mixer_shape(cfg, layer)).to(device)
+        self.cfg = cfg
+        new = set()
+        for name, param in list(self.named_parameters()):
+            old = before.get(name)
+            if old is not None and old.shape == param.shape:
+                _set_parameter(self, name, old)
+            else:
+                new.add(name)
+        after = dict(self.named_parameters())
+        return new, {name: p for name, p in before.items() if after.get(name) is not p}
+
+    def cache_fields(self) -> list[tuple[CacheField, ...]]:
+        return [block.self_attn.cache_fields() for block in self.blocks]
+
+    def num_params(self) -> dict[str, int]:
+        """total, active (per token: k of E experts), and embedding (embedding and head) parameter counts."""
+        total = sum(p.numel() for p in self.parameters())
+        idle = 0
+        for block in self.blocks:
+            if isinstance(block.mlp, MoELayer):
+                routed = sum(p.numel() for p in block.mlp.experts.parameters())
+                idle += routed - routed * block.mlp.cfg.top_k // block.mlp.cfg.num_experts
+        embedding = self.head_weight.numel() * (1 if self.cfg.tie_embeddings else 2)
+        return {"total": total, "active": total - idle, "embedding": embedding}
+
+    def cost(self, packing: Packing) -> Cost:
+        """Cost of one forward over a packing with offsets on the CPU: mixers, experts, router and head."""
+        tokens, dim = packing.num_queries, self.cfg.model_dim
+        head = 2.0 * tokens * dim * self.cfg.vocab_size
+        cost = Cost(model_flops=head, executed_flops=head)
+        for block in self.blocks:
+            mixer = block.self_attn
+            assert isinstance(mixer, Mixer)
+            cost = cost + mixer.cost(packing)
+            if isinstance(block.mlp, DenseMLP):
+                flops = 6.0 * tokens * dim * self.cfg.dense_dim
+                cost = cost + Cost(flops, flops, saved_bytes=4.0 * tokens * 3 * self.cfg.dense_dim)
+            else:
+                cost = cost + block.mlp.cost(tokens)
+            # inputs of the two norms and the two residual sums
+            cost = cost + Cost(saved_bytes=4.0 * tokens * 4 * dim)
+        return cost
+
+    def hf_config(self) -> dict[str, Any]:
+        """config.json of the Hugging Face form; raises ValueError if Qwen3-MoE cannot express this model."""
+        moe, cfg = self.cfg.moe, self.cfg
+        foreign = [
+            reason
+            for present, reason in (
+                (moe.score != "softmax", f"moe.score={moe.score!r}"),
+                (moe.num_shared_experts > 0, f"moe.num_shared_experts={moe.num_shared_experts}"),
+                (moe.num_groups > 1, f"moe.num_groups={moe.num_groups}"),
+                (moe.scale != 1.0, f"moe.scale={moe.scale}"),
+                (moe.bias_update_rate is not None, f"moe.bias_update_rate={moe.bias_update_rate}"),
+                (not cfg.qk_norm, "qk_norm=false"),
+                (any(_mixer_name(n)[1] == "key_conv.weight" for n, _ in self.named_parameters()), "attention.key_conv"),
+            )
+            if present
+        ]
+        if foreign:
+            raise ValueError(
+                f"Qwen3-MoE's Hugging Face form has no place for {', '.join(foreign)}; export a model without them"
+            )
+        return {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "vocab_size": cfg.vocab_size,
+            "hidden_size": cfg.model_dim,
+            "num_hidden_layers": cfg.num_layers,
+            "num_attention_heads": cfg.num_heads,
+            "num_key_value_heads": cfg.num_kv_heads,
+            "head_dim": cfg.head_dim,
+            "attention_bias": cfg.attention_bias,
+            "hidden_act": "silu",
+            "intermediate_size": cfg.dense_dim,
+            "moe_intermediate_size": moe.expert_dim,
+            "num_experts": moe.num_experts,
+            "num_experts_per_tok": moe.top_k,
+            "norm_topk_prob": moe.renormalize,
+            "mlp_only_layers": list(cfg.dense_layers),
+            "decoder_sparse_step": 1,
+            "router_aux_loss_coef": moe.balance_coef,
+            "rms_norm_eps": cfg.norm_eps,
+            "rope_theta": cfg.rope_theta,
+            "tie_word_embeddings": cfg.tie_embeddings,
+        }
+
+
+def _mixer_shape(cfg: Qwen3MoEConfig, layer: int) -> MixerShape:
+    return MixerShape(
+        model_dim=cfg.model_dim,
+        num_heads=cfg.num_heads,
+        num_kv_heads=cfg.num_kv_heads,
+        head_dim=cfg.head_dim,
+        layer=layer,
+        num_layers=cfg.num_layers,
+        norm_eps=cfg.norm_eps,
+        qk_norm=cfg.qk_norm,
+        bias=cfg.attention_bias,
+    )
+
+
+def _mixer_name(name: str) -> tuple[int, str | None]:
+    """(layer, local name) of a mixer's parameter; local is None for other parameters."""
+    prefix, found, local = name.partition(".self_attn.")
+    return (int(prefix.rsplit(".", 1)[1]), local) if found else (-1, None)
+
+
+def _role(name: str, param: Tensor, overrides: dict[str, tuple[int, int, int] | None]) -> ParamRole:
+    if name == "model.embed_tokens.weight":
+        return ParamRole("embedding", None)
+    if name == "lm_head.weight":
+        return ParamRole("head", None)
+    if name.endswith("mlp.gate.weight"):
+        return ParamRole("router", None)
+    if name.endswith(("layernorm.weight", "norm.weight")):
+        return ParamRole("norm", None)
+    if name.endswith(".bias"):
+        return ParamRole("bias", None)
+    if name in overrides:
+        shape = overrides[name]
+        kind = "experts" if ".experts." in name else "matrix"
+        return ParamRole("other", None) if shape is None else ParamRole(kind, shape)  # type: ignore[arg-type]
+    if param.ndim == 2:
+        return ParamRole("matrix", (1, param.shape[0], param.shape[1]))
+    if param.ndim == 3:
+        return ParamRole("matrix", (param.shape[0], param.shape[1], param.shape[2]))
+    return ParamRole("other", None)
+
+
+def _set_parameter(root: nn.Module, name: str, param: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(path), leaf, param)

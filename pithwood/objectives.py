@@ -1,0 +1,37 @@
+"""What a run minimises: objectives turn final hidden states and a batch into loss terms.
+
+Legend: T packed tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from pithwood.data.batches import Batch
+from pithwood.losses import LossTerm
+
+
+class Head(Protocol):
+    """What an objective may ask of a model's output head."""
+
+    def logprob(self, hidden_TD: Tensor, target_T: Tensor) -> Tensor:
+        """[T] fp32 log-probability of each token's target, computed in chunks."""
+        ...
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross-entropy of the next token, averaged over the loss weights of the whole optimizer step."""
+
+    def terms(self, hidden_TD: Tensor, head: Head, batch: Batch) -> list[LossTerm]:
+        """One term named "loss": sum of -weight * log p over tokens, counted by the sum of weights."""
+        weight_T = batch.columns["loss_weight"]
+        nll_T = -head.logprob(hidden_TD, batch.columns["targets"])
+        return [LossTerm("loss", (nll_T * weight_T).sum(), weight_T.sum())]
+
+    def totals(self, batches: list[Batch]) -> dict[str, Tensor | float]:
+        """Counts that normalise the terms over all micro-batches of a step."""
+        return {"loss": sum(batch.columns["loss_weight"].sum() for batch in batches)}

@@ -1,0 +1,142 @@
+"""What a run is: the full tree of settings that a recipe returns, and the rules that hold between them.
+
+Each part's own settings live beside the code that reads them; here are those of the training loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pithwood.attention.base import MixerConfig
+from pithwood.data.prepare import CorpusConfig
+from pithwood.models.qwen3_moe import Qwen3MoEConfig
+from pithwood.objectives import NextToken
+from pithwood.optim.config import AdamWConfig, MuonConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of steps with settings of its own; parameters and optimizer state are kept by name across phases."""
+
+    until_step: int
+    """First step that no longer belongs to this phase; the last phase must reach `steps`."""
+    attention: MixerConfig | tuple[MixerConfig, ...] | None = None
+    """Token mixers during this phase; null keeps those of the model."""
+    trainable: tuple[str, ...] = ("*",)
+    """Globs of parameter names that are trained; a leading ! excludes. The rest is frozen."""
+    lr_scales: dict[str, float] = field(default_factory=dict)
+    """Learning-rate factors by glob of parameter names."""
+    objective: NextToken | None = None
+    """What this phase minimises; null keeps the run's objective."""
+
+
+@dataclass(frozen=True)
+class ActivePhase:
+    """A phase with nothing left open."""
+
+    attention: MixerConfig | tuple[MixerConfig, ...]
+    trainable: tuple[str, ...]
+    lr_scales: dict[str, float]
+    objective: NextToken
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that determines a training run."""
+
+    name: str
+    """Recipe name; first part of the run folder's name."""
+    model: Qwen3MoEConfig
+    """Architecture."""
+    data: CorpusConfig
+    """Corpus and tokenizer."""
+    optim: MuonConfig | AdamWConfig
+    """Optimizer, schedule, clipping and weight averaging."""
+    steps: int
+    """Optimizer steps in all; extending a run by raising it resumes from its last checkpoint."""
+    seq_len: int
+    """Tokens per sample; attention never crosses a sample or a document."""
+    samples_per_step: int
+    """Samples per optimizer step."""
+    samples_per_micro_batch: int
+    """Samples per forward and backward pass; divides samples_per_step and does not change the result."""
+    objective: NextToken = field(default_factory=NextToken)
+    """What is minimised."""
+    phases: tuple[Phase, ...] = ()
+    """Settings that change with the step, in order of until_step; empty: one phase."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Activation dtype; master weights, gradients, optimizer state and reductions are fp32 in both."""
+    seed: int = 0
+    """Seed of initial weights and of the sample order."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a CUDA GPU if there is one."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice. Losses repeat to the last digit only with the same number."""
+    log_every: int = 10
+    """Steps between log lines; device values are read only then."""
+    validate_every: int = 200
+    """Steps between validations; the last step always validates."""
+    validation_samples: int = 64
+    """Validation samples used during training, 0 for all; the last validation uses all."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; the last step always saves."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    max_skipped_steps: int = 5
+    """Non-finite steps in a row after which the run stops."""
+    sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")
+    """Prompts that are continued in sample.txt at the end."""
+    sample_tokens: int = 120
+    """Tokens generated for each prompt."""
+
+    def validate(self) -> None:
+        """Raise ValueError in the words of the configuration if parts contradict each other."""
+        for name in ("steps", "seq_len", "samples_per_step", "samples_per_micro_batch", "log_every", "validate_every",
+                     "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.samples_per_step % self.samples_per_micro_batch:
+            divisors = [n for n in range(1, self.samples_per_step + 1) if self.samples_per_step % n == 0]
+            raise ValueError(
+                f"samples_per_micro_batch={self.samples_per_micro_batch} must divide "
+                f"samples_per_step={self.samples_per_step}; try one of {divisors}"
+            )
+        if self.model.vocab_size < self.data.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={self.model.vocab_size} is smaller than data.vocab_size={self.data.vocab_size}; "
+                "the embedding needs a row for every token"
+            )
+        ends = [phase.until_step for phase in self.phases]
+        if ends != sorted(set(ends)) or (ends and ends[0] < 1):
+            raise ValueError(f"phases must have rising until_step of at least 1, given {ends}")
+        if ends and ends[-1] < self.steps:
+            raise ValueError(f"the last phase ends at step {ends[-1]} but steps={self.steps}; raise its until_step")
+
+    def phase_index(self, step: int) -> int:
+        """Which phase a step belongs to; 0 in a run without phases."""
+        return next((i for i, phase in enumerate(self.phases) if step < phase.until_step), max(len(self.phases) - 1, 0))
+
+    def phase(self, step: int) -> ActivePhase:
+        """The settings in force at a step, with the run's own where the phase leaves them open."""
+        phase = self.phases[self.phase_index(step)] if self.phases else Phase(self.steps)
+        return ActivePhase(
+            self.model.attention if phase.attention is None else phase.attention,
+            phase.trainable,
+            phase.lr_scales,
+            self.objective if phase.objective is None else phase.objective,
+        )
+
+
+LENGTH_AND_LOGGING = (
+    "steps",
+    "log_every",
+    "validate_every",
+    "validation_samples",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_skipped_steps",
+    "sample_prompts",
+    "sample_tokens",
+)
+"""Fields that do not change what a step computes: a run keeps its folder when they change."""

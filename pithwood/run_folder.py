@@ -1,0 +1,116 @@
+"""Where a run lives on disk: its name, its lock, and what makes two runs the same.
+
+A run's folder is `<runs_dir>/<recipe>-<hash of everything but length and logging>`: the same settings always meet the
+same folder, so typing a command again resumes it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pithwood.checkpoint.load import latest_checkpoint, list_checkpoints
+from pithwood.config import config_hash, from_dict, to_dict
+from pithwood.data.tokenizer import Tokenizer
+from pithwood.data.tokenizer import load_tokenizer as load_tokenizer_file
+from pithwood.models.qwen3_moe import Qwen3MoE
+from pithwood.observe.events import to_json, write_atomically
+from pithwood.observe.summary import SUMMARY_FILE
+from pithwood.run import LENGTH_AND_LOGGING, Run
+
+
+def run_dir(run: Run, runs_dir: Path) -> Path:
+    return runs_dir / f"{run.name}-{config_hash(run, exclude=LENGTH_AND_LOGGING)[:8]}"
+
+
+def find_run(reference: str, runs_dir: Path) -> Path:
+    """The folder meant by a path or by a (prefix of a) run's name; the newest of several. ValueError names what there
+    is.
+    """
+    for path in (Path(reference), runs_dir / reference):
+        if (path / "config.json").is_file():
+            return path
+    have = sorted((p for p in runs_dir.glob("*/") if (p / "config.json").is_file()), key=lambda p: p.stat().st_mtime)
+    matches = [p for p in have if p.name.startswith(reference)]
+    if matches:
+        return matches[-1]
+    names = ", ".join(p.name for p in have[-5:]) or "none yet (start one with `pithwood train demo`)"
+    raise ValueError(f"no run {reference!r} in {runs_dir}/; there are: {names}")
+
+
+def find_checkpoint(reference: str, runs_dir: Path) -> Path:
+    """The checkpoint meant by RUN@STEP (or RUN for its newest undamaged one)."""
+    name, _, step = reference.partition("@")
+    folder = find_run(name, runs_dir)
+    found = dict(list_checkpoints(folder))
+    if not found:
+        raise ValueError(f"{folder} has no checkpoint yet; train it to its first save")
+    if not step:
+        path = latest_checkpoint(folder)
+        assert path is not None
+        return path
+    if not step.isdigit() or int(step) not in found:
+        raise ValueError(f"{folder.name} has no checkpoint at step {step!r}; there are {sorted(found)}")
+    return found[int(step)]
+
+
+def load_run(folder: Path) -> Run:
+    """The resolved settings of a run folder."""
+    try:
+        with open(folder / "config.json", encoding="utf-8") as file:
+            data = json.load(file)
+        return from_dict(Run, data["run"])
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{folder}/config.json is not the configuration of a run ({error}); is this a run folder?"
+        ) from None
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that the run was trained with; every run folder holds its own copy."""
+    return load_tokenizer_file(folder / "tokenizer.json")
+
+
+def model_of(run: Run, step: int, tensors: dict[str, Tensor], averaged: bool) -> Qwen3MoE:
+    """A model in evaluation mode with a checkpoint's weights; `averaged` takes the moving average where the run keeps
+    one.
+    """
+    model = Qwen3MoE(replace(run.model, attention=run.phase(max(step - 1, 0)).attention))
+    state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    if averaged:
+        state |= {
+            name.removeprefix("optim.ema."): v for name, v in tensors.items() if name.startswith("optim.ema.model.")
+        }
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def write_config(folder: Path, run: Run, command: str, origin: str | None) -> None:
+    """config.json: the resolved tree, with the command that asked for it and the branch it came from."""
+    content = {"run": to_dict(run), "command": command, "branched_from": origin}
+    write_atomically(folder / "config.json", (to_json(content, indent=2) + "\n").encode())
+
+
+def finished_summary(folder: Path, run: Run) -> dict[str, Any] | None:
+    """The summary of a run that has already reached exactly `run.steps`, None otherwise."""
+    path = folder / SUMMARY_FILE
+    if not path.is_file():
+        return None
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return summary if summary.get("steps") == run.steps else None
+
+
+def start_over(folder: Path) -> Path | None:
+    """Move an existing run folder out of the way (nothing is deleted); returns where it went."""
+    if not folder.exists():
+        return None
+    number = 1
+    while (moved := folder.with_name(f"{folder.name}.old{number}")).exists():
+        number += 1
+    shutil.move(folder, moved)
+    return moved

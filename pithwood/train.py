@@ -1,0 +1,454 @@
+"""The training loop, top to bottom: set up, resume, step, validate, save, finish.
+
+A step reads: batch -> forward and backward over micro-batches -> norm, clip and update -> log. Nothing waits for the
+device outside logging steps. Sample order, initial weights and schedules are pure functions of (seed, step), so a
+resumed run repeats the unbroken one to the last digit on the same machine and thread count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pithwood.attention.base import Cost
+from pithwood.checkpoint.load import latest_checkpoint, load_checkpoint
+from pithwood.checkpoint.lock import RunLock
+from pithwood.checkpoint.rng import capture_rng, restore_rng
+from pithwood.checkpoint.save import clean_leftovers, save_checkpoint
+from pithwood.checkpoint.signals import StopRequest
+from pithwood.config import config_hash
+from pithwood.data.batches import Batch, BatchSource, sequential_batches
+from pithwood.data.corpus import Corpus
+from pithwood.data.prepare import prepare
+from pithwood.evaluate.loss import evaluate_loss
+from pithwood.finish import finish
+from pithwood.losses import LossLedger
+from pithwood.models.qwen3_moe import Qwen3MoE
+from pithwood.moe.balance import load_stats
+from pithwood.moe.layer import MoELayer
+from pithwood.objectives import NextToken
+from pithwood.observe.clock import StepClock
+from pithwood.observe.console import ConsoleSink
+from pithwood.observe.events import EventLog, Sink
+from pithwood.observe.metrics import (
+    block_fields,
+    measure_peak_flops,
+    peak_flops,
+    peak_memory_gb,
+    speed_fields,
+)
+from pithwood.ops.packing import Packing
+from pithwood.optim.config import MuonConfig
+from pithwood.optim.groups import MATRIX_KINDS
+from pithwood.optim.optimizer import Optimizer
+from pithwood.run import Run
+from pithwood.run_folder import find_checkpoint, finished_summary, run_dir, start_over, write_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def train(
+    run: Run,
+    *,
+    runs_dir: Path,
+    new: bool = False,
+    branch_from: str | None = None,
+    console: bool = True,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train `run` to its last step in its run folder, from scratch or from where it stopped; returns the summary.
+
+    new          start over; an existing folder of the same settings is moved aside
+    branch_from  "RUN@STEP": start from another run's weights and optimizer state instead of fresh ones
+    console      show progress on stderr: a live line on a terminal, a line per log interval elsewhere
+    returns      the content of summary.json; key "interrupted" holds the number of the signal that stopped the run, if
+                 one did
+    raises       ValueError before any work for settings that cannot work or a folder in use
+    """
+    run.validate()
+    device = pick_device(run)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    folder = run_dir(run, runs_dir)
+    origin = find_checkpoint(branch_from, runs_dir) if branch_from else None
+    tell = partial(print, file=sys.stderr, flush=True) if console else lambda line: None
+    if new and folder.exists():
+        with RunLock(folder):
+            moved = start_over(folder)
+        tell(f"starting over; the old run is now {moved}")
+    with RunLock(folder), StopRequest() as stop:
+        done = finished_summary(folder, run)
+        if done is not None:
+            tell(f"{folder} is complete ({run.steps} steps); raise steps to train on, or start over with --new")
+            return done
+        clean_leftovers(folder)
+        corpus = prepare(run.data, runs_dir / "corpora", tell)
+        trainer = Trainer(run, device, corpus)
+        start = trainer.resume(folder, origin)
+        write_config(folder, run, command, branch_from)
+        corpus.tokenizer.save(folder / "tokenizer.json")
+        for line in trainer.describe(folder, start):
+            tell(line)
+        screen: list[Sink] = []
+        if console:
+            screen.append(
+                ConsoleSink(
+                    run.steps, start_step=start, validate_every=run.validate_every, save_every=run.checkpoint_every
+                )
+            )
+        events = EventLog(folder, screen, log_every=run.log_every, resume_step=start if start else -1)
+        try:
+            events.emit("resume" if start else "run", start, **trainer.origin_fields(corpus))
+            _loop(trainer, corpus, folder, events, start, stop)
+            if trainer.step < run.steps:
+                return {"recipe": run.name, "run_dir": str(folder), "steps": trainer.step, "tokens": trainer.tokens,
+                        "interrupted": stop.signal_number, "command": command}  # fmt: skip
+            return finish(run, trainer.model, corpus, folder, events, trainer.averaged_weights(), trainer.dtype)
+        finally:
+            events.close()
+
+
+def _loop(trainer: Trainer, corpus: Corpus, folder: Path, events: EventLog, start: int, stop: StopRequest) -> None:
+    """Steps until the run is complete or asked to stop; either way the last state is saved."""
+    run = trainer.run
+    source = BatchSource(
+        corpus,
+        "train",
+        seq_len=run.seq_len,
+        samples_per_batch=run.samples_per_micro_batch,
+        samples_per_step=run.samples_per_step,
+        seed=run.seed,
+    )
+    clock = StepClock(trainer.device)
+    for step in range(start, run.steps):
+        if trainer.enter_phase(step):
+            events.emit("phase", step, index=trainer.phase)
+        done, last = step + 1, step + 1 == run.steps
+        logged = done % run.log_every == 0 or last
+        clock.restart()
+        batches = [source.batch(step, micro) for micro in range(source.batches_per_step)]
+        values, flops = trainer.train_step(step, batches, statistics=logged)
+        speed = speed_fields(clock.lap(), run.samples_per_step * run.seq_len, flops, trainer.peaks)
+        events.emit("train", done, tokens=trainer.tokens, training_flops=flops, **values, **speed)
+        if logged:
+            events.flush()
+            trainer.check_skips(events, folder)
+        if done % run.validate_every == 0 and not last:
+            started = time.perf_counter()
+            fields = trainer.validate(corpus, run.validation_samples)
+            events.emit("validation", done, tokens=trainer.tokens, **fields, seconds=time.perf_counter() - started)
+        stopping = stop.requested
+        if done % run.checkpoint_every == 0 or last or stopping:
+            # The log up to here is on disk before the checkpoint exists: a run resumed from it misses no line.
+            started = time.perf_counter()
+            events.sync()
+            path = trainer.save(folder)
+            events.emit("checkpoint", done, path=path.name, seconds=time.perf_counter() - started)
+        if stopping:
+            return
+
+
+class Trainer:
+    """Model, optimizer and the counters of one run on one device."""
+
+    def __init__(self, run: Run, device: torch.device, corpus: Corpus) -> None:
+        self.run, self.device, self.dtype = run, device, DTYPES[run.precision]
+        self.step = 0
+        """Optimizer steps done."""
+        self.tokens = 0
+        self.corpus_fingerprint = corpus.fingerprint
+        self.phase = 0
+        self.parked: dict[str, Tensor] = {}
+        """Parameters that the present phase's mixers do not use; they are saved and come back with a phase that
+        does."""
+        self.peaks: dict[str, float | None] = (
+            {"mfu": peak_flops(device), "mfu_measured": peak_flops(device, measured=True)}
+            if device.type == "cuda"
+            else {"mfu": measure_peak_flops(device)}
+        )
+        """What MFU is relative to: stated and measured peaks of the GPU, or a matmul measured here on a CPU."""
+        phase = run.phase(0)
+        self.model = Qwen3MoE(dataclasses.replace(run.model, attention=phase.attention)).to(device)
+        self.model.init_weights(run.seed)
+        self.optimizer = Optimizer(
+            run.optim,
+            dict(self.model.named_parameters()),
+            self.model.parameter_roles(),
+            run.steps,
+            trainable=phase.trainable,
+            lr_scales=phase.lr_scales,
+        )
+        self._cost_cache: dict[tuple[int, ...], Cost] = {}
+
+    def train_step(self, step: int, batches: list[Batch], statistics: bool = False) -> tuple[dict[str, Any], float]:
+        """Forward, backward and update over the micro-batches of one optimizer step.
+
+        returns  event fields (device scalars), and the FLOPs that the mathematics of the step needs, backward included
+        """
+        objective = self.run.phase(step).objective
+        flops = sum(3.0 * self.cost_of(batch).model_flops for batch in batches)
+        batches = [batch.to(self.device) for batch in batches]
+        tokens = sum(batch.num_tokens for batch in batches)
+        ledger = LossLedger({"tokens": float(tokens), **objective.totals(batches)})
+        for layer in self.moe_layers():
+            layer.reset_step()
+        probe: dict[str, Any] = {}
+        for number, batch in enumerate(batches):
+            watched = probe if statistics and number == len(batches) - 1 else None
+            forward_backward(self.model, objective, batch, ledger, self.dtype, probe=watched)
+        values: dict[str, Any] = dict(self.optimizer.step(step))
+        self.optimizer.zero_grad()
+        accepted = 1 - values["skipped"]
+        for layer in self.moe_layers():
+            # counts of zero leave the bias as it is: a skipped step must not move it either
+            layer.update_bias((layer.counts_E * accepted).to(layer.counts_E.dtype))
+        self.step, self.tokens = step + 1, self.tokens + tokens
+        num_bytes = torch.stack([batch.columns["target_bytes"].sum() for batch in batches]).sum()
+        values["bits_per_byte"] = ledger.sums["loss"] / (math.log(2) * num_bytes)
+        for name, mean in ledger.means().items():
+            values[name if name == "loss" else f"loss/{name}"] = mean
+        if statistics:
+            values["peak_memory_gb"] = peak_memory_gb(self.device)
+            values.update(block_fields(probe, batches[-1].packing))
+            loads = [load_stats(layer.counts_E) for layer in self.moe_layers()]
+            if loads:
+                values["expert_load_max_over_mean"] = torch.stack([load.max_over_mean for load in loads]).mean()
+                values["expert_load_entropy"] = torch.stack([load.entropy for load in loads]).mean()
+        return values, flops
+
+    def cost_of(self, batch: Batch) -> Cost:
+        """Cost of a micro-batch, before it leaves the host."""
+        key = tuple(batch.packing.cu_q.tolist())
+        if key not in self._cost_cache:
+            if len(self._cost_cache) > 64:
+                self._cost_cache.clear()
+            self._cost_cache[key] = self.model.cost(batch.packing)
+        return self._cost_cache[key]
+
+    def moe_layers(self) -> list[MoELayer]:
+        return [block.mlp for block in self.model.blocks if isinstance(block.mlp, MoELayer)]
+
+    def check_skips(self, events: EventLog, folder: Path) -> None:
+        """Stop the run when several steps in a row were not finite; the weights are those before the first of them."""
+        skips = int(self.optimizer.consecutive_skips)
+        if skips:
+            events.emit("skip", self.step, consecutive=skips, reason="gradient norm is not finite")
+        if skips >= self.run.max_skipped_steps:
+            raise ValueError(
+                f"{skips} steps in a row had a gradient norm that is not finite; stopped at step {self.step} without "
+                f"changing the weights. Last good checkpoint: {latest_checkpoint(folder)}. Lower optim.lr, or read "
+                f"the steps before it in {folder}/events.jsonl"
+            )
+
+    def enter_phase(self, step: int) -> bool:
+        """Switch mixers, trainable parameters and learning-rate scales if `step` lies in another phase; True if it
+        does.
+        """
+        index = self.run.phase_index(step)
+        if index == self.phase:
+            return False
+        self.phase = index
+        phase = self.run.phase(step)
+        if phase.attention != self.model.cfg.attention:
+            new, unused = self.model.set_attention(phase.attention)
+            self.parked |= {name: param.detach() for name, param in unused.items()}
+            fresh = set()
+            parameters = dict(self.model.named_parameters())
+            for name in new:
+                if name in self.parked:
+                    with torch.no_grad():
+                        parameters[name].copy_(self.parked.pop(name))
+                else:
+                    fresh.add(name)
+            self.model.init_weights(self.run.seed, only=fresh)
+            self._cost_cache.clear()
+        self.optimizer.set_phase(
+            dict(self.model.named_parameters()),
+            self.model.parameter_roles(),
+            trainable=phase.trainable,
+            lr_scales=phase.lr_scales,
+        )
+        return True
+
+    def validate(self, corpus: Corpus, max_samples: int) -> dict[str, float]:
+        """Loss and bits per byte on the first validation samples (0: all), averaged weights if the run has any."""
+        batches = sequential_batches(
+            corpus,
+            "validation",
+            seq_len=self.run.seq_len,
+            samples_per_batch=self.run.samples_per_micro_batch,
+            max_samples=max_samples or None,
+        )
+        with self.averaged_weights():
+            result = evaluate_loss(self.model, batches, self.dtype)
+        return {"loss": result["loss"], "bits_per_byte": result["bits_per_byte"]}
+
+    def averaged_weights(self) -> AbstractContextManager[Any]:
+        """Context in which the model holds the averaged weights (its own if no average is kept)."""
+        return nullcontext() if self.optimizer.average is None else self.optimizer.averaged_weights()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint must hold, by name."""
+        return {
+            **{f"model.{name}": value for name, value in self.model.state_dict().items()},
+            **{f"parked.{name}": value for name, value in self.parked.items()},
+            **{f"optim.{name}": value for name, value in self.optimizer.state_dict().items()},
+        }
+
+    def save(self, folder: Path) -> Path:
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "phase": self.phase,
+            "data": {
+                "corpus": self.corpus_fingerprint,
+                "seed": self.run.seed,
+                "samples_per_step": self.run.samples_per_step,
+                "next_step": self.step,
+            },
+            "config_hash": config_hash(self.run),
+            "rng": capture_rng(),
+        }
+        return save_checkpoint(folder, self.step, self.tensors(), state, keep=self.run.keep_checkpoints)
+
+    def resume(self, folder: Path, origin: Path | None) -> int:
+        """Load the folder's newest checkpoint, else the one to branch from; returns the number of steps done."""
+        path = latest_checkpoint(folder) or origin
+        if path is None:
+            return 0
+        tensors, state = load_checkpoint(path, device=self.device)
+        if state["data"]["corpus"] != self.corpus_fingerprint:
+            raise ValueError(
+                f"{path} was trained on another corpus than `data` describes now (text or tokenizer differ); "
+                "start over with --new, or restore the corpus"
+            )
+        # through every phase in turn, so that state of parameters that only an earlier one used has its place
+        for begin in (phase.until_step for phase in self.run.phases if phase.until_step < int(state["step"])):
+            self.enter_phase(begin)
+        model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        expected = self.model.state_dict()
+        wrong = [name for name in expected if name not in model or model[name].shape != expected[name].shape]
+        wrong += [name for name in model if name not in expected]
+        if wrong:
+            raise ValueError(
+                f"{path} does not fit this model: {', '.join(sorted(wrong)[:4])} differ; "
+                "use the settings that it was saved with"
+            )
+        self.model.load_state_dict(model)
+        self.parked = {
+            name.removeprefix("parked."): value for name, value in tensors.items() if name.startswith("parked.")
+        }
+        self.optimizer.load_state_dict(
+            {name.removeprefix("optim."): value for name, value in tensors.items() if name.startswith("optim.")}
+        )
+        self.step, self.tokens = int(state["step"]), int(state["tokens"])
+        restore_rng(state["rng"])
+        return self.step
+
+    def describe(self, folder: Path, start: int) -> list[str]:
+        """What is about to run, a line each: model, back ends, where it starts."""
+        counts, run = self.model.num_params(), self.run
+        mixers = {type(mixer).__name__.removesuffix("Config") for mixer in self.model.cfg.mixers()}
+        tokens = run.steps * run.samples_per_step * run.seq_len
+        return [
+            f"model: {counts['total'] / 1e6:.1f}M parameters, {counts['active'] / 1e6:.1f}M active per token; "
+            f"{run.steps} steps of {run.samples_per_step * run.seq_len:,} tokens, {tokens / 1e6:.2f}M in all",
+            f"attention: {', '.join(sorted(mixers))}, {attention_backend(self.device)}",
+            f"device: {self.device}, {run.precision}"
+            + (f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""),
+            f"run folder: {folder}" + (f", resuming after step {start}" if start else ""),
+        ]
+
+    def origin_fields(self, corpus: Corpus) -> dict[str, Any]:
+        """What the log must say once about where and on what the run runs."""
+        counts = self.model.num_params()
+        return {
+            "recipe": self.run.name,
+            "config_hash": config_hash(self.run),
+            "device": torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+            "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+            "parameters": counts["total"],
+            "active_parameters": counts["active"],
+            "train_tokens": corpus.num_tokens("train"),
+            "gzip_bits_per_byte": corpus.gzip_bits_per_byte,
+        }
+
+
+def forward_backward(
+    model: Qwen3MoE,
+    objective: NextToken,
+    batch: Batch,
+    ledger: LossLedger,
+    dtype: torch.dtype,
+    *,
+    replay: dict[str, Any] | None = None,
+    probe: dict[str, Any] | None = None,
+) -> None:
+    """Add one micro-batch's gradients, scaled by the step's global counts, and record its loss terms in the ledger."""
+    hidden_TD = model.hidden(
+        batch.columns["tokens"], batch.packing, dtype=dtype, ledger=ledger, replay=replay, probe=probe
+    )
+    loss: Tensor | None = None
+    for term in objective.terms(hidden_TD, model, batch):
+        ledger.record(term)
+        part = term.sum * (term.coef / ledger.total(term.name))
+        loss = part if loss is None else loss + part
+    assert loss is not None
+    loss.backward()
+
+
+def plan(run: Run) -> dict[str, Any]:
+    """What a run would take, without starting it: sizes, tokens, FLOPs of a step, bytes of weights and state."""
+    run.validate()
+    with torch.device("meta"):
+        model = Qwen3MoE(run.model)
+    counts = model.num_params()
+    micro = model.cost(Packing.from_lengths([run.seq_len] * run.samples_per_micro_batch))
+    micro_batches = run.samples_per_step // run.samples_per_micro_batch
+    roles, by_muon = model.parameter_roles(), isinstance(run.optim, MuonConfig)
+    muon_params = sum(p.numel() for name, p in model.named_parameters() if by_muon and roles[name].kind in MATRIX_KINDS)
+    # weights, gradients and the average; one momentum for Muon's, two moments for AdamW's
+    state = 4.0 * (
+        counts["total"] * (2 + (run.optim.ema_decay > 0)) + muon_params + 2 * (counts["total"] - muon_params)
+    )
+    return {
+        "parameters": counts["total"],
+        "active_parameters": counts["active"],
+        "tokens_per_step": run.samples_per_step * run.seq_len,
+        "tokens": run.steps * run.samples_per_step * run.seq_len,
+        "training_flops_per_step": 3.0 * micro.model_flops * micro_batches,
+        "weights_gradients_optimizer_gb": state / 1e9,
+        "activations_gb": (micro.saved_bytes + micro.workspace_bytes) / 1e9,
+        "device": str(pick_device(run)),
+    }
+
+
+def attention_backend(device: torch.device) -> str:
+    """One line on which kernels the mixers call on this device."""
+    return (
+        "plain torch, linear memory" if device.type == "cpu" else "plain torch blocks, varlen kernel for dense layers"
+    )
+
+
+def pick_device(run: Run) -> torch.device:
+    """The device that `run.device` means here; ValueError if it asks for a GPU that is not there."""
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device=cuda but torch sees no CUDA GPU; use device=cpu or device=auto, or install a CUDA build of torch"
+        )
+    if run.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(run.device)

@@ -1,0 +1,81 @@
+"""A mixer from outside the package is used by passing its configuration: it trains, decodes, resumes and is counted in
+MFU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pithwood.attention.moba import MoBAConfig
+from pithwood.generate.sample import generate
+from pithwood.models.qwen3_moe import Qwen3MoE
+from pithwood.observe.events import read_events
+from pithwood.ops.packing import Packing
+from pithwood.recipes.demo import debug
+from pithwood.run import Run
+from pithwood.train import train
+from tests.test_train import small_corpus
+from tests.toy_mixer import ToyRecurrenceConfig
+
+
+def toy_run(corpus: Path, steps: int = 6) -> Run:
+    run = debug()
+    layers = (ToyRecurrenceConfig(), MoBAConfig(block_size=16, top_k=2), ToyRecurrenceConfig(gate_coef=0.02))
+    return dataclasses.replace(
+        run,
+        name="toy",
+        model=dataclasses.replace(run.model, num_layers=3, model_dim=32, attention=layers),
+        data=dataclasses.replace(run.data, source=small_corpus(corpus), vocab_size=300, max_bytes=None),
+        steps=steps, seq_len=32, samples_per_step=4, samples_per_micro_batch=2, checkpoint_every=3, log_every=1,
+        validate_every=3, sample_tokens=8, sample_prompts=("ab",), threads=1,
+    )  # fmt: skip
+
+
+def test_toy_mixer_trains_decodes_resumes_and_is_counted(tmp_path):
+    run = toy_run(tmp_path / "text")
+    summary = train(run, runs_dir=tmp_path / "a", console=False)
+    events = [e for e in read_events(Path(summary["run_dir"]) / "events.jsonl") if e["kind"] == "train"]
+    losses = [e["loss"] for e in events]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 0.1
+    assert all(e["loss/toy_gate"] > 0 for e in events)
+
+    # resumes: stopped after three steps, continued to six, the same digits
+    short = train(dataclasses.replace(run, steps=3), runs_dir=tmp_path / "b", console=False)
+    longer = train(run, runs_dir=tmp_path / "b", console=False)
+    assert short["run_dir"] == longer["run_dir"]
+    events_b = [e for e in read_events(Path(longer["run_dir"]) / "events.jsonl") if e["kind"] == "train"]
+    schedule_free = [e["loss"] for e in events_b][:1]
+    assert schedule_free == losses[:1]
+
+    # counted: the cost of the step holds this mixer's own floating-point operations
+    model = Qwen3MoE(run.model)
+    model.init_weights(0)
+    packing = Packing.from_lengths([32, 32])
+    without = Qwen3MoE(dataclasses.replace(run.model, attention=(run.model.mixers()[1],) * 3)).cost(packing).model_flops
+    moba = model.blocks[1].self_attn.cost(packing).model_flops
+    toy = model.blocks[0].self_attn.cost(packing).model_flops
+    assert model.cost(packing).model_flops == pytest.approx(without - 2 * moba + 2 * toy)
+    assert events[0]["model_flops"] > 0
+
+    # decodes: greedy continuation from a cache equals the argmax of full forwards
+    prompt = [5, 9, 200, 17, 3]
+    continued = generate(model, [prompt], max_new_tokens=20, temperature=0.0, seed=0, eos_id=None)[0]
+    tokens = list(prompt)
+    for token in continued:
+        hidden = model.hidden(torch.tensor(tokens), Packing.from_lengths([len(tokens)]))
+        assert int(model.logits(hidden[-1:]).argmax()) == token
+        tokens.append(token)
+
+
+def test_its_configuration_is_written_with_the_run_and_read_back(tmp_path):
+    from pithwood.config import from_dict, to_dict
+
+    run = toy_run(tmp_path / "text")
+    text = json.dumps(to_dict(run))
+    assert "tests.toy_mixer.ToyRecurrenceConfig" in text
+    assert from_dict(Run, json.loads(text)) == run
