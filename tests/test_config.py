@@ -120,8 +120,8 @@ def round_trip(tree: Tree) -> Tree:
 def test_round_trip_restores_every_kind_of_field():
     tree = Tree(
         "x", ratio=0.5, limit=math.inf, note="none", where=Path("a/b"),
-        optim=Adam(betas=(0.1, 0.2), warm=Warm(3, None)), mixer=Sparse(window=7), layers=Sparse(top_k=2), sizes=(), tags=["a"], scales={"w.*": -math.inf},
-        by_step={5: SGD(0.5)}, extra={"k": [1, None]},
+        optim=Adam(betas=(0.1, 0.2), warm=Warm(3, None)), mixer=Sparse(window=7), layers=Sparse(top_k=2),
+        sizes=(), tags=["a"], scales={"w.*": -math.inf}, by_step={5: SGD(0.5)}, extra={"k": [1, None]},
     )  # fmt: skip
     assert round_trip(tree) == tree
     assert isinstance(round_trip(tree).layers, Sparse)
