@@ -103,7 +103,11 @@ def train(
         if console:
             screen.append(
                 ConsoleSink(
-                    run.steps, start_step=start, validate_every=run.validate_every, save_every=run.checkpoint_every
+                    run.steps,
+                    log_every=run.log_every,
+                    start_step=start,
+                    validate_every=run.validate_every,
+                    save_every=run.checkpoint_every,
                 )
             )
         events = EventLog(folder, screen, log_every=run.log_every, resume_step=start if start else -1)
@@ -139,10 +143,9 @@ def _loop(trainer: Trainer, corpus: Corpus, folder: Path, events: EventLog, star
         batches = [source.batch(step, micro) for micro in range(source.batches_per_step)]
         values, flops = trainer.train_step(step, batches, statistics=logged)
         speed = speed_fields(clock.lap(), run.samples_per_step * run.seq_len, flops, trainer.peaks)
-        events.emit("train", done, tokens=trainer.tokens, training_flops=flops, **values, **speed)
+        written = events.emit("train", done, tokens=trainer.tokens, training_flops=flops, **values, **speed)
         if logged:
-            events.flush()
-            trainer.check_skips(events, folder)
+            report_skips(run, [*written, *events.flush()], events, folder)
         if done % run.validate_every == 0 and not last:
             started = time.perf_counter()
             fields = trainer.validate(corpus, run.validation_samples)
@@ -237,18 +240,6 @@ class Trainer:
 
     def moe_layers(self) -> list[MoELayer]:
         return [block.mlp for block in self.model.blocks if isinstance(block.mlp, MoELayer)]
-
-    def check_skips(self, events: EventLog, folder: Path) -> None:
-        """Stop the run when several steps in a row were not finite; the weights are those before the first of them."""
-        skips = int(self.optimizer.consecutive_skips)
-        if skips:
-            events.emit("skip", self.step, consecutive=skips, reason="gradient norm is not finite")
-        if skips >= self.run.max_skipped_steps:
-            raise ValueError(
-                f"{skips} steps in a row had a gradient norm that is not finite; stopped at step {self.step} without "
-                f"changing the weights. Last good checkpoint: {latest_checkpoint(folder)}. Lower optim.lr, or read "
-                f"the steps before it in {folder}/events.jsonl"
-            )
 
     def enter_phase(self, step: int) -> bool:
         """Switch mixers, trainable parameters and learning-rate scales if `step` lies in another phase; True if it
@@ -408,6 +399,24 @@ def forward_backward(
         loss = part if loss is None else loss + part
     assert loss is not None
     loss.backward()
+
+
+def report_skips(run: Run, written: list[dict[str, Any]], events: EventLog, folder: Path) -> None:
+    """Say which steps of the last interval were not finite; several in a row stop the run.
+
+    The optimizer left the weights as they were before the first of them.
+    """
+    for event in written:
+        if event["kind"] != "train" or not event["skipped"]:
+            continue
+        step, skips = event["step"], event["consecutive_skips"]
+        events.emit("skip", step, consecutive=skips, reason="gradient norm is not finite")
+        if skips >= run.max_skipped_steps:
+            raise ValueError(
+                f"{skips} steps in a row had a gradient norm that is not finite; stopped at step {step} without "
+                f"changing the weights. Last good checkpoint: {latest_checkpoint(folder)}. Lower optim.lr, or read "
+                f"the steps before it in {folder}/events.jsonl"
+            )
 
 
 def plan(run: Run) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def test_toy_mixer_trains_decodes_resumes_and_is_counted(tmp_path):
     moba = model.blocks[1].self_attn.cost(packing).model_flops
     toy = model.blocks[0].self_attn.cost(packing).model_flops
     assert model.cost(packing).model_flops == pytest.approx(without - 2 * moba + 2 * toy)
-    assert events[0]["model_flops"] > 0
+    assert events[0]["training_flops"] == pytest.approx(3 * 2 * model.cost(packing).model_flops, rel=0.1)
+    assert events[0]["mfu"] > 0
 
     # decodes: greedy continuation from a cache equals the argmax of full forwards
     prompt = [5, 9, 200, 17, 3]
