@@ -13,8 +13,9 @@ from pithwood.run import Run
 
 
 def lm_100m() -> Run:
-    """About 100M active parameters, MoBA (128, 8) over 8K tokens, bf16; one GPU with 80 GB. Point data.source at your
-    text.
+    """About 100M active parameters with MoBA (128, 8) over 8K tokens, bf16, meant for one GPU.
+
+    Point `data.source` at your own text: the default corpus holds a few million tokens only.
     """
     return Run(
         name="lm_100m",
