@@ -5,108 +5,108 @@ one shape; results are merged per query by a gather and a weighted sum. Nothing 
 has a fixed order, so results repeat bit for bit and do not depend on what a document is packed with.
 
 Legend: T packed tokens, H query heads, G KV heads, K query/key head dim, V value head dim, C keys per sub-unit, R rows
-of a tile, b tiles of one batch, X selected sub-units, Y diagonal segments.
+of a tile, b tiles of one batch, s pieces per query, X lists (per KV head and sub-unit), Y diagonal segments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pithwood.ops.attend.tiles import TILE_ROWS, Geometry, Tiles, build_tiles
+from pithwood.ops.attend.tiles import TILE_ROWS, Chunk, Geometry, Tiles, build_tiles
 from pithwood.ops.checks import compute_dtype
 from pithwood.ops.packing import Packing, Selection
 
 LIVE_SCORES = 1 << 18
 """Scores of one batch of tiles: 1 MiB in fp32, so that the passes over them stay in a core's cache."""
+KEPT_SLOTS = 16
+"""Work lists of up to this many pieces per query are kept for the backward pass (8 bytes a piece); longer ones, which
+would outweigh the activations, are built again."""
 
 
+@dataclass(frozen=True)
 class Batch:
     """Tiles that are worked on together: rows and keys to gather, the mask, and where results go."""
 
-    __slots__ = ("hidden", "key_rows", "padding", "result", "rows", "shape", "tiles", "units")
-
-    def __init__(
-        self,
-        rows: Tensor,
-        key_rows: Tensor,
-        shape: tuple[int, int, int],
-        hidden: Tensor | None,
-        padding: Tensor,
-        result: slice,
-        tiles: slice | None,
-        units: slice,
-    ):
-        self.rows = rows
-        """Flat query rows `t * H + h`."""
-        self.key_rows = key_rows
-        """Flat key rows `t * G + g`."""
-        self.shape = shape
-        """(b, R, C)."""
-        self.hidden = hidden
-        """Bool, broadcastable over the [b, R, C] scores: keys that a row does not see; None if it sees all."""
-        self.padding = padding
-        """[b, R] bool: rows that repeat another."""
-        self.result = result
-        """Result rows of this batch."""
-        self.tiles = tiles
-        """Tiles of this batch in the list; None on the diagonal, where every tile has its own keys."""
-        self.units = units
-        """Gradient blocks of these tiles' keys."""
+    rows: Tensor
+    """Flat query rows `t * H + h`."""
+    key_rows: Tensor
+    """Flat key rows `t * G + g`."""
+    shape: tuple[int, int, int]
+    """(b, R, C)."""
+    hidden: Tensor | None
+    """[b, R, C] bool: keys that a row does not see; None if every row sees all."""
+    padding: Tensor
+    """[b, R] bool: rows that repeat another."""
+    result: slice
+    """Result rows of this batch."""
+    lists: Tensor | None
+    """[b] the list of each tile, ascending; None on the diagonal, where every tile has its own keys."""
+    blocks: slice
+    """Gradient blocks of these tiles' keys."""
 
 
 def batches(tiles: Tiles, geo: Geometry) -> Iterator[Batch]:
     """All work of a chunk: unmasked tiles, masked tiles, then the diagonal."""
-    keys, groups, heads = geo.keys, geo.num_kv_heads, geo.num_heads
-    ratio = heads // groups
+    keys, groups = geo.keys, geo.num_kv_heads
     device = tiles.rows_WR.device
-    key_C, row_R = torch.arange(keys, device=device), torch.arange(TILE_ROWS, device=device)
+    key_C = torch.arange(keys, device=device)
     num_tiles = tiles.rows_WR.shape[0]
     step = max(1, LIVE_SCORES // (TILE_ROWS * keys))
+    # Keys past the end of a sub-unit repeat its last one: nothing of another document is ever read.
     key_rows_XC = torch.minimum(key_C, tiles.length_X[:, None] - 1).add_(tiles.start_X[:, None])
-    key_rows_XC = key_rows_XC.mul_(groups).add_(tiles.head_X[:, None])
+    key_rows_XC = key_rows_XC.mul_(groups).add_(tiles.head_X[:, None]).to(tiles.rows_WR.dtype)
+    padding_WR = torch.arange(TILE_ROWS, device=device) >= tiles.fill_W[:, None]
     bounds = [(i, min(i + step, tiles.num_clean)) for i in range(0, tiles.num_clean, step)]
     bounds += [(i, min(i + step, num_tiles)) for i in range(tiles.num_clean, num_tiles, step)]
-    unit_W = tiles.unit_W.tolist()
     for i, j in bounds:
-        hidden = None if i < tiles.num_clean else key_C >= tiles.visible_WR[i:j, :, None]
+        hidden = None
+        if i >= tiles.num_clean:
+            assert tiles.visible_WR is not None
+            hidden = key_C >= tiles.visible_WR[i - tiles.num_clean : j - tiles.num_clean, :, None]
         yield Batch(
             tiles.rows_WR[i:j].view(-1),
-            key_rows_XC[tiles.unit_W[i:j]].view(-1),
+            key_rows_XC.index_select(0, tiles.list_W[i:j]).view(-1),
             (j - i, TILE_ROWS, keys),
             hidden,
-            row_R >= tiles.fill_W[i:j, None],
+            padding_WR[i:j],
             slice(i * TILE_ROWS, j * TILE_ROWS),
-            slice(i, j),
-            slice(unit_W[i], unit_W[j - 1] + 1),
+            tiles.list_W[i:j],
+            slice(tiles.list_of_tile[i], tiles.list_of_tile[j - 1] + 1),
         )
-    num_segments, base, num_units = tiles.segments.query_Y.shape[0], num_tiles * TILE_ROWS, tiles.start_X.shape[0]
-    step = max(1, LIVE_SCORES // (groups * keys * ratio * keys))
-    head_GR = torch.arange(heads, device=device).view(groups, 1, ratio)
+    yield from _diagonal_batches(tiles, geo)
+
+
+def _diagonal_batches(tiles: Tiles, geo: Geometry) -> Iterator[Batch]:
+    """One tile per (segment, KV head): the segment's queries of all the KV head's query heads, with its keys."""
+    keys, groups, heads = geo.keys, geo.num_kv_heads, geo.num_heads
+    ratio, device, segments = heads // groups, tiles.rows_WR.device, tiles.segments
+    key_C = torch.arange(keys, device=device)
+    base, first_block, size = tiles.rows_WR.numel(), tiles.start_X.shape[0], groups * keys * ratio
+    head_GR, group_G1 = torch.arange(heads, device=device).view(groups, 1, ratio), torch.arange(groups, device=device)
+    num_segments = segments.query_Y.shape[0]
+    step = max(1, LIVE_SCORES // (size * keys))
     for i in range(0, num_segments, step):
         j = min(i + step, num_segments)
-        count = tiles.segments.count_Y[i:j, None]
-        query_YC = tiles.segments.query_Y[i:j, None] + torch.minimum(key_C, count - 1)
-        rows = query_YC[:, None, :, None] * heads + head_GR
-        key_YC = tiles.segments.start_Y[i:j, None] + torch.minimum(key_C, tiles.segments.length_Y[i:j, None] - 1)
-        key_rows = key_YC[:, None] * groups + torch.arange(groups, device=device)[:, None]
-        hidden_YCC = key_C > (key_C + tiles.segments.shift_Y[i:j, None])[..., None]
-        shape = ((j - i) * groups, keys * ratio, keys)
-        per_row = (j - i, groups, keys, ratio)
+        count = segments.count_Y[i:j, None]
+        query_yC = segments.query_Y[i:j, None] + torch.minimum(key_C, count - 1)
+        key_yC = segments.start_Y[i:j, None] + torch.minimum(key_C, segments.length_Y[i:j, None] - 1)
+        hidden_yCC = key_C > (key_C + segments.shift_Y[i:j, None])[..., None]
+        shape, per_row = ((j - i) * groups, keys * ratio, keys), (j - i, groups, keys, ratio)
         yield Batch(
-            rows.reshape(-1),
-            key_rows.reshape(-1),
+            (query_yC[:, None, :, None] * heads + head_GR).view(-1),
+            (key_yC[:, None] * groups + group_G1[:, None]).view(-1),
             shape,
-            hidden_YCC[:, None, :, None].expand(*per_row, keys).reshape(shape),
+            hidden_yCC[:, None, :, None].expand(*per_row, keys).reshape(shape),
             (key_C >= count)[:, None, :, None].expand(per_row).reshape(shape[:2]),
-            slice(base + i * groups * keys * ratio, base + j * groups * keys * ratio),
+            slice(base + i * size, base + j * size),
             None,
-            slice(num_units + i * groups, num_units + j * groups),
+            slice(first_block + i * groups, first_block + j * groups),
         )
 
 
@@ -117,17 +117,18 @@ class KeyMajorAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, packing: Packing, selection: Selection, scale: float):  # type: ignore[override]
         geo = Geometry.of(packing, selection, q.shape[1], k.shape[1], k.shape[0])
         q_rows, k_rows, v_rows = (_flat(x) for x in (q, k, v))
-        o_rows = torch.empty(q_rows.shape[0], v_rows.shape[1], dtype=q_rows.dtype, device=q.device)
-        lse_rows = torch.empty(q_rows.shape[0], dtype=q_rows.dtype, device=q.device)
-        for q0, q1, _, _ in geo.chunks():
-            chunk = slice(q0 * geo.num_heads, q1 * geo.num_heads)
-            o_rows[chunk], lse_rows[chunk] = _forward_chunk(
-                build_tiles(geo, q0, q1), geo, q_rows, k_rows, v_rows, scale
-            )
-        o = o_rows.view(*q.shape[:2], v.shape[2]).to(q.dtype)
-        lse = lse_rows.view(q.shape[:2])
+        o = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:2], dtype=q_rows.dtype, device=q.device)
+        work: list[tuple[Chunk, Tiles | None]] = []
+        keep = geo.slots <= KEPT_SLOTS and any(ctx.needs_input_grad)
+        for chunk in geo.chunks():
+            tiles = build_tiles(geo, chunk)
+            work.append((chunk, tiles if keep else None))
+            o_rows, lse_rows = _forward_chunk(tiles, geo, q_rows, k_rows, v_rows, scale)
+            queries = slice(chunk.q0, chunk.q1)
+            o[queries], lse[queries] = o_rows.view(-1, *o.shape[1:]), lse_rows.view(-1, lse.shape[1])
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.geo, ctx.scale = geo, scale
+        ctx.geo, ctx.scale, ctx.work = geo, scale, work
         return o, lse
 
     @staticmethod
@@ -135,19 +136,20 @@ class KeyMajorAttention(torch.autograd.Function):
     def backward(ctx, grad_o, grad_lse):  # type: ignore[override]
         q, k, v, o, lse = ctx.saved_tensors
         geo: Geometry = ctx.geo
-        groups = geo.num_kv_heads
-        q_rows, k_rows, v_rows, do_rows, o_rows = (_flat(x) for x in (q, k, v, grad_o, o))
+        heads, groups = geo.num_heads, geo.num_kv_heads
+        q_rows, k_rows, v_rows, do_rows = (_flat(x) for x in (q, k, v, grad_o))
         # Row sums of dP * P: those of the whole softmax, since o and lse are the merged ones.
-        delta_rows = (do_rows * o_rows).sum(-1) - grad_lse.reshape(-1)
+        delta_rows = (do_rows * _flat(o)).sum(-1) - grad_lse.reshape(-1)
+        sources = (q_rows, k_rows, v_rows, do_rows, lse.view(-1), delta_rows)
         dq_rows, dk_rows, dv_rows = torch.empty_like(q_rows), torch.zeros_like(k_rows), torch.zeros_like(v_rows)
-        for q0, q1, k0, k1 in geo.chunks():
-            tiles = build_tiles(geo, q0, q1)
-            sources = (q_rows, k_rows, v_rows, do_rows, lse.view(-1), delta_rows)
+        for chunk, kept in ctx.work:
+            tiles = build_tiles(geo, chunk) if kept is None else kept
             dq, dk_blocks, dv_blocks = _backward_chunk(tiles, geo, sources, ctx.scale)
-            dq_rows[q0 * geo.num_heads : q1 * geo.num_heads] = dq
-            block = blocks_of_keys(tiles, geo, k0, k1)
-            dk_rows[k0 * groups : k1 * groups] += F.embedding_bag(block, dk_blocks, mode="sum")
-            dv_rows[k0 * groups : k1 * groups] += F.embedding_bag(block, dv_blocks, mode="sum")
+            dq_rows[chunk.q0 * heads : chunk.q1 * heads] = dq
+            block = _blocks_of_keys(tiles, geo, chunk)
+            keys = slice(chunk.k0 * groups, chunk.k1 * groups)
+            dk_rows[keys] += F.embedding_bag(block, dk_blocks, mode="sum")
+            dv_rows[keys] += F.embedding_bag(block, dv_blocks, mode="sum")
         dq, dk, dv = (d.view_as(x).to(x.dtype) for d, x in ((dq_rows, q), (dk_rows, k), (dv_rows, v)))
         return dq, dk, dv, None, None, None
 
@@ -157,7 +159,7 @@ def _flat(x_THK: Tensor) -> Tensor:
     return x_THK.to(compute_dtype(x_THK.dtype)).reshape(-1, x_THK.shape[2])
 
 
-def scores(batch: Batch, q_rows: Tensor, k_rows: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _scores(batch: Batch, q_rows: Tensor, k_rows: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Masked scores [b, R, C] of one batch, with the queries [b, R, K] and keys [b, C, K] it gathered."""
     b, r, c = batch.shape
     q = q_rows.index_select(0, batch.rows).view(b, r, -1)
@@ -178,25 +180,27 @@ def _forward_chunk(
     o_piece[-1], max_piece[-1], sum_piece[-1] = 0.0, float("-inf"), 1.0
     for batch in batches(tiles, geo):
         b, r, c = batch.shape
-        s, _, _ = scores(batch, q_rows, k_rows, scale)
+        s, _, _ = _scores(batch, q_rows, k_rows, scale)
         peak = s.amax(-1, keepdim=True)
         s.sub_(peak).exp_()
         v = v_rows.index_select(0, batch.key_rows).view(b, c, -1)
         # Not divided by the sum: the merge weights do that once per query.
         torch.bmm(s, v, out=o_piece[batch.result].view(b, r, -1))
         max_piece[batch.result] = peak.view(-1)
-        sum_piece[batch.result] = s.sum(-1).view(-1)
-    max_rp = max_piece[tiles.piece]
-    lse_r = (max_rp + sum_piece.log_()[tiles.piece]).logsumexp(-1)
+        torch.sum(s, -1, out=sum_piece[batch.result].view(b, r))
+    piece = tiles.piece.view(-1)
+    max_rs = max_piece.index_select(0, piece).view(tiles.piece.shape)
+    lse_rs = sum_piece.log_().index_select(0, piece).view(tiles.piece.shape).add_(max_rs)
+    lse_r = lse_rs.logsumexp(-1)
     # -inf - -inf is NaN: a row without pieces has zero weights.
-    weight_rp = torch.exp(max_rp - lse_r.masked_fill(lse_r == float("-inf"), 0.0)[:, None])
-    return F.embedding_bag(tiles.piece, o_piece, per_sample_weights=weight_rp, mode="sum"), lse_r
+    weight_rs = max_rs.sub_(lse_r.masked_fill(lse_r == float("-inf"), 0.0)[:, None]).exp_()
+    return F.embedding_bag(tiles.piece, o_piece, per_sample_weights=weight_rs, mode="sum"), lse_r
 
 
 def _backward_chunk(
     tiles: Tiles, geo: Geometry, sources: tuple[Tensor, ...], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq [tokens * H, K] of a chunk, and dk, dv in blocks of C rows per sub-unit and segment, a zero row last."""
+    """dq [tokens * H, K] of a chunk, and dk, dv in blocks of C rows: per list, then per segment and KV head."""
     q_rows, k_rows, v_rows, do_rows, lse_rows, delta_rows = sources
     num_blocks = tiles.start_X.shape[0] + tiles.segments.query_Y.shape[0] * geo.num_kv_heads
     dq_piece = torch.empty(tiles.num_results, q_rows.shape[1], dtype=q_rows.dtype, device=q_rows.device)
@@ -206,7 +210,7 @@ def _backward_chunk(
     )
     for batch in batches(tiles, geo):
         b, r, c = batch.shape
-        s, q, k = scores(batch, q_rows, k_rows, scale)
+        s, q, k = _scores(batch, q_rows, k_rows, scale)
         # Padded rows get weight exp(s - inf) = 0, so they add nothing to any gradient.
         lse = lse_rows.index_select(0, batch.rows).view(b, r).masked_fill_(batch.padding, float("inf"))
         p = s.sub_(lse[..., None]).exp_()
@@ -215,39 +219,47 @@ def _backward_chunk(
         dp = torch.bmm(do, v.transpose(1, 2))
         ds = dp.sub_(delta_rows.index_select(0, batch.rows).view(b, r, 1)).mul_(p).mul_(scale)
         torch.bmm(ds, k, out=dq_piece[batch.result].view(b, r, -1))
-        _add_blocks(dk_blocks, torch.bmm(ds.transpose(1, 2), q), batch, tiles)
-        _add_blocks(dv_blocks, torch.bmm(p.transpose(1, 2), do), batch, tiles)
+        _add_blocks(dk_blocks, ds, q, batch)
+        _add_blocks(dv_blocks, p, do, batch)
     return F.embedding_bag(tiles.piece, dq_piece, mode="sum"), dk_blocks, dv_blocks
 
 
-def _add_blocks(blocks: Tensor, tile_bCK: Tensor, batch: Batch, tiles: Tiles) -> None:
-    """Add each tile's [C, K] gradient to the block of its keys; tiles of one block are neighbours."""
-    size, dim = tile_bCK.shape[1:]
-    target = blocks[batch.units.start * size : batch.units.stop * size].view(-1, size * dim)
-    if batch.tiles is None:
-        target.copy_(tile_bCK.view(-1, size * dim))
+def _add_blocks(blocks: Tensor, left_bRC: Tensor, right_bRK: Tensor, batch: Batch) -> None:
+    """Add each tile's left^T right [C, K] to the block of its keys; tiles of one block are neighbours."""
+    _, _, c = batch.shape
+    target = blocks[batch.blocks.start * c : batch.blocks.stop * c].view(-1, c, blocks.shape[1])
+    if batch.lists is None:
+        torch.bmm(left_bRC.transpose(1, 2), right_bRK, out=target)
         return
-    unit_b = tiles.unit_W[batch.tiles]
-    begin = torch.searchsorted(unit_b, torch.arange(batch.units.start, batch.units.stop, device=unit_b.device))
-    every_tile = torch.arange(tile_bCK.shape[0], device=unit_b.device)
-    target += F.embedding_bag(every_tile, tile_bCK.view(-1, size * dim), begin, mode="sum")
+    tile = torch.bmm(left_bRC.transpose(1, 2), right_bRK).flatten(1)
+    blocks_here = torch.arange(batch.blocks.start, batch.blocks.stop, device=tile.device)
+    every_tile = torch.arange(tile.shape[0], device=tile.device)
+    target += F.embedding_bag(every_tile, tile, torch.searchsorted(batch.lists, blocks_here), mode="sum").view_as(
+        target
+    )
 
 
-def blocks_of_keys(tiles: Tiles, geo: Geometry, k0: int, k1: int) -> Tensor:
-    """[(k1 - k0) * G, 3] int64: rows of the gradient blocks that belong to each key: unmasked, masked, diagonal."""
-    device, size, groups = tiles.rows_WR.device, geo.keys, geo.num_kv_heads
-    num_units, num_segments = tiles.start_X.shape[0], tiles.segments.query_Y.shape[0]
-    zero_row = (num_units + num_segments * groups) * size
-    rows = torch.full(((k1 - k0) * groups, 3), zero_row, device=device)
+def _blocks_of_keys(tiles: Tiles, geo: Geometry, chunk: Chunk) -> Tensor:
+    """[keys * G, 1 to 3] rows of the gradient blocks that belong to each key: of its lists and of its segment."""
+    groups, size, parts, unit = geo.num_kv_heads, geo.keys, geo.parts, geo.selection.unit
+    device, lists = tiles.rows_WR.device, tiles.start_X.shape[0]
+    key_T = torch.arange(chunk.k0, chunk.k1, device=device)
+    doc_T = geo.packing.key_doc(chunk.k1)[chunk.k0 :]
+    local_T = key_T - geo.packing.cu_k.long()[doc_T]
+    sub_T = (geo.unit_offsets_N[doc_T] + local_T // unit - chunk.unit0) * parts + local_T % unit // size
+    within_T = local_T % unit % size
     head_G = torch.arange(groups, device=device)
-    start = torch.cat([tiles.start_X, tiles.segments.start_Y.repeat_interleave(groups)])
-    length = torch.cat([tiles.length_X, tiles.segments.length_Y.repeat_interleave(groups)])
-    head = torch.cat([tiles.head_X, head_G.repeat(num_segments)])
-    key_C = torch.arange(size, device=device)
-    target = (start[:, None] + key_C - k0) * groups + head[:, None]
-    source = torch.arange(zero_row, device=device).view(-1, size)
-    bounds = (0, tiles.num_clean_units, num_units, num_units + num_segments * groups)
-    for column, (i, j) in enumerate(pairwise(bounds)):
-        real = key_C < length[i:j, None]
-        rows[target[i:j][real], column] = source[i:j][real]
-    return rows
+    list_TG = sub_T[:, None] + head_G * tiles.num_subs
+    blocks = [list_TG]
+    if not geo.unmasked:
+        blocks.append(list_TG + groups * tiles.num_subs)
+    num_segments = tiles.segments.query_Y.shape[0]
+    absent = lists + num_segments * groups
+    if num_segments:
+        # Keys that no query of the chunk stands at belong to no segment; the zero row follows the last block.
+        segment_U = torch.full((tiles.num_subs,), -1, device=device)
+        segment_U[tiles.segments.sub_Y] = torch.arange(num_segments, device=device)
+        segment_T1 = segment_U[sub_T][:, None]
+        blocks.append(torch.where(segment_T1 >= 0, lists + segment_T1 * groups + head_G, absent))
+    rows = torch.stack(blocks, dim=-1) * size + within_T[:, None, None]
+    return rows.clamp_(max=absent * size).view(-1, len(blocks))

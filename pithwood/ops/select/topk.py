@@ -20,6 +20,7 @@ REPEATED_MAX = 12
 """Up to this many ids are found by taking the maximum repeatedly, which reads the keys along rows of contiguous
 queries; above, torch.topk is faster."""
 NO_KEY = torch.iinfo(torch.int64).min
+RANK_BITS = 0xFFFFFFFF
 
 
 def select_topk(
@@ -68,7 +69,7 @@ def select_topk(
             # Causal candidates lie strictly before the last query's block.
             visible = min(max((end - 1 + shift) // block_size, 0), num_units) if packing.causal else num_units
             score = _scores(q_TSK[start + begin : start + end], s_GnK[:, :visible])
-            best = _best_ids(score, own_R, budget, tie, packing.causal, own)
+            best = _best_ids(score, own_R, budget, tie, packing.causal, own, not every_score_is_number)
             ids_TSk[start + begin : start + end] = _ascending(best, own_R, sets, top_k, own, num_units)
     return ids_TSk
 
@@ -102,44 +103,55 @@ def _scores(q_RSK: Tensor, s_GnK: Tensor) -> Tensor:
     return torch.bmm(s_GnK, q_GrK.transpose(1, 2))
 
 
-def _best_ids(score_Gnr: Tensor, own_R: Tensor, count: int, tie: str, causal: bool, own: bool) -> Tensor:
+def _best_ids(
+    score_Gnr: Tensor, own_R: Tensor, count: int, tie: str, causal: bool, own: bool, check_nan: bool
+) -> Tensor:
     """[count', G, r] int64 ids of the best candidates in descending order, -1 where a row has no more."""
-    num_units, rows = score_Gnr.shape[1:]
-    unit_n1 = torch.arange(num_units, device=score_Gnr.device)[:, None]
-    own_r = own_R.repeat_interleave(rows // own_R.shape[0])
-    excluded = score_Gnr.isnan()
-    if causal:
-        excluded |= unit_n1 >= own_r
-    elif own:
-        excluded |= unit_n1 == own_r
+    groups, num_units, rows = score_Gnr.shape
     count = min(count, num_units)
     if count == 0:
-        return score_Gnr.new_empty((0, score_Gnr.shape[0], rows), dtype=torch.int64)
-    rank_n1 = unit_n1 if tie == "later" else num_units - 1 - unit_n1
+        return score_Gnr.new_empty((0, groups, rows), dtype=torch.int64)
+    unit_n1 = torch.arange(num_units, device=score_Gnr.device)[:, None]
+    own_r = own_R.repeat_interleave(rows // own_R.shape[0])
+    excluded = score_Gnr.isnan() if check_nan else None
+    if causal or own:
+        outside = unit_n1 >= own_r if causal else unit_n1 == own_r
+        excluded = outside[None] if excluded is None else excluded.logical_or_(outside)
     if score_Gnr.dtype == torch.float64:
-        # 64-bit scores leave no room for the unit: two stable sorts say the same thing, slower.
-        score = score_Gnr.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-        order = score if tie == "earlier" else score.flip(1)
-        order = order.argsort(dim=1, descending=True, stable=True)
-        order = order if tie == "earlier" else num_units - 1 - order
-        order = order.gather(1, excluded.gather(1, order).int().argsort(dim=1, stable=True))[:, :count]
-        return order.masked_fill(excluded.gather(1, order), -1).transpose(0, 1)
+        return _best_of_doubles(score_Gnr, excluded, count, tie)
     # -0.0 + 0.0 = +0.0: both zeros must tie. Negative floats order backwards as integers: flip all but the sign.
-    bits = (score_Gnr + 0.0).view(torch.int32)
-    bits ^= (bits >> 31) & 0x7FFFFFFF
-    key = (bits.long() << 32).add_(rank_n1).masked_fill_(excluded, NO_KEY)
+    bits = score_Gnr.add_(0.0).view(torch.int32)
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    rank_n1 = unit_n1 if tie == "later" else num_units - 1 - unit_n1
+    key = bits.long().bitwise_left_shift_(32).add_(rank_n1)
+    if excluded is not None:
+        key.masked_fill_(excluded, NO_KEY)
     if count <= REPEATED_MAX:
         best = []
         for slot in range(count):
-            best.append(key.amax(1))
+            best.append(key.amax(1, keepdim=True))
             if slot + 1 < count:
-                key.masked_fill_(key == best[-1][:, None], NO_KEY)
-        best_cGr = torch.stack(best)
+                rank = best[-1].bitwise_and(RANK_BITS)
+                key.scatter_(1, rank if tie == "later" else num_units - 1 - rank, NO_KEY)
+        best_cGr = torch.cat(best, dim=1).transpose(0, 1)
     else:
         best_cGr = key.transpose(1, 2).contiguous().topk(count, dim=-1).values.permute(2, 0, 1)
-    rank = best_cGr & 0xFFFFFFFF
+    rank = best_cGr & RANK_BITS
     ids = rank if tie == "later" else num_units - 1 - rank
     return ids.masked_fill(best_cGr == NO_KEY, -1)
+
+
+def _best_of_doubles(score_Gnr: Tensor, excluded: Tensor | None, count: int, tie: str) -> Tensor:
+    """As _best_ids for fp64 scores, which leave an integer no room for the unit: two stable sorts, slower."""
+    num_units = score_Gnr.shape[1]
+    excluded = torch.zeros_like(score_Gnr, dtype=torch.bool) if excluded is None else excluded.expand_as(score_Gnr)
+    score = score_Gnr.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    if tie == "later":
+        order = num_units - 1 - score.flip(1).argsort(dim=1, descending=True, stable=True)
+    else:
+        order = score.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, excluded.gather(1, order).int().argsort(dim=1, stable=True))[:, :count]
+    return order.masked_fill(excluded.gather(1, order), -1).transpose(0, 1)
 
 
 def _ascending(best_cGr: Tensor, own_R: Tensor, sets: int, top_k: int, own: bool, num_units: int) -> Tensor:
