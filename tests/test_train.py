@@ -279,6 +279,20 @@ def test_averaged_weights_are_what_is_validated_and_sampled(tmp_path):
     assert torch.equal(trainer.model.lm_head.weight, weights[-1])
 
 
+def test_bf16_follows_fp32_and_keeps_masters_in_fp32(tmp_path):
+    run = dataclasses.replace(small_run(tmp_path / "text"), optim=AdamWConfig(lr=0.003), checkpoint_every=100)
+    curves = []
+    for precision in ("fp32", "bf16"):
+        summary = train(dataclasses.replace(run, precision=precision), runs_dir=tmp_path / "runs", console=False)
+        curves.append([loss for _, loss in losses(summary)])
+    assert curves[0] != curves[1]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-2)
+    from pithwood.checkpoint.load import latest_checkpoint, load_checkpoint
+
+    tensors, _ = load_checkpoint(latest_checkpoint(Path(summary["run_dir"])))
+    assert all(t.dtype == torch.float32 for name, t in tensors.items() if name.startswith("model."))
+
+
 def test_plan_needs_no_memory_and_counts_the_model(tmp_path):
     from pithwood.recipes.lm import lm_100m
 

@@ -91,6 +91,12 @@ class Qwen3MoEConfig:
                 f"attention has {len(self.mixers())} entries but num_layers={self.num_layers}; "
                 "give one mixer for all layers, or exactly one per layer"
             )
+        for mixer in self.mixers():
+            if type(mixer).build is MixerConfig.build:
+                raise ValueError(
+                    f"attention={type(mixer).__name__} is only a base of mixers; "
+                    "choose FullAttentionConfig, SlidingWindowConfig, MoBAConfig or one of your own"
+                )
         bad = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
         if bad:
             raise ValueError(f"dense_layers={self.dense_layers} names layers outside 0..{self.num_layers - 1}: {bad}")

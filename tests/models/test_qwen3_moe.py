@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from pithwood.attention.base import MixerConfig
 from pithwood.attention.full import FullAttentionConfig
 from pithwood.attention.moba import MoBAConfig
 from pithwood.attention.window import SlidingWindowConfig
@@ -198,6 +199,7 @@ def test_cost_counts_active_experts_selected_blocks_and_the_causal_half():
         ({"head_dim": 15}, "head_dim=15 must be even"),
         ({"attention": (FullAttentionConfig(),)}, "attention has 1 entries but num_layers=3"),
         ({"dense_layers": (7,)}, "outside 0..2"),
+        ({"attention": MixerConfig()}, "attention=MixerConfig is only a base of mixers"),
     ],
 )
 def test_impossible_sizes_are_refused_in_the_words_of_the_config(change, message):

@@ -98,7 +98,7 @@ class QueryMajorAttention(torch.autograd.Function):
                 v_batch = v_rows.index_select(0, batch.key_rows).view(s.shape[0], s.shape[2], -1)
                 o_rows[batch.target] = torch.bmm(p, v_batch).view(-1, v_rows.shape[1])[batch.valid]
                 lse_rows[batch.target] = lse.view(-1)[batch.valid]
-        o, lse = o_rows.view(*q.shape[:2], -1).to(q.dtype), lse_rows.view(q.shape[:2])
+        o, lse = o_rows.view(*q.shape[:2], v.shape[2]).to(q.dtype), lse_rows.view(q.shape[:2])
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.args = (packing, selection, scale)
         return o, lse

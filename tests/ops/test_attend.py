@@ -1,0 +1,352 @@
+"""Attention to given selections against fp64 masks (ids fed to both sides): shapes, tiles, tokens, gradients, leaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pithwood.ops import Packing, Selection, attend, select, summarise
+from pithwood.ops.attend import key_major, tiles
+from tests.numerics import assert_close, rel_error
+from tests.ops.reference import attention, gradients, make_inputs, masks_of_ids, random_selection, spans
+
+pytestmark = pytest.mark.usefixtures("poison")
+SELF = ([0, 5, 64, 0, 1, 131, 0], None)
+CROSS = ([3, 40, 0, 9, 2], [20, 25, 17, 9, 0])
+
+
+def _expected(inputs, selection, **options):
+    ids = selection.ids_per_head(inputs.packing, inputs.q.shape[1], inputs.k.shape[1])
+    return attention(*inputs, masks_of_ids(ids, selection.unit, inputs.packing), **options)
+
+
+def _check(inputs, selection, impl=None, tol=None, **options):
+    """Output, lse and gradients of one call against the reference; returns the output."""
+    expected = _expected(inputs, selection, **options)
+    o, lse = attend(*inputs, selection, impl=impl, **options)
+    assert o.dtype == inputs.q.dtype
+    assert_close(o, expected[0], tol, "o")
+    empty = expected[1] == float("-inf")
+    assert_close(lse[~empty], expected[1][~empty], tol, "lse")
+    if options.get("sink_H") is None:
+        assert (lse[empty] == float("-inf")).all()
+    assert torch.count_nonzero(o[empty]) == 0
+    leaves = [x for x in (*inputs[:3], options.get("sink_H")) if x is not None]
+    wanted = gradients(expected[0], expected[1].masked_fill(empty, 0.0), leaves)
+    found = gradients(o, lse.masked_fill(empty, 0.0), leaves)
+    for name, a, b in zip(("dq", "dk", "dv", "dsink"), found, wanted, strict=False):
+        limit = {torch.float64: 1e-12, torch.float32: 2e-5}.get(a.dtype, 2e-2) if tol is None else tol
+        assert (a.double() - b.double()).norm() <= limit * max(float(b.double().norm()), 1e-6), name
+    return o
+
+
+def _moba(inputs, block, top_k, **options):
+    summary = summarise(inputs.k, inputs.packing, block)
+    return select(inputs.q, summary, inputs.packing, top_k, block_size=block, **options)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("impl", ["ref", "torch"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [SELF, CROSS], ids=["self", "cross"])
+@pytest.mark.parametrize("block", [16, 24, 33, 150])
+def test_moba_selections_with_and_without_the_own_block(impl, causal, lengths, block):
+    inputs = make_inputs(*lengths, heads=4, kv_heads=2, dim=8, value_dim=6, dtype=torch.float64, causal=causal)
+    for forced in ("own", "none"):
+        for route_per in ("q_head", "kv_group"):
+            _check(inputs, _moba(inputs, block, 3, forced=forced, route_per=route_per), impl)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("impl", ["ref", "torch"])
+@pytest.mark.parametrize("sets", [1, 2, 4])
+@pytest.mark.parametrize(("unit", "row_size"), [(1, 1), (1, 64), (3, 1), (5, 16), (16, 1), (16, 64), (40, 16), (130, 64)])
+def test_any_selection_tokens_or_blocks_per_query_or_per_tile(impl, sets, unit, row_size):
+    for lengths, causal in ((SELF, True), (CROSS, True), (CROSS, False)):
+        inputs = make_inputs(*lengths, heads=4, kv_heads=2, dim=8, value_dim=6, dtype=torch.float64, causal=causal)
+        for own in (False, True):
+            if own and row_size > 1:
+                continue  # the rows of a tile have several own units
+            selection = random_selection(inputs.packing, unit, 4, sets=sets, row_size=row_size, own=own)
+            _check(inputs, selection, impl)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 8, 16])
+def test_grouped_heads_in_every_ratio(heads):
+    inputs = make_inputs([70, 33], heads=heads, kv_heads=1, dtype=torch.float64)
+    _check(inputs, _moba(inputs, 16, 3))
+    if heads > 1:
+        inputs = make_inputs([70, 33], heads=heads, kv_heads=heads, dtype=torch.float64)
+        _check(inputs, _moba(inputs, 16, 3))
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 100, 128, 131, 256, 512, 1000, 1024, 2048, 4096])
+def test_block_sizes_that_are_cut_and_that_are_not(block):
+    inputs = make_inputs([3 * block + 17 if block <= 128 else 600, 40], heads=2, dtype=torch.float64)
+    _check(inputs, _moba(inputs, block, 2))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 8, 12, 16, 32, 64])
+def test_every_top_k(top_k):
+    inputs = make_inputs([300], heads=2, dtype=torch.float64)
+    _check(inputs, _moba(inputs, 16, top_k))
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 47, 48, 49, 113, 128, 257])
+def test_lengths_around_block_and_tile_edges(length):
+    inputs = make_inputs([length], heads=2, dtype=torch.float64)
+    _check(inputs, _moba(inputs, 16, 3))
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (96, 96), (128, 128), (192, 128), (256, 64), (80, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_head_dims_and_dtypes(dim, value_dim, dtype):
+    inputs = make_inputs([130, 45], heads=2, dim=dim, value_dim=value_dim, dtype=dtype)
+    _check(inputs, _moba(inputs, 32, 3))
+
+
+@pytest.mark.parametrize("unit", [1, 16])
+def test_a_sink_takes_its_share_and_its_gradient(unit):
+    inputs = make_inputs([70, 20], [50, 20], heads=4, kv_heads=2, dtype=torch.float64)
+    sink = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    _check(inputs, random_selection(inputs.packing, unit, 4, sets=4), sink_H=sink)
+
+
+@pytest.mark.parametrize("factor", [30.0, 1e4])
+def test_large_logits_do_not_overflow(factor):
+    inputs = make_inputs([100], heads=2, dtype=torch.float64)
+    with torch.no_grad():
+        inputs.q.mul_(factor)
+    _check(inputs, _moba(inputs, 16, 3), tol=1e-9)
+    single = inputs._replace(**{n: getattr(inputs, n).detach().float().requires_grad_() for n in "qkv"})
+    o, lse = attend(*single, _moba(single, 16, 3))
+    assert o.isfinite().all()
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("trouble", ["common offset", "outlier channel"])
+def test_keys_with_a_common_offset_or_an_outlier_channel(trouble):
+    inputs = make_inputs([200], heads=2)
+    with torch.no_grad():
+        if trouble == "common offset":
+            inputs.k.add_(10 * torch.randn(16))
+        else:
+            inputs.k[..., 3] *= 50
+    selection = _moba(inputs, 16, 3)
+    # the conditioning, not the schedule, sets this error: allow twice that of plain fp32 attention
+    expected, _ = _expected(inputs, selection)
+    plain, _ = attend(*inputs, selection, impl="ref")
+    found, _ = attend(*inputs, selection, impl="torch")
+    assert rel_error(found, expected) <= 2 * rel_error(plain, expected) + 1e-6
+
+
+@pytest.mark.parametrize("unit", [1, 16])
+def test_gradients_by_finite_differences(unit):
+    inputs = make_inputs([20, 7], [20, 9], heads=2, dim=4, value_dim=3, dtype=torch.float64)
+    selection = random_selection(inputs.packing, unit, 4, sets=2)
+    seen = selection.ids_per_head(inputs.packing, 2, 1)[..., 0] >= 0
+    visible = _expected(inputs, selection)[1] > float("-inf")
+    assert (seen & ~visible).any() or visible.all()
+
+    def outputs(q, k, v):
+        o, lse = attend(q, k, v, inputs.packing, selection)
+        return o, torch.where(visible, lse, 0.0)
+
+    assert torch.autograd.gradcheck(outputs, inputs[:3])
+
+
+def test_the_gate_has_no_gradient():
+    """Moving the scores without moving what is attended to moves nothing: dq is that of the frozen selection."""
+    inputs = make_inputs([90], heads=2, dtype=torch.float64)
+    selection = _moba(inputs, 16, 3)
+    summary = summarise(inputs.k, inputs.packing, 16)
+    assert summary.grad_fn is None
+    again = select(inputs.q, summary * 1.001, inputs.packing, 3, block_size=16)
+    assert torch.equal(again.ids, selection.ids)
+    first, second = (gradients(*attend(*inputs, s), inputs[:3]) for s in (selection, again))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gradients_accumulate_into_existing_ones():
+    inputs = make_inputs([60], heads=2)
+    selection = _moba(inputs, 16, 2)
+    attend(*inputs, selection)[0].sum().backward()
+    once = [x.grad.clone() for x in inputs[:3]]
+    attend(*inputs, selection)[0].sum().backward()
+    for x, g in zip(inputs[:3], once, strict=True):
+        assert torch.equal(x.grad, 2 * g)
+
+
+@pytest.mark.parametrize("unit", [1, 16])
+def test_broadcast_and_strided_gradients_of_the_output(unit):
+    inputs = make_inputs([60], heads=2)
+    selection = random_selection(inputs.packing, unit, 4, sets=2)
+    o, _ = attend(*inputs, selection)
+    flat = torch.autograd.grad(o, inputs[:3], torch.ones(()).expand_as(o), retain_graph=True)
+    dense = torch.autograd.grad(o, inputs[:3], torch.ones_like(o), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(flat, dense, strict=True))
+    upstream = torch.randn(2, 60, 16)
+    strided = torch.autograd.grad(o, inputs[:3], upstream.transpose(0, 1), retain_graph=True)
+    dense = torch.autograd.grad(o, inputs[:3], upstream.transpose(0, 1).contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
+
+
+@pytest.mark.parametrize("unit", [1, 16])
+def test_inputs_may_be_slices_of_a_fused_projection(unit):
+    fused = torch.randn(60, 4, 16)
+    packing = Packing.from_lengths([60])
+    selection = random_selection(packing, unit, 4, sets=2)
+    views = [x.requires_grad_() for x in (fused[:, :2], fused[:, 2:3], fused[:, 3:])]
+    copies = [x.detach().contiguous().requires_grad_() for x in views]
+    results = [attend(*x, packing, selection) for x in (views, copies)]
+    assert torch.equal(results[0][0], results[1][0])
+    for a, b in zip(gradients(*results[0], views), gradients(*results[1], copies), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("routing", ["all to block 0", "uniform", "cold"])
+def test_hot_uniform_and_cold_blocks(routing):
+    """A list longer than any tile, lists of one length, and blocks that nobody chose: their gradients are exactly zero."""
+    inputs = make_inputs([640], heads=2, dtype=torch.float64)
+    own = torch.arange(640)[:, None, None] // 16
+    other = {"all to block 0": own * 0, "uniform": (own + 7) % own.clamp(min=1), "cold": own * 0 + 3}[routing]
+    other = torch.where(other < own, other, -1).expand(-1, 2, 1)
+    ids = torch.cat([other, own.expand(-1, 2, 1)], dim=-1)
+    ids = torch.where(other < 0, ids.flip(-1), ids).to(torch.int32)
+    selection = Selection(ids, (ids >= 0).sum(-1, dtype=torch.int32), 16, 1, True)
+    _check(inputs, selection)
+    if routing == "cold":
+        # Only what queries 320 onwards see matters: of the earlier blocks, block 3 alone.
+        o, _ = attend(*inputs, selection)
+        dk, dv = torch.autograd.grad(o[320:].sum(), inputs[1:3])
+        cold = torch.ones(640, dtype=torch.bool)
+        cold[48:64] = cold[320:] = False
+        assert torch.count_nonzero(dk[cold]) == torch.count_nonzero(dv[cold]) == 0
+        assert (dv[48:64] != 0).all()
+
+
+def _run(q, k, v, packing, selection):
+    o, lse = attend(q, k, v, packing, selection)
+    weight = torch.arange(1, o.shape[2] + 1, dtype=o.dtype) / o.shape[2]
+    grads = torch.autograd.grad((o * weight).sum() + lse.sum(), (q, k, v))
+    return [o, lse, *grads]
+
+
+def _documents(x, packing, order):
+    at = spans(packing)
+    return torch.cat([x[at[n][0] : at[n][1]] for n in order])
+
+
+@pytest.mark.parametrize("block", [4, 16, 48, 200])
+@pytest.mark.parametrize("budget", [None, 300])
+def test_documents_do_not_see_each_other_in_any_digit(block, budget, monkeypatch):
+    """Forward and gradients are bitwise those of each document alone, in any order, with any neighbours, cut or not."""
+    if budget is not None:
+        monkeypatch.setattr(tiles, "PAIR_BUDGET", budget)
+    lengths = [90, 260, 17, 1, 130]
+    inputs = make_inputs(lengths, heads=4, kv_heads=2)
+    packed = _run(*inputs, _moba(inputs, block, 3))
+    order = [3, 1, 4, 0, 2]
+    leaves = [_documents(x.detach(), inputs.packing, order).requires_grad_() for x in inputs[:3]]
+    permuted = inputs._replace(q=leaves[0], k=leaves[1], v=leaves[2], packing=Packing.from_lengths([lengths[n] for n in order]))
+    for a, b in zip(packed, _run(*permuted, _moba(permuted, block, 3)), strict=True):
+        assert torch.equal(_documents(a, inputs.packing, order), b)
+    leaves = [x[90:350].detach().requires_grad_() for x in inputs[:3]]
+    alone = inputs._replace(q=leaves[0], k=leaves[1], v=leaves[2], packing=Packing.from_lengths([260]))
+    for a, b in zip(packed, _run(*alone, _moba(alone, block, 3)), strict=True):
+        assert torch.equal(a[90:350], b)
+    poisoned = [x.detach().clone() for x in inputs[:3]]
+    for x in poisoned:
+        x[90:350] = float("nan")
+    poisoned = inputs._replace(**dict(zip("qkv", (x.requires_grad_() for x in poisoned), strict=True)))
+    for a, b in zip(packed, _run(*poisoned, _moba(poisoned, block, 3)), strict=True):
+        assert torch.equal(a[:90], b[:90])
+        assert torch.equal(a[350:], b[350:])
+
+
+@pytest.mark.parametrize("block", [4, 16, 200])
+def test_a_later_token_changes_nothing_before_it(block):
+    inputs = make_inputs([300], heads=4, kv_heads=2)
+    before = attend(*inputs, _moba(inputs, block, 3))
+    with torch.no_grad():
+        for x in inputs[:3]:
+            x[150] += 3.0
+    after = attend(*inputs, _moba(inputs, block, 3))
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[:150], b[:150])
+        assert not torch.equal(a[150], b[150])
+
+
+def test_chunks_and_batches_do_not_show(monkeypatch):
+    """The pair budget, the batch size and the kept work list are matters of memory: same values, forward bitwise."""
+    inputs = make_inputs([200, 330], heads=4, kv_heads=2)
+    selection = _moba(inputs, 16, 4)
+    whole = _run(*inputs, selection)
+    monkeypatch.setattr(tiles, "PAIR_BUDGET", 1000)
+    monkeypatch.setattr(key_major, "LIVE_SCORES", 3000)
+    monkeypatch.setattr(key_major, "KEPT_SLOTS", 0)
+    pieces = _run(*inputs, selection)
+    assert torch.equal(whole[0], pieces[0])
+    assert torch.equal(whole[1], pieces[1])
+    for a, b in zip(whole[2:], pieces[2:], strict=True):
+        assert_close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("block", [4, 16])
+def test_ten_runs_agree_bit_for_bit(block):
+    inputs = make_inputs([150, 50], heads=4, kv_heads=2)
+    selection = _moba(inputs, block, 4)
+    first = _run(*inputs, selection)
+    for _ in range(9):
+        for a, b in zip(first, _run(*inputs, selection), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_activation_checkpointing_recomputes_the_same_selection_and_digits():
+    inputs = make_inputs([150, 50], heads=4, kv_heads=2)
+    chosen = []
+
+    def layer(q, k, v):
+        moved = inputs._replace(q=q * 1.5, k=k + 0.25, v=v)
+        chosen.append(_moba(moved, 16, 3))
+        return attend(*moved, chosen[-1])[0]
+
+    plain = layer(*inputs[:3])
+    expected = torch.autograd.grad(plain.square().sum(), inputs[:3])
+    chosen.clear()
+    again = torch.utils.checkpoint.checkpoint(layer, *inputs[:3], use_reentrant=False)
+    found = torch.autograd.grad(again.square().sum(), inputs[:3])
+    assert torch.equal(plain, again)
+    assert len(chosen) == 2
+    assert torch.equal(chosen[0].ids, chosen[1].ids)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+@pytest.mark.parametrize("unit", [1, 16])
+def test_nothing_in_nothing_out(lengths, unit):
+    inputs = make_inputs(lengths)
+    selection = random_selection(inputs.packing, unit, 2)
+    o, lse = attend(*inputs, selection)
+    assert o.shape == (0, 2, 16)
+    assert lse.shape == (0, 2)
+    assert all(g.numel() == 0 for g in gradients(o, lse, inputs[:3]))
+
+
+def test_bad_selections_are_refused_with_what_is_allowed():
+    inputs = make_inputs([32], heads=4, kv_heads=2)
+    good = random_selection(inputs.packing, 16, 2, sets=4)
+
+    def refused(words, **changes):
+        fields = {"ids": good.ids, "count": good.count, "unit": 16, **changes}
+        with pytest.raises(ValueError, match=words):
+            attend(*inputs, Selection(**fields))
+
+    refused("allowed are 1, 2 .KV heads., 4", ids=good.ids[:, :3])
+    refused("31 rows; packing and row_size=1 need 32", ids=good.ids[1:])
+    refused("unit=0", unit=0)
+    refused("must be integers", ids=good.ids.float())
+    with pytest.raises(ValueError, match="allowed are 'ref', 'torch'"):
+        attend(*inputs, good, impl="triton")
+    with pytest.raises(ValueError, match="k has 2 KV heads but v has 1"):
+        attend(inputs.q, inputs.k, inputs.v[:, :1], inputs.packing, good)
