@@ -37,7 +37,9 @@ def small_corpus(folder: Path) -> TextFolder:
         path = folder / f"doc{number:02}.txt"
         if not path.exists():
             rng = random.Random(number)
-            words = (syllables[int(60 * rng.random() ** 2)] + syllables[int(60 * rng.random() ** 3)] for _ in range(120))
+            words = [
+                syllables[int(60 * rng.random() ** 2)] + syllables[int(60 * rng.random() ** 3)] for _ in range(120)
+            ]
             path.write_text(f"document {number}\n{' '.join(words)}\n")
     return TextFolder(str(folder), "*.txt")
 

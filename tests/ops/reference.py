@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pithwood.ops.packing import Packing, Selection
+from tests.numerics import assert_close
 
 
 class Inputs(NamedTuple):
@@ -77,7 +78,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, masks: list[Ten
     q, k, v = q.double(), k.double(), v.double()
     scale = q.shape[2] ** -0.5 if scale is None else scale
     ratio = q.shape[1] // k.shape[1]
-    o = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=torch.float64)
+    # Tied to the inputs, so that gradients exist (and are zero) even if no query sees any key.
+    o = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=torch.float64) + 0.0 * (q.sum() + k.sum() + v.sum())
     lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float64)
     rows = []
     for (q0, q1, k0, k1), mask in zip(spans(packing), masks, strict=True):
@@ -153,13 +155,22 @@ def random_selection(
         for start in range(q0, q1, row_size):
             position = start - q0 + (k1 - k0) - (q1 - q0)
             for s in range(sets):
-                some = torch.randperm(units, generator=generator)[: int(torch.randint(0, width + 1, (), generator=generator))]
+                some = torch.randperm(units, generator=generator)[
+                    : int(torch.randint(0, width + 1, (), generator=generator))
+                ]
                 chosen = set(some.tolist())
                 if own and position >= 0:
                     chosen = {position // unit, *list(chosen - {position // unit})[: width - 1]}
                 ids[row, s, : len(chosen)] = torch.tensor(sorted(chosen), dtype=torch.int32)
             row += 1
     return Selection(ids, (ids >= 0).sum(-1, dtype=torch.int32), unit, row_size, own)
+
+
+def assert_lse_close(found: Tensor, expected: Tensor, tol: float | None = None) -> None:
+    """The same rows are empty (-inf), and the others agree."""
+    empty = expected == float("-inf")
+    assert torch.equal(found == float("-inf"), empty)
+    assert_close(found[~empty], expected[~empty], tol, "lse")
 
 
 def gradients(o: Tensor, lse: Tensor | None, leaves: Sequence[Tensor], seed: int = 1) -> list[Tensor]:

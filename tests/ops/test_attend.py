@@ -60,7 +60,9 @@ def test_moba_selections_with_and_without_the_own_block(impl, causal, lengths, b
 @pytest.mark.quick
 @pytest.mark.parametrize("impl", ["ref", "torch"])
 @pytest.mark.parametrize("sets", [1, 2, 4])
-@pytest.mark.parametrize(("unit", "row_size"), [(1, 1), (1, 64), (3, 1), (5, 16), (16, 1), (16, 64), (40, 16), (130, 64)])
+@pytest.mark.parametrize(
+    ("unit", "row_size"), [(1, 1), (1, 64), (3, 1), (5, 16), (16, 1), (16, 64), (40, 16), (130, 64)]
+)
 def test_any_selection_tokens_or_blocks_per_query_or_per_tile(impl, sets, unit, row_size):
     for lengths, causal in ((SELF, True), (CROSS, True), (CROSS, False)):
         inputs = make_inputs(*lengths, heads=4, kv_heads=2, dim=8, value_dim=6, dtype=torch.float64, causal=causal)
@@ -248,7 +250,9 @@ def test_documents_do_not_see_each_other_in_any_digit(block, budget, monkeypatch
     packed = _run(*inputs, _moba(inputs, block, 3))
     order = [3, 1, 4, 0, 2]
     leaves = [_documents(x.detach(), inputs.packing, order).requires_grad_() for x in inputs[:3]]
-    permuted = inputs._replace(q=leaves[0], k=leaves[1], v=leaves[2], packing=Packing.from_lengths([lengths[n] for n in order]))
+    permuted = inputs._replace(
+        q=leaves[0], k=leaves[1], v=leaves[2], packing=Packing.from_lengths([lengths[n] for n in order])
+    )
     for a, b in zip(packed, _run(*permuted, _moba(permuted, block, 3)), strict=True):
         assert torch.equal(_documents(a, inputs.packing, order), b)
     leaves = [x[90:350].detach().requires_grad_() for x in inputs[:3]]

@@ -39,7 +39,10 @@ def test_pieces_without_keys_count_nothing_whatever_they_hold():
 
 def test_gradients_with_empty_pieces_are_finite_and_zero_where_nothing_was_seen():
     o = [torch.randn(3, 1, 4, requires_grad=True) for _ in range(2)]
-    lse = [torch.tensor([[0.0], [NEVER], [NEVER]], requires_grad=True), torch.tensor([[1.0], [2.0], [NEVER]], requires_grad=True)]
+    lse = [
+        torch.tensor([[0.0], [NEVER], [NEVER]], requires_grad=True),
+        torch.tensor([[1.0], [2.0], [NEVER]], requires_grad=True),
+    ]
     out, total = merge(list(zip(o, lse, strict=True)))
     grads = torch.autograd.grad(out.sum() + torch.where(total > NEVER, total, 0.0).sum(), [*o, *lse])
     assert all(g.isfinite().all() for g in grads)

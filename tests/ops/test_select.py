@@ -16,7 +16,9 @@ IMPLS = ["ref", "torch"]
 
 
 def _select(inputs, block, top_k, **options):
-    return select(inputs.q, summarise(inputs.k, inputs.packing, block), inputs.packing, top_k, block_size=block, **options)
+    return select(
+        inputs.q, summarise(inputs.k, inputs.packing, block), inputs.packing, top_k, block_size=block, **options
+    )
 
 
 def _assert_same_but_for_near_ties(ids, expected, gap, most=0.005):
