@@ -1,4 +1,4 @@
-"""A second opinion on the attention ops: fp64, one query at a time where that is clearest, nothing shared with the package.
+"""A second opinion on the attention ops: fp64, written for clarity, nothing shared with the package.
 
 Legend: T packed tokens, L queries and M keys of one document, H query heads, G KV heads, K head dim, V value head dim,
 k selected per row.
@@ -74,7 +74,7 @@ def dense_masks(packing: Packing, heads: int, window: int | None = None) -> list
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, masks: list[Tensor], scale=None, sink_H=None):
-    """(o [T, H, V], lse [T, H]) in fp64, from masks; rows that see nothing give zero and -inf. Autograd runs through."""
+    """(o [T, H, V], lse [T, H]) in fp64, from masks; rows that see nothing give zero and -inf. Differentiable."""
     q, k, v = q.double(), k.double(), v.double()
     scale = q.shape[2] ** -0.5 if scale is None else scale
     ratio = q.shape[1] // k.shape[1]

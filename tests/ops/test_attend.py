@@ -208,7 +208,7 @@ def test_inputs_may_be_slices_of_a_fused_projection(unit):
 
 @pytest.mark.parametrize("routing", ["all to block 0", "uniform", "cold"])
 def test_hot_uniform_and_cold_blocks(routing):
-    """A list longer than any tile, lists of one length, and blocks that nobody chose: their gradients are exactly zero."""
+    """A list longer than any tile, lists of one length, and blocks that nobody chose (gradients exactly zero)."""
     inputs = make_inputs([640], heads=2, dtype=torch.float64)
     own = torch.arange(640)[:, None, None] // 16
     other = {"all to block 0": own * 0, "uniform": (own + 7) % own.clamp(min=1), "cold": own * 0 + 3}[routing]

@@ -147,7 +147,7 @@ def test_a_vector_common_to_all_keys_does_not_change_the_ranking(offset):
 
 
 def test_centering_repairs_the_rounding_of_means_with_a_common_offset():
-    """moba.md 4.2: rounding bf16 means at offset 3 changes several per cent of the slots, centred means a few per mille."""
+    """Rounding bf16 means at offset 3 changes several per cent of the slots, centred means a few per mille."""
     generator = torch.Generator().manual_seed(0)
     packing = Packing.from_lengths([4096])
     q = torch.randn(4096, 1, 64, generator=generator).bfloat16()
