@@ -65,3 +65,12 @@ def check_sink(sink_H: Tensor | None, num_heads: int) -> None:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which scores and softmax are computed: fp32, or fp64 for fp64 input."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+GPU_BUDGET_FACTOR = 64
+"""Budgets are sized for one core's cache; a GPU needs launches this much larger to be busy."""
+
+
+def work_budget(budget: int, device: torch.device) -> int:
+    """Elements worked on at a time on a device, given the number that suits a CPU core."""
+    return budget if device.type == "cpu" else budget * GPU_BUDGET_FACTOR

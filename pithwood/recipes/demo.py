@@ -31,13 +31,15 @@ def demo() -> Run:
             rope_theta=10_000.0,
         ),
         data=CorpusConfig(source=StdlibSource(), vocab_size=4096, validation_fraction=0.03),
-        optim=MuonConfig(lr=0.02, schedule=WarmupStableDecay(warmup_fraction=0.05, decay_fraction=0.4)),
-        steps=400,
+        optim=MuonConfig(
+            lr=0.0025, adamw_lr=0.015, schedule=WarmupStableDecay(warmup_fraction=0.05, decay_fraction=0.5)
+        ),
+        steps=360,
         seq_len=1024,
-        samples_per_step=8,
-        samples_per_micro_batch=8,
-        validate_every=100,
-        checkpoint_every=100,
+        samples_per_step=4,
+        samples_per_micro_batch=4,
+        validate_every=60,
+        checkpoint_every=60,
         validation_samples=16,
     )
 
@@ -64,7 +66,7 @@ def debug() -> Run:
             rope_theta=10_000.0,
         ),
         data=CorpusConfig(source=StdlibSource(), vocab_size=512, max_bytes=600_000, validation_fraction=0.05),
-        optim=MuonConfig(lr=0.02, schedule=WarmupStableDecay(warmup_fraction=0.1, decay_fraction=0.3)),
+        optim=MuonConfig(lr=0.005, adamw_lr=0.02, schedule=WarmupStableDecay(warmup_fraction=0.1, decay_fraction=0.3)),
         steps=60,
         seq_len=256,
         samples_per_step=8,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pithwood.ops.attend.tiles import TILE_ROWS, Chunk, Geometry, Tiles, build_tiles
-from pithwood.ops.checks import compute_dtype
+from pithwood.ops.checks import compute_dtype, work_budget
 from pithwood.ops.packing import Packing, Selection
 
 LIVE_SCORES = 1 << 18
@@ -57,7 +57,7 @@ def batches(tiles: Tiles, geo: Geometry) -> Iterator[Batch]:
     device = tiles.rows_WR.device
     key_C = torch.arange(keys, device=device)
     num_tiles = tiles.rows_WR.shape[0]
-    step = max(1, LIVE_SCORES // (TILE_ROWS * keys))
+    step = max(1, work_budget(LIVE_SCORES, device) // (TILE_ROWS * keys))
     # Keys past the end of a sub-unit repeat its last one: nothing of another document is ever read.
     key_rows_XC = torch.minimum(key_C, tiles.length_X[:, None] - 1).add_(tiles.start_X[:, None])
     key_rows_XC = key_rows_XC.mul_(groups).add_(tiles.head_X[:, None]).to(tiles.rows_WR.dtype)
@@ -90,7 +90,7 @@ def _diagonal_batches(tiles: Tiles, geo: Geometry) -> Iterator[Batch]:
     base, first_block, size = tiles.rows_WR.numel(), tiles.start_X.shape[0], groups * keys * ratio
     head_GR, group_G1 = torch.arange(heads, device=device).view(groups, 1, ratio), torch.arange(groups, device=device)
     num_segments = segments.query_Y.shape[0]
-    step = max(1, LIVE_SCORES // (size * keys))
+    step = max(1, work_budget(LIVE_SCORES, device) // (size * keys))
     for i in range(0, num_segments, step):
         j = min(i + step, num_segments)
         count = segments.count_Y[i:j, None]

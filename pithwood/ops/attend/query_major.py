@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pithwood.ops.checks import compute_dtype
+from pithwood.ops.checks import compute_dtype, work_budget
 from pithwood.ops.packing import Packing, Selection
 
 LIVE_KEYS = 1 << 15
@@ -47,7 +47,7 @@ def row_batches(packing: Packing, selection: Selection, num_heads: int, num_kv_h
     per_set = num_heads // sets
     row_offsets, cu_q, cu_k = packing.row_offsets(size), packing.cu_q.long(), packing.cu_k.long()
     num_rows = int(row_offsets[-1])
-    step = max(1, LIVE_KEYS // max(sets * count, sets * size * per_set))
+    step = max(1, work_budget(LIVE_KEYS, device) // max(sets * count, sets * size * per_set))
     head_kv_S = torch.arange(sets, device=device) // (sets // num_kv_heads)
     head_Sh = torch.arange(num_heads, device=device).view(sets, per_set)
     for i in range(0, num_rows, step):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pithwood.ops.checks import work_budget
 from pithwood.ops.packing import Packing, Selection
 from pithwood.ops.units import UnitTable, unit_table
 
@@ -99,7 +100,8 @@ class Geometry:
         """
         cu_q, cu_k = self.packing.cu_q.tolist(), self.packing.cu_k.tolist()
         units = self.unit_offsets_N.tolist()
-        most = max(1, PAIR_BUDGET // (self.num_heads * (self.slots + 1) * self.selection.unit)) * self.selection.unit
+        budget = work_budget(PAIR_BUDGET, self.packing.cu_q.device)
+        most = max(1, budget // (self.num_heads * (self.slots + 1) * self.selection.unit)) * self.selection.unit
         found: list[Chunk] = []
         first = 0
         for doc in range(self.packing.num_docs):

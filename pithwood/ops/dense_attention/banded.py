@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pithwood.ops.checks import compute_dtype
+from pithwood.ops.checks import compute_dtype, work_budget
 from pithwood.ops.packing import Packing
 
 LIVE_SCORES = 1 << 20
@@ -44,7 +44,7 @@ def chunks(packing: Packing, num_heads: int, window: int | None) -> Iterator[Chu
         if keys == 0:
             continue
         span = keys if window is None else min(keys, window)
-        rows = min(max(LIVE_SCORES // (num_heads * span), LEAST_ROWS), MOST_ROWS)
+        rows = min(max(work_budget(LIVE_SCORES, packing.cu_q.device) // (num_heads * span), LEAST_ROWS), MOST_ROWS)
         # Queries before the first key see nothing.
         first = max(0, -offset) if packing.causal else 0
         for begin in range(first, length, rows):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pithwood.ops.checks import work_budget
 from pithwood.ops.packing import Packing
 
 LIVE_SCORES = 1 << 18
@@ -61,7 +62,7 @@ def select_topk(
                 start : start + length, None
             ]
             continue
-        rows = max(1, LIVE_SCORES // (sets * max(num_units, 1)))
+        rows = max(1, work_budget(LIVE_SCORES, q_TSK.device) // (sets * max(num_units, 1)))
         for begin in range(first, length if num_units else 0, rows):
             end = min(begin + rows, length)
             position_R = torch.arange(begin + shift, end + shift, device=q_TSK.device)
