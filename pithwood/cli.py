@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,6 +141,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--attention", choices=("full", "moba"), help="how new tokens attend (default: as the run says)"
     )
+    generate.add_argument(
+        "--import", dest="imports", metavar="FILE", action="append", default=[],
+        help="Python file that defines classes of the run's settings, such as a mixer of your own",
+    )  # fmt: skip
     generate.add_argument("--step", metavar="N", type=int, help="checkpoint to use (default: the newest)")
     _common(generate, "the text and how it came about")
     return parser
@@ -184,7 +189,23 @@ def _train(args: argparse.Namespace, command: str) -> tuple[int, str]:
     code = 128 + int(summary["interrupted"]) if summary.get("interrupted") else 0
     if args.json:
         return code, _json(summary)
-    return code, "\n".join(closing_lines({"recipe": args.recipe, "command": command, **summary}))
+    program, overrides = _program(), args.overrides
+    if not summary.get("interrupted"):
+        overrides = [word for word in overrides if not word.startswith("steps=")]
+    folder = [] if args.runs_dir == Path("runs") else ["--runs-dir", str(args.runs_dir)]
+    same = f"{program} {shlex.join(['train', args.recipe, *folder, *overrides])}"
+    return code, "\n".join(closing_lines({**summary, "recipe": args.recipe, "command": same, "program": program}))
+
+
+def _program() -> str:
+    """How the user can call this program again: by its name if that finds it, else as it was called now."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return "python -m pithwood"
+    found = shutil.which("pithwood")
+    if found is not None and called.exists() and os.path.samefile(found, called):
+        return "pithwood"
+    return shlex.quote(os.path.relpath(called)) if called.exists() else "pithwood"
 
 
 def _recipes(args: argparse.Namespace) -> tuple[int, str]:
@@ -215,7 +236,10 @@ def _generate(args: argparse.Namespace) -> tuple[int, str]:
             raise ValueError(f"--prompt-file {args.prompt_file} cannot be read as UTF-8 text: {error}") from error
 
     from pithwood.generate.run import generate_from_run
+    from pithwood.recipes import import_file
 
+    for file in args.imports:
+        import_file(Path(file))
     result = generate_from_run(
         args.run,
         runs_dir=args.runs_dir,

@@ -63,12 +63,17 @@ def load_run(folder: Path) -> Run:
     """The resolved settings of a run folder."""
     try:
         with open(folder / "config.json", encoding="utf-8") as file:
-            data = json.load(file)
-        return from_dict(Run, data["run"])
+            data = json.load(file)["run"]
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{folder}/config.json is not the configuration of a run ({error}); is this a run folder?"
         ) from None
+    try:
+        return from_dict(Run, data)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}/config.json: {error} (generate --import FILE imports the file that defines a class of your own)"
+        ) from error
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -77,9 +82,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def model_of(run: Run, step: int, tensors: dict[str, Tensor], averaged: bool) -> Qwen3MoE:
-    """A model in evaluation mode with a checkpoint's weights; `averaged` takes the moving average where the run keeps
-    one.
-    """
+    """A model in evaluation mode with a checkpoint's weights; `averaged` takes their moving average if there is one."""
     model = Qwen3MoE(replace(run.model, attention=run.phase(max(step - 1, 0)).attention))
     state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     if averaged:

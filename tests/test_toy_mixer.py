@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,39 @@ def test_its_configuration_is_written_with_the_run_and_read_back(tmp_path):
     text = json.dumps(to_dict(run))
     assert "tests.toy_mixer.ToyRecurrenceConfig" in text
     assert from_dict(Run, json.loads(text)) == run
+
+
+OWN_FILE = """
+import dataclasses
+from pathlib import Path
+from pithwood.run import Run
+from tests.test_train import small_run
+from tests.toy_mixer import ToyRecurrenceConfig
+
+@dataclasses.dataclass(frozen=True)
+class OwnMixerConfig(ToyRecurrenceConfig):
+    pass
+
+def own_small() -> Run:
+    run = small_run(Path("text"))
+    model = dataclasses.replace(run.model, attention=OwnMixerConfig())
+    return dataclasses.replace(run, name="own", steps=2, seq_len=16, validation_samples=1, model=model)
+"""
+
+
+def test_the_command_line_trains_and_samples_a_mixer_from_a_file(tmp_path):
+    (tmp_path / "own_mixer_file.py").write_text(OWN_FILE)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+
+    def pithwood(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pithwood", *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+    trained = pithwood("train", "own_mixer_file.py:own_small", "--json")
+    assert trained.returncode == 0, trained.stderr
+    refused = pithwood("generate", "own", "--max-tokens", "3")
+    assert refused.returncode == 2
+    assert "--import FILE" in refused.stderr
+    sampled = pithwood("generate", "own", "--max-tokens", "3", "--import", "own_mixer_file.py", "--json")
+    assert sampled.returncode == 0, sampled.stderr
+    assert json.loads(sampled.stdout)["tokens"] >= 1

@@ -34,7 +34,9 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     validation_bits_per_byte, validation_loss
     gzip_bits_per_byte          `gzip -9` of the same validation bytes
     interrupted                 number of the signal that stopped the run, None if it ran to its end
-    command                     the command that started the run; continues it if it was interrupted
+    command                     the command of this run without its length: continues it if it was interrupted, and
+                                with another length trains on
+    program                     how the user calls pithwood; default "pithwood"
     prompt                      a prompt in the language of the corpus
     override                    an override worth trying, such as "model.attention.top_k=4"
     """
@@ -55,19 +57,21 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
         command = summary.get("command") or f"pithwood train {shlex.quote(recipe)}"
         return [f"stopped by {name} and saved; continue with: {command}", *lines]
 
-    train = f"pithwood train {shlex.quote(recipe)}"
+    program = str(summary.get("program") or "pithwood")
+    train = f"{program} train {shlex.quote(recipe)}"
     prompt = summary.get("prompt") or "def "
-    tries = [("sample from it", f"pithwood generate {shlex.quote(run_dir)} --prompt {shlex.quote(prompt)}")]
+    tries = [("sample from it", f"{program} generate {shlex.quote(run_dir)} --prompt {shlex.quote(prompt)}")]
     if summary.get("override"):
         tries.append(("change one thing", f"{train} {shlex.quote(summary['override'])}"))
     elif steps:
-        tries.append(("train on, twice as long", f"{train} steps={2 * int(steps)}"))
+        same = summary.get("command") or train
+        tries.append(("train on, twice as long", f"{same} steps={2 * int(steps)}"))
     if recipe == "demo":
-        tries.append(("compare with full attention", "pithwood train demo_dense"))
+        tries.append(("compare with full attention", f"{program} train demo_dense"))
     elif recipe == "demo_dense":
-        tries.append(("compare with sparse attention", "pithwood train demo"))
+        tries.append(("compare with sparse attention", f"{program} train demo"))
     else:
-        tries.append(("see the other recipes", "pithwood recipes"))
+        tries.append(("see the other recipes", f"{program} recipes"))
     width = max(len(what) for what, _ in tries)
     return [*lines, "try next:", *(f"  {what:<{width}}  {command}" for what, command in tries)]
 

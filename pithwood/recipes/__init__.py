@@ -85,7 +85,7 @@ def _function_of_file(name: str):
         raise ValueError(f"recipe file {file!r} is not valid Python: {error}") from error
     if not function:
         raise ValueError(f"{name!r} names no function; write {file}:{recipes[0] if recipes else 'function'}")
-    recipe = getattr(_import_file(path.resolve()), function, None)
+    recipe = getattr(import_file(path), function, None)
     if not callable(recipe):
         have = (
             f"functions annotated -> Run: {', '.join(recipes)}" if recipes else "no function there is annotated -> Run"
@@ -94,8 +94,14 @@ def _function_of_file(name: str):
     return recipe
 
 
-def _import_file(path: Path) -> ModuleType:
-    """A module made of one file and known under its name, by which saved configurations call its classes."""
+def import_file(path: Path) -> ModuleType:
+    """A module made of one file and known under its name, by which saved configurations call its classes.
+
+    raises ValueError if the file is not there, or its name cannot be a module's or is another module's
+    """
+    path = path.resolve()
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give a Python file")
     name = path.stem
     if not name.isidentifier():
         raise ValueError(f"{path.name} cannot be imported; its name must be a Python identifier")
