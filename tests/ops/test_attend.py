@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -324,6 +326,64 @@ def test_activation_checkpointing_recomputes_the_same_selection_and_digits():
     assert len(chosen) == 2
     assert torch.equal(chosen[0].ids, chosen[1].ids)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_documents_that_see_everything_take_no_gather_and_change_nothing(monkeypatch):
+    """Documents of up to top_k blocks need no gathering; beside long ones they keep values and gradients."""
+    inputs = make_inputs([40, 200, 48, 1, 130], heads=4, kv_heads=2, dtype=torch.float64)
+    selection = _moba(inputs, 16, 3)
+    geometry = tiles.Geometry.of(inputs.packing, selection, 4, 2, inputs.k.shape[0])
+    assert geometry.whole_docs == [0, 2, 3]
+    dense = _run(*inputs, selection)
+    _check(inputs, selection)
+    monkeypatch.setattr(tiles, "_whole_documents", lambda *_: ([], None))
+    for a, b in zip(dense, _run(*inputs, selection), strict=True):
+        assert_close(a, b)
+
+
+def test_a_replayed_selection_that_leaves_blocks_out_is_kept_on_short_documents():
+    inputs = make_inputs([40, 48], heads=4, kv_heads=2, dtype=torch.float64)
+    selection = _moba(inputs, 16, 1)
+    assert tiles.Geometry.of(inputs.packing, selection, 4, 2, 88).whole_docs == []
+    _check(inputs, selection)
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 1000.0])
+def test_tiny_probabilities_cost_no_accuracy(spread):
+    inputs = make_inputs([300, 30], heads=2)
+    with torch.no_grad():
+        inputs.q.mul_(spread)
+    selection = _moba(inputs, 16, 3)
+    (plain, _), (found, _) = (attend(*inputs, selection, impl=impl) for impl in ("ref", "torch"))
+    expected, _ = _expected(inputs, selection)
+    assert rel_error(found, expected) <= 2 * rel_error(plain, expected) + 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("unit", [1, 16, 64, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_code_runs_on_the_gpu(unit, dtype):
+    inputs = make_inputs([300, 0, 41, 700], heads=4, kv_heads=2, dim=64, dtype=dtype)
+    selection = random_selection(inputs.packing, unit, 4, sets=4, own=True)
+    o, lse = attend(*inputs, selection)
+    wanted = [o, lse, *gradients(o, lse, inputs[:3])]
+    leaves = [x.detach().cuda().requires_grad_() for x in inputs[:3]]
+    moved = replace(selection, ids=selection.ids.cuda(), count=selection.count.cuda())
+    o, lse = attend(*leaves, inputs.packing.to("cuda"), moved)
+    found = [o, lse, *gradients(o.cpu(), lse.cpu(), leaves)]
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a.cpu(), b, 1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.gpu
+def test_selection_on_the_gpu_is_that_on_the_cpu_outside_near_ties():
+    inputs = make_inputs([300, 0, 41, 700], heads=4, kv_heads=2, dim=64)
+    summary = summarise(inputs.k, inputs.packing, 16)
+    here = select(inputs.q, summary, inputs.packing, 4, block_size=16)
+    there = summarise(inputs.k.cuda(), inputs.packing.to("cuda"), 16)
+    assert_close(there.cpu(), summary, 1e-6)
+    there = select(inputs.q.cuda(), there, inputs.packing.to("cuda"), 4, block_size=16)
+    assert (there.ids.cpu() != here.ids).any(-1).double().mean() <= 0.005
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])

@@ -20,7 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from pithwood.ops.attend.tiles import TILE_ROWS, Chunk, Geometry, Tiles, build_tiles
 from pithwood.ops.checks import compute_dtype, work_budget
+from pithwood.ops.dense_attention.banded import add_chunk_grads, attend_chunk
+from pithwood.ops.dense_attention.banded import chunks as dense_chunks
 from pithwood.ops.packing import Packing, Selection
+from pithwood.ops.softmax import LN_2, LOG2_E, finite_or_zero, weights_
 
 LIVE_SCORES = 1 << 18
 """Scores of one batch of tiles: 1 MiB in fp32, so that the passes over them stay in a core's cache."""
@@ -39,8 +42,8 @@ class Batch:
     """Flat key rows `t * G + g`."""
     shape: tuple[int, int, int]
     """(b, R, C)."""
-    hidden: Tensor | None
-    """[b, R, C] bool: keys that a row does not see; None if every row sees all."""
+    bias: Tensor | None
+    """0 or -inf, [b, R, C] or [.., C, C] for each head of a segment: keys a row does not see; None if it sees all."""
     padding: Tensor
     """[b, R] bool: rows that repeat another."""
     result: slice
@@ -51,7 +54,7 @@ class Batch:
     """Gradient blocks of these tiles' keys."""
 
 
-def batches(tiles: Tiles, geo: Geometry) -> Iterator[Batch]:
+def batches(tiles: Tiles, geo: Geometry, dtype: torch.dtype) -> Iterator[Batch]:
     """All work of a chunk: unmasked tiles, masked tiles, then the diagonal."""
     keys, groups = geo.keys, geo.num_kv_heads
     device = tiles.rows_WR.device
@@ -65,45 +68,54 @@ def batches(tiles: Tiles, geo: Geometry) -> Iterator[Batch]:
     bounds = [(i, min(i + step, tiles.num_clean)) for i in range(0, tiles.num_clean, step)]
     bounds += [(i, min(i + step, num_tiles)) for i in range(tiles.num_clean, num_tiles, step)]
     for i, j in bounds:
-        hidden = None
+        bias = None
         if i >= tiles.num_clean:
             assert tiles.visible_WR is not None
-            hidden = key_C >= tiles.visible_WR[i - tiles.num_clean : j - tiles.num_clean, :, None]
+            bias = _bias(key_C >= tiles.visible_WR[i - tiles.num_clean : j - tiles.num_clean, :, None], dtype)
         yield Batch(
             tiles.rows_WR[i:j].view(-1),
             key_rows_XC.index_select(0, tiles.list_W[i:j]).view(-1),
             (j - i, TILE_ROWS, keys),
-            hidden,
+            bias,
             padding_WR[i:j],
             slice(i * TILE_ROWS, j * TILE_ROWS),
             tiles.list_W[i:j],
             slice(tiles.list_of_tile[i], tiles.list_of_tile[j - 1] + 1),
         )
-    yield from _diagonal_batches(tiles, geo)
+    yield from _diagonal_batches(tiles, geo, dtype)
 
 
-def _diagonal_batches(tiles: Tiles, geo: Geometry) -> Iterator[Batch]:
+def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def _diagonal_batches(tiles: Tiles, geo: Geometry, dtype: torch.dtype) -> Iterator[Batch]:
     """One tile per (segment, KV head): the segment's queries of all the KV head's query heads, with its keys."""
     keys, groups, heads = geo.keys, geo.num_kv_heads, geo.num_heads
     ratio, device, segments = heads // groups, tiles.rows_WR.device, tiles.segments
     key_C = torch.arange(keys, device=device)
     base, first_block, size = tiles.rows_WR.numel(), tiles.start_X.shape[0], groups * keys * ratio
-    head_GR, group_G1 = torch.arange(heads, device=device).view(groups, 1, ratio), torch.arange(groups, device=device)
+    head_GR1, group_G = torch.arange(heads, device=device).view(groups, ratio, 1), torch.arange(groups, device=device)
     num_segments = segments.query_Y.shape[0]
+    aligned = num_segments > 0 and not bool(segments.shift_Y.any())
+    # Every segment begins at its first key unless keys are longer than queries: one triangle serves all.
+    bias = torch.full((keys, keys), float("-inf"), dtype=dtype, device=device).triu_(1) if aligned else None
     step = max(1, work_budget(LIVE_SCORES, device) // (size * keys))
     for i in range(0, num_segments, step):
         j = min(i + step, num_segments)
         count = segments.count_Y[i:j, None]
         query_yC = segments.query_Y[i:j, None] + torch.minimum(key_C, count - 1)
         key_yC = segments.start_Y[i:j, None] + torch.minimum(key_C, segments.length_Y[i:j, None] - 1)
-        hidden_yCC = key_C > (key_C + segments.shift_Y[i:j, None])[..., None]
-        shape, per_row = ((j - i) * groups, keys * ratio, keys), (j - i, groups, keys, ratio)
+        if not aligned:
+            hidden_yCC = key_C > (key_C + segments.shift_Y[i:j, None])[..., None]
+            bias = _bias(hidden_yCC[:, None], dtype)
+        shape = ((j - i) * groups, ratio * keys, keys)
         yield Batch(
-            (query_yC[:, None, :, None] * heads + head_GR).view(-1),
-            (key_yC[:, None] * groups + group_G1[:, None]).view(-1),
+            (query_yC[:, None, None] * heads + head_GR1).view(-1),
+            (key_yC[:, None] * groups + group_G[:, None]).view(-1),
             shape,
-            hidden_yCC[:, None, :, None].expand(*per_row, keys).reshape(shape),
-            (key_C >= count)[:, None, :, None].expand(per_row).reshape(shape[:2]),
+            bias,
+            (key_C >= count)[:, None].expand(-1, heads, -1).reshape(shape[:2]),
             slice(base + i * size, base + j * size),
             None,
             slice(first_block + i * groups, first_block + j * groups),
@@ -127,6 +139,9 @@ class KeyMajorAttention(torch.autograd.Function):
             o_rows, lse_rows = _forward_chunk(tiles, geo, q_rows, k_rows, v_rows, scale)
             queries = slice(chunk.q0, chunk.q1)
             o[queries], lse[queries] = o_rows.view(-1, *o.shape[1:]), lse_rows.view(-1, lse.shape[1])
+        by_head = [x.view(*y.shape).transpose(0, 1) for x, y in ((k_rows, k), (v_rows, v))]
+        for whole in dense_chunks(packing, geo.num_heads, None, geo.whole_docs):
+            attend_chunk(whole, (q, by_head[0], by_head[1]), (o, lse), True, None, scale)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.geo, ctx.scale, ctx.work = geo, scale, work
         return o, lse
@@ -150,6 +165,12 @@ class KeyMajorAttention(torch.autograd.Function):
             keys = slice(chunk.k0 * groups, chunk.k1 * groups)
             dk_rows[keys] += F.embedding_bag(block, dk_blocks, mode="sum")
             dv_rows[keys] += F.embedding_bag(block, dv_blocks, mode="sum")
+        k_GTK, v_GTV, dk_GTK, dv_GTV = (
+            x.view(*y.shape).transpose(0, 1) for x, y in ((k_rows, k), (v_rows, v), (dk_rows, k), (dv_rows, v))
+        )
+        for whole in dense_chunks(geo.packing, heads, None, geo.whole_docs):
+            rows = (q, k_GTK, v_GTV, grad_o, lse, delta_rows.view_as(lse))
+            add_chunk_grads(whole, rows, (dq_rows.view(q.shape), dk_GTK, dv_GTV), True, None, ctx.scale)
         dq, dk, dv = (d.view_as(x).to(x.dtype) for d, x in ((dq_rows, q), (dk_rows, k), (dv_rows, v)))
         return dq, dk, dv, None, None, None
 
@@ -160,13 +181,17 @@ def _flat(x_THK: Tensor) -> Tensor:
 
 
 def _scores(batch: Batch, q_rows: Tensor, k_rows: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked scores [b, R, C] of one batch, with the queries [b, R, K] and keys [b, C, K] it gathered."""
+    """Masked scores [b, R, C] of one batch times log2(e), with the queries [b, R, K] and keys [b, C, K] it gathered."""
     b, r, c = batch.shape
     q = q_rows.index_select(0, batch.rows).view(b, r, -1)
     k = k_rows.index_select(0, batch.key_rows).view(b, c, -1)
-    s = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-    if batch.hidden is not None:
-        s.masked_fill_(batch.hidden, float("-inf"))
+    s = torch.bmm(q, k.transpose(1, 2)).mul_(scale * LOG2_E)
+    if batch.bias is not None and batch.bias.dim() == 3:
+        s.add_(batch.bias)
+    elif batch.bias is not None:
+        # [segments, heads, C, C]: one triangle per segment, or one for all
+        segments = b if batch.bias.dim() == 2 else batch.bias.shape[0]
+        s.view(segments, -1, c, c).add_(batch.bias)
     return s, q, k
 
 
@@ -178,11 +203,11 @@ def _forward_chunk(
     max_piece = torch.empty(tiles.num_results, dtype=q_rows.dtype, device=q_rows.device)
     sum_piece = torch.empty_like(max_piece)
     o_piece[-1], max_piece[-1], sum_piece[-1] = 0.0, float("-inf"), 1.0
-    for batch in batches(tiles, geo):
+    for batch in batches(tiles, geo, q_rows.dtype):
         b, r, c = batch.shape
         s, _, _ = _scores(batch, q_rows, k_rows, scale)
         peak = s.amax(-1, keepdim=True)
-        s.sub_(peak).exp_()
+        weights_(s, peak)
         v = v_rows.index_select(0, batch.key_rows).view(b, c, -1)
         # Not divided by the sum: the merge weights do that once per query.
         torch.bmm(s, v, out=o_piece[batch.result].view(b, r, -1))
@@ -190,11 +215,12 @@ def _forward_chunk(
         torch.sum(s, -1, out=sum_piece[batch.result].view(b, r))
     piece = tiles.piece.view(-1)
     max_rs = max_piece.index_select(0, piece).view(tiles.piece.shape)
-    lse_rs = sum_piece.log_().index_select(0, piece).view(tiles.piece.shape).add_(max_rs)
-    lse_r = lse_rs.logsumexp(-1)
-    # -inf - -inf is NaN: a row without pieces has zero weights.
-    weight_rs = max_rs.sub_(lse_r.masked_fill(lse_r == float("-inf"), 0.0)[:, None]).exp_()
-    return F.embedding_bag(tiles.piece, o_piece, per_sample_weights=weight_rs, mode="sum"), lse_r
+    total_rs = sum_piece.log2_().index_select(0, piece).view(tiles.piece.shape).add_(max_rs)
+    peak_r1 = finite_or_zero(total_rs.amax(-1, keepdim=True))
+    log2_total_r = weights_(total_rs, peak_r1).sum(-1).log2_().add_(peak_r1[:, 0])
+    weight_rs = weights_(max_rs, finite_or_zero(log2_total_r)[:, None])
+    o = F.embedding_bag(tiles.piece, o_piece, per_sample_weights=weight_rs, mode="sum")
+    return o, log2_total_r.mul_(LN_2)
 
 
 def _backward_chunk(
@@ -208,12 +234,13 @@ def _backward_chunk(
     dk_blocks, dv_blocks = (
         torch.zeros(num_blocks * geo.keys + 1, x.shape[1], dtype=x.dtype, device=x.device) for x in (k_rows, v_rows)
     )
-    for batch in batches(tiles, geo):
+    log2_rows = lse_rows * LOG2_E
+    for batch in batches(tiles, geo, q_rows.dtype):
         b, r, c = batch.shape
         s, q, k = _scores(batch, q_rows, k_rows, scale)
-        # Padded rows get weight exp(s - inf) = 0, so they add nothing to any gradient.
-        lse = lse_rows.index_select(0, batch.rows).view(b, r).masked_fill_(batch.padding, float("inf"))
-        p = s.sub_(lse[..., None]).exp_()
+        # Padded rows get weight exp2(s - inf) = 0, so they add nothing to any gradient.
+        log2_total = log2_rows.index_select(0, batch.rows).view(b, r).masked_fill_(batch.padding, float("inf"))
+        p = weights_(s, log2_total[..., None])
         do = do_rows.index_select(0, batch.rows).view(b, r, -1)
         v = v_rows.index_select(0, batch.key_rows).view(b, c, -1)
         dp = torch.bmm(do, v.transpose(1, 2))

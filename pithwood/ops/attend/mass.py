@@ -12,6 +12,7 @@ from torch import Tensor
 from pithwood.ops.attend.query_major import row_batches, row_scores
 from pithwood.ops.checks import check_heads, check_packed, compute_dtype
 from pithwood.ops.packing import Packing, Selection
+from pithwood.ops.softmax import LOG2_E, finite_or_zero, weights_
 
 
 @torch.no_grad()
@@ -48,13 +49,12 @@ def attention_mass(
     if k_TGK.shape[0] == 0:
         return mass_RSk
     q_rows, k_rows = (x.to(dtype).reshape(-1, x.shape[2]) for x in (q_THK, k_TGK))
-    lse_rows = lse_TH.to(dtype).reshape(-1)
-    lse_rows = lse_rows.masked_fill(lse_rows == float("-inf"), 0.0)
+    log2_rows = finite_or_zero(lse_TH.to(dtype).reshape(-1)) * LOG2_E
     row = 0
     for batch in row_batches(packing, selection, num_heads, groups):
         s, _, _ = row_scores(batch, q_rows, k_rows, scale)
         n, r, c = s.shape
-        p = s.sub_(lse_rows.index_select(0, batch.rows).view(n, r, 1)).exp_()
+        p = weights_(s, log2_rows.index_select(0, batch.rows).view(n, r, 1))
         real = torch.zeros(n * r, dtype=dtype, device=p.device).index_fill_(0, batch.valid, 1.0).view(n, r, 1)
         mean = (p * real).sum(1) / real.sum(1).clamp(min=1)
         sets = max(ids.shape[1], groups)

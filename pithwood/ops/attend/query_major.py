@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from pithwood.ops.checks import compute_dtype, work_budget
 from pithwood.ops.packing import Packing, Selection
+from pithwood.ops.softmax import LN_2, LOG2_E, finite_or_zero, weights_
 
 LIVE_KEYS = 1 << 15
 """Gathered key rows held at once (8 MiB of keys at head dim 64 in fp32)."""
@@ -93,11 +94,13 @@ class QueryMajorAttention(torch.autograd.Function):
         if k.shape[0] > 0:
             for batch in row_batches(packing, selection, q.shape[1], k.shape[1]):
                 s, _, _ = row_scores(batch, q_rows, k_rows, scale)
-                lse = s.logsumexp(-1)
-                p = s.sub_(_no_infinity(lse)[..., None]).exp_()
+                peak = finite_or_zero(s.amax(-1, keepdim=True))
+                total = weights_(s, peak).sum(-1)
                 v_batch = v_rows.index_select(0, batch.key_rows).view(s.shape[0], s.shape[2], -1)
-                o_rows[batch.target] = torch.bmm(p, v_batch).view(-1, v_rows.shape[1])[batch.valid]
-                lse_rows[batch.target] = lse.view(-1)[batch.valid]
+                # A row that sees no key has the total 0: its output is 0, its log-sum -inf.
+                o_batch = torch.bmm(s, v_batch).div_(total.masked_fill(total == 0, 1.0)[..., None])
+                o_rows[batch.target] = o_batch.view(-1, v_rows.shape[1])[batch.valid]
+                lse_rows[batch.target] = total.log2_().add_(peak[..., 0]).mul_(LN_2).view(-1)[batch.valid]
         o, lse = o_rows.view(*q.shape[:2], v.shape[2]).to(q.dtype), lse_rows.view(q.shape[:2])
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.args = (packing, selection, scale)
@@ -110,14 +113,14 @@ class QueryMajorAttention(torch.autograd.Function):
         packing, selection, scale = ctx.args
         groups = k.shape[1]
         q_rows, k_rows, v_rows, do_rows, o_rows = (_flat(x) for x in (q, k, v, grad_o, o))
-        lse_rows = _no_infinity(lse.view(-1))
+        log2_rows = finite_or_zero(lse.view(-1)) * LOG2_E
         delta_rows = (do_rows * o_rows).sum(-1) - grad_lse.reshape(-1)
         dq_rows, dk_rows, dv_rows = (torch.zeros_like(x) for x in (q_rows, k_rows, v_rows))
         if k.shape[0] > 0:
             for batch in row_batches(packing, selection, q.shape[1], groups):
                 s, q_batch, k_batch = row_scores(batch, q_rows, k_rows, scale)
                 n, r, c = s.shape
-                p = s.sub_(lse_rows.index_select(0, batch.rows).view(n, r, 1)).exp_()
+                p = weights_(s, log2_rows.index_select(0, batch.rows).view(n, r, 1))
                 real = torch.zeros(n * r, dtype=p.dtype, device=p.device).index_fill_(0, batch.valid, 1.0)
                 p.mul_(real.view(n, r, 1))
                 do = do_rows.index_select(0, batch.rows).view(n, r, -1)
@@ -137,21 +140,16 @@ class QueryMajorAttention(torch.autograd.Function):
 
 
 def row_scores(batch: RowBatch, q_rows: Tensor, k_rows: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked scores [n * S, r, k] of a batch, with the queries and keys it gathered."""
+    """Masked scores [n * S, r, k] of a batch times log2(e), with the queries and keys it gathered."""
     n, r, c = batch.hidden.shape
     q = q_rows.index_select(0, batch.rows).view(n, r, -1)
     k = k_rows.index_select(0, batch.key_rows).view(n, c, -1)
-    s = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    s = torch.bmm(q, k.transpose(1, 2)).mul_(scale * LOG2_E)
     return s.masked_fill_(batch.hidden, float("-inf")), q, k
 
 
 def _flat(x_THK: Tensor) -> Tensor:
     return x_THK.to(compute_dtype(x_THK.dtype)).reshape(-1, x_THK.shape[2])
-
-
-def _no_infinity(lse: Tensor) -> Tensor:
-    """lse with 0 for -inf: rows that see nothing get exp(-inf - 0) = 0 instead of NaN."""
-    return lse.masked_fill(lse == float("-inf"), 0.0)
 
 
 def _keys_in_order(key_rows: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:

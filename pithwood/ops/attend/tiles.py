@@ -62,6 +62,10 @@ class Geometry:
     query_doc_T: Tensor
     query_position_T: Tensor
     unit_offsets_N: Tensor
+    whole_docs: list[int]
+    """Documents whose every query sees all it can: they have no lists, and are attended to without gathering."""
+    whole_T: Tensor | None
+    """[T] bool: queries of those documents; None if there are none."""
 
     @property
     def slots(self) -> int:
@@ -80,6 +84,8 @@ class Geometry:
     @staticmethod
     def of(packing: Packing, selection: Selection, num_heads: int, num_kv_heads: int, num_keys: int) -> Geometry:
         parts = -(-selection.unit // MAX_KEYS)
+        query_doc_T, query_position_T = packing.query_doc(), packing.query_key_position()
+        whole_docs, whole_T = _whole_documents(packing, selection, query_doc_T, query_position_T)
         return Geometry(
             packing,
             selection,
@@ -88,9 +94,11 @@ class Geometry:
             -(-selection.unit // parts),
             parts,
             unit_table(packing, selection.unit, num_keys),
-            packing.query_doc(),
-            packing.query_key_position(),
+            query_doc_T,
+            query_position_T,
             packing.unit_offsets(selection.unit),
+            whole_docs,
+            whole_T,
         )
 
     def chunks(self) -> list[Chunk]:
@@ -196,6 +204,9 @@ def build_tiles(geo: Geometry, chunk: Chunk) -> Tiles:
             chosen_THs &= sub_THs != own_T[:, None, None]
         key_THs = key_THs + (visible_THs < keys) * (groups * num_subs)
 
+    if geo.whole_T is not None:
+        chosen_THs &= ~geo.whole_T[chunk.q0 : chunk.q1, None, None]
+
     # Sort the pairs by list; the sort is stable, so each list stays in query order.
     pair_P = chosen_THs.view(-1).nonzero().squeeze(1)
     key_P, order_P = key_THs.view(-1).index_select(0, pair_P).to(narrow).sort(stable=True)
@@ -228,7 +239,8 @@ def build_tiles(geo: Geometry, chunk: Chunk) -> Tiles:
     piece = torch.full((num_tokens * heads * geo.slots,), num_results, device=device, dtype=narrow)
     piece = piece.scatter_(0, pair_P, place_P.to(narrow)).view(num_tokens * heads, geo.slots)
     if diagonal_piece is not None:
-        diagonal_piece = torch.where(position_T[:, None] >= 0, diagonal_piece, num_results).to(narrow)
+        absent_T = position_T < 0 if geo.whole_T is None else (position_T < 0) | geo.whole_T[chunk.q0 : chunk.q1]
+        diagonal_piece = diagonal_piece.masked_fill(absent_T[:, None], num_results).to(narrow)
         piece = torch.cat([piece, diagonal_piece.view(-1, 1)], dim=1)
 
     list_X = torch.arange(lists, device=device)
@@ -248,6 +260,23 @@ def build_tiles(geo: Geometry, chunk: Chunk) -> Tiles:
         piece,
         num_results + 1,
     )
+
+
+def _whole_documents(
+    packing: Packing, selection: Selection, query_doc_T: Tensor, query_position_T: Tensor
+) -> tuple[list[int], Tensor | None]:
+    """Causal self-attention documents whose queries all selected every unit up to their own, as short ones do."""
+    none: tuple[list[int], Tensor | None] = ([], None)
+    if not (packing.causal and packing.self_attention and selection.own and selection.row_size == 1):
+        return none
+    if packing.num_queries == 0:
+        return none
+    missed_T = (selection.count < (query_position_T // selection.unit + 1)[:, None]).any(1)
+    cu = packing.cu_q.long()
+    missed = torch.cat([cu.new_zeros(1), missed_T.cumsum(0)])[cu].diff()
+    whole_N = (missed == 0) & (cu.diff() > 0)
+    docs = whole_N.nonzero().squeeze(1).tolist()
+    return (docs, whole_N[query_doc_T]) if docs else none
 
 
 def _ids_of_chunk(geo: Geometry, chunk: Chunk) -> Tensor:
@@ -289,6 +318,8 @@ def _diagonal(
     _, inverse_T, count_Y = sub_T.unique_consecutive(return_inverse=True, return_counts=True)
     begin_Y = count_Y.cumsum(0) - count_Y
     real_Y = position_T[begin_Y] >= 0
+    if geo.whole_T is not None:
+        real_Y &= ~geo.whole_T[chunk.q0 : chunk.q1][begin_Y]
     index_T = (real_Y.cumsum(0) - 1)[inverse_T]
     within_T = torch.arange(position_T.shape[0], device=sub_T.device) - begin_Y[inverse_T]
     begin_Y, count_Y = begin_Y[real_Y], count_Y[real_Y]
@@ -300,6 +331,6 @@ def _diagonal(
     start_Y = geo.packing.cu_k.long()[doc_Y] + first_Y
     head_H = torch.arange(geo.num_heads, device=sub_T.device)
     block_TH = index_T[:, None] * geo.num_kv_heads + head_H // ratio
-    piece_TH = base + (block_TH * keys + within_T[:, None]) * ratio + head_H % ratio
+    piece_TH = base + (block_TH * ratio + head_H % ratio) * keys + within_T[:, None]
     sub_Y = sub_T[begin_Y] - chunk.unit0 * parts
     return Segments(begin_Y + chunk.q0, count_Y, position_Y - first_Y, start_Y, length_Y, sub_Y), piece_TH

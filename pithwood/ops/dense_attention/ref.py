@@ -9,9 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pithwood.ops.attend.ref import masked_attention
 from pithwood.ops.checks import compute_dtype
 from pithwood.ops.packing import Packing
+
+
+def masked_attention(
+    q_LHK: Tensor, k_MGK: Tensor, v_MGV: Tensor, mask_LHM: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(o [L, H, V], lse [L, H]) under a mask; rows that see nothing give zero and -inf, no gradient."""
+    ratio = q_LHK.shape[1] // k_MGK.shape[1]
+    score = torch.einsum("lhk,mhk->lhm", q_LHK, k_MGK.repeat_interleave(ratio, dim=1)) * scale
+    score = score.masked_fill(~mask_LHM, float("-inf"))
+    empty_LH = ~mask_LHM.any(-1)
+    # A constant row instead of one without any finite score keeps NaN out of both passes.
+    score = torch.where(empty_LH[..., None], 0.0, score)
+    lse = score.logsumexp(-1)
+    weight = torch.where(empty_LH[..., None], 0.0, torch.exp(score - lse[..., None]))
+    o = torch.einsum("lhm,mhv->lhv", weight, v_MGV.repeat_interleave(ratio, dim=1))
+    return o, torch.where(empty_LH, float("-inf"), lse)
 
 
 def dense_ref(
