@@ -103,7 +103,8 @@ def _samples(run: Run, model: Qwen3MoE, corpus: Corpus) -> str:
     if not run.sample_prompts:
         return ""
     tokenizer = corpus.tokenizer
-    prompts = [tokenizer.encode(prompt) or [END_OF_TEXT_ID] for prompt in run.sample_prompts]
+    # every document of the corpus begins with the end-of-text token, so a prompt does too
+    prompts = [[END_OF_TEXT_ID, *tokenizer.encode(prompt)] for prompt in run.sample_prompts]
     continued = generate(
         model,
         prompts,

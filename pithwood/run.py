@@ -85,7 +85,7 @@ class Run:
     """Newest checkpoints to keep."""
     max_skipped_steps: int = 5
     """Non-finite steps in a row after which the run stops."""
-    sample_prompts: tuple[str, ...] = ("def ", "import ", "class ")
+    sample_prompts: tuple[str, ...] = ('"""', "import os\n", "class Queue:\n    def __init__(self")
     """Prompts that are continued in sample.txt at the end."""
     sample_tokens: int = 120
     """Tokens generated for each prompt."""

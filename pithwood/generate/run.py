@@ -38,7 +38,8 @@ def generate_from_run(
     tokenizer = load_tokenizer(folder)
     tensors, state = load_checkpoint(path)
     model = model_of(run, int(state["step"]), tensors, averaged=True)
-    tokens = tokenizer.encode(prompt) or [END_OF_TEXT_ID]
+    # every document of the corpus begins with the end-of-text token, so a prompt does too
+    tokens = [END_OF_TEXT_ID, *tokenizer.encode(prompt)]
     started = time.perf_counter()
     new = generate(
         model,
