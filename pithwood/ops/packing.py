@@ -21,8 +21,9 @@ class Packing:
 
     Query i of document n stands at key position `i - cu_q[n] + (Lk[n] - Lq[n])` of its document: with Lk > Lq the
     queries are the last Lq positions (decode, chunked prefill); with Lk < Lq the first Lq - Lk queries see nothing.
-    Documents of zero length are legal anywhere. The offsets are not read on the host by any op, so nothing
-    synchronises: sizes come from tensor shapes and from the bounds `max_q`, `max_k`.
+    Documents of zero length are legal anywhere. Nothing here reads the offsets on the host: sizes come from tensor
+    shapes and from the bounds `max_q`, `max_k`. Ops in plain torch may read them, and then wait for the device; kernels
+    must not.
     """
 
     cu_q: Tensor

@@ -44,10 +44,10 @@ def moba_attention(
 
     q               [T_q, H, K] packed, or [B, T_q, H, K]       k [.., G, K], v [.., G, V] alike; H a multiple of G
     block_size      keys per block; blocks restart at every document
-    top_k           counts the query's own block (1: block-local attention); with topk_includes_current=False it does
-    not cu_seqlens      [N + 1] int     offsets of packed documents, from 0 to T_q; None: one document. Not with 4-D
-    input cu_seqlens_k    [N + 1] int     offsets of the keys if they differ; queries align with the last keys of a
-    document tie, mean_dtype, route_per      as in `pithwood.ops.select`
+    top_k           counts the query's own block (1: block-local attention); topk_includes_current=False adds one
+    cu_seqlens      [N + 1] int     offsets of packed documents, from 0 to T_q; None: one document. Not with 4-D input
+    cu_seqlens_k    [N + 1] int     offsets of the keys if they differ; queries align with a document's last keys
+    tie, mean_dtype, route_per      as in `pithwood.ops.select`
     causal          False: all blocks of the document are candidates and the own block is not forced
     softmax_scale   None: K ** -0.5
     return_lse      also return the log-sum [.., T_q, H] in fp32
