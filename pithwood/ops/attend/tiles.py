@@ -269,7 +269,8 @@ def _whole_documents(
     none: tuple[list[int], Tensor | None] = ([], None)
     if not (packing.causal and packing.self_attention and selection.own and selection.row_size == 1):
         return none
-    if packing.num_queries == 0:
+    # Document by document a GPU waits for launches: gathering is faster there (14 against 33 ms for 32 x 1024 tokens).
+    if packing.num_queries == 0 or packing.cu_q.is_cuda:
         return none
     missed_T = (selection.count < (query_position_T // selection.unit + 1)[:, None]).any(1)
     cu = packing.cu_q.long()
