@@ -17,6 +17,20 @@ from pithwood.observe.events import to_json, write_atomically
 FOLDER = Path(__file__).parent / "results"
 
 
+def _commit() -> str:
+    """Hash of HEAD, with "+changes" if tracked files differ from it; "unknown" outside a checkout."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if changed else "")
+
+
+COMMIT = _commit()
+"""What was checked out when the program began: the code that runs, whatever is committed meanwhile."""
+
+
 def device_name() -> str:
     """Folder of this machine's results: cpu, nvidia-h200, nvidia-h200-x2, ..."""
     if not torch.cuda.is_available():
@@ -31,7 +45,7 @@ def write_results(name: str, rows: list[dict[str, Any]], folder: Path | None = N
     content = {
         "name": name,
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "commit": _commit(),
+        "commit": COMMIT,
         "date": datetime.now(UTC).date().isoformat(),
         "device": device_name(),
         "versions": {
@@ -46,16 +60,6 @@ def write_results(name: str, rows: list[dict[str, Any]], folder: Path | None = N
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (to_json(content, indent=2) + "\n").encode())
     return path
-
-
-def _commit() -> str:
-    """Hash of HEAD, with "+changes" if tracked files differ from it; "unknown" outside a checkout."""
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], check=False).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+changes" if changed else "")
 
 
 def _processor() -> str:

@@ -170,6 +170,28 @@ def test_32k_tokens_of_one_document_need_memory_linear_in_tokens():
     assert peaks[1] < 500 << 20
 
 
+MILLION_PROBE = """
+import resource, torch
+from pithwood import moba_attention
+torch.set_num_threads(1)
+q, k, v = (torch.randn(1 << 20, 1, 16, requires_grad=True) for _ in range(3))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+o, lse = moba_attention(q, k, v, block_size=1024, top_k=2, return_lse=True)
+o.square().sum().backward()
+assert lse.isfinite().all()
+assert all(x.grad.isfinite().all() for x in (q, k, v))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_document_of_a_million_tokens_fits_a_laptop():
+    """Forward and backward of one head; a bool mask of T x T alone would be 1 TiB."""
+    command = [sys.executable, "-c", MILLION_PROBE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=_root(), timeout=400)
+    assert int(done.stdout) < 4 << 30
+
+
 @pytest.mark.slow
 def test_every_rung_of_long_documents_matches_the_mask():
     inputs = make_inputs([4096 + 17, 1023], heads=2, dim=64)
