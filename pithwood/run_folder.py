@@ -108,6 +108,17 @@ def finished_summary(folder: Path, run: Run) -> dict[str, Any] | None:
     return summary if summary.get("steps") == run.steps else None
 
 
+def branched_from(folder: Path) -> str | None:
+    """The RUN@STEP that a run folder's run was begun from, None for fresh weights or an empty folder."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["branched_from"]
+    except FileNotFoundError:
+        return None
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not the configuration of a run ({error}); restore it, or use --new") from None
+
+
 def start_over(folder: Path) -> Path | None:
     """Move an existing run folder out of the way (nothing is deleted); returns where it went."""
     if not folder.exists():

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pithwood.attention.base import Cost
-from pithwood.checkpoint.load import latest_checkpoint, load_checkpoint
+from pithwood.checkpoint.load import latest_checkpoint, list_checkpoints, load_checkpoint
 from pithwood.checkpoint.lock import RunLock
 from pithwood.checkpoint.rng import capture_rng, restore_rng
 from pithwood.checkpoint.save import clean_leftovers, save_checkpoint
@@ -52,7 +52,7 @@ from pithwood.optim.config import MuonConfig
 from pithwood.optim.groups import MATRIX_KINDS
 from pithwood.optim.optimizer import Optimizer
 from pithwood.run import Run
-from pithwood.run_folder import find_checkpoint, finished_summary, run_dir, start_over, write_config
+from pithwood.run_folder import branched_from, find_checkpoint, finished_summary, run_dir, start_over, write_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -91,11 +91,17 @@ def train(
         if done is not None:
             tell(f"{folder} is complete ({run.steps} steps); raise steps to train on, or start over with --new")
             return done
+        begun_from = branched_from(folder)
+        if branch_from not in (None, begun_from) and list_checkpoints(folder):
+            raise ValueError(
+                f"{folder} already holds a run of these settings, begun from {begun_from or 'fresh weights'}; "
+                "drop --from to resume it, or add --new to start over"
+            )
         clean_leftovers(folder)
         corpus = prepare(run.data, runs_dir / "corpora", tell)
         trainer = Trainer(run, device, corpus)
         start = trainer.resume(folder, origin)
-        write_config(folder, run, command, branch_from)
+        write_config(folder, run, command, branch_from or begun_from)
         corpus.tokenizer.save(folder / "tokenizer.json")
         for line in trainer.describe(folder, start):
             tell(line)
@@ -318,6 +324,11 @@ class Trainer:
         if path is None:
             return 0
         tensors, state = load_checkpoint(path, device=self.device)
+        if int(state["step"]) > self.run.steps:
+            raise ValueError(
+                f"{path} is already past steps={self.run.steps}; raise steps to at least {state['step']}, "
+                "or start over with --new"
+            )
         if state["data"]["corpus"] != self.corpus_fingerprint:
             raise ValueError(
                 f"{path} was trained on another corpus than `data` describes now (text or tokenizer differ); "

@@ -138,6 +138,14 @@ def test_branching_starts_from_another_runs_weights(tmp_path):
     assert losses(branch)[0] == losses(first)[4]
     with pytest.raises(ValueError, match=r"no checkpoint at step '5'; there are \[4, 8\]"):
         train(other, runs_dir=tmp_path / "runs", console=False, branch_from=f"{name}@5")
+    longer = dataclasses.replace(other, steps=12)
+    with pytest.raises(ValueError, match=f"begun from {name}@4; drop --from"):
+        train(longer, runs_dir=tmp_path / "runs", console=False, branch_from=f"{name}@8")
+    resumed = train(longer, runs_dir=tmp_path / "runs", console=False)
+    assert [step for step, _ in losses(resumed)][-1] == 12
+    assert json.loads((Path(resumed["run_dir"]) / "config.json").read_text())["branched_from"] == f"{name}@4"
+    with pytest.raises(ValueError, match="already past steps=11; raise steps to at least 12"):
+        train(dataclasses.replace(other, steps=11), runs_dir=tmp_path / "runs", console=False)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_step(tmp_path):
