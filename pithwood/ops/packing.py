@@ -139,15 +139,16 @@ class Selection:
     """
 
     ids: Tensor
-    """[R, S, k] int32 unit ids local to the document, ascending, -1 padded at the end, the own unit included."""
+    """[R, S, k] int32 unit ids local to the document, distinct, ascending, -1 padded at the end."""
     count: Tensor
     """[R, S] int32 number of valid ids."""
     unit: int
     """Keys per unit."""
     row_size: int = 1
     """Queries per row: 1 (each query selects alone) or a tile of 64 to 256 that shares one selection."""
-    own: bool = True
-    """Whether the unit that holds the query is always among the ids (MoBA: yes)."""
+    own: bool = False
+    """Promise that the ids of every query that stands at a key hold its own unit (MoBA: yes). It saves work; `attend`
+    refuses it where it is not kept."""
 
     def ids_per_head(self, packing: Packing, num_heads: int, num_kv_heads: int) -> Tensor:
         """[T_q, H, k] int32: the ids spelled out for every query and query head; S must be 1, G or H."""

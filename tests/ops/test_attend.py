@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pithwood.ops import Packing, Selection, attend, select, summarise
+from pithwood.ops import Packing, Selection, attend, moba_attention, select, summarise
 from pithwood.ops.attend import key_major, tiles
 from tests.numerics import assert_close, rel_error
 from tests.ops.reference import attention, gradients, make_inputs, masks_of_ids, random_selection, spans
@@ -159,16 +159,46 @@ def test_gradients_by_finite_differences(unit):
     assert torch.autograd.gradcheck(outputs, inputs[:3])
 
 
-def test_the_gate_has_no_gradient():
-    """Moving the scores without moving what is attended to moves nothing: dq is that of the frozen selection."""
-    inputs = make_inputs([90], heads=2, dtype=torch.float64)
-    selection = _moba(inputs, 16, 3)
-    summary = summarise(inputs.k, inputs.packing, 16)
-    assert summary.grad_fn is None
-    again = select(inputs.q, summary * 1.001, inputs.packing, 3, block_size=16)
-    assert torch.equal(again.ids, selection.ids)
-    first, second = (gradients(*attend(*inputs, s), inputs[:3]) for s in (selection, again))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+@pytest.mark.parametrize("impl", ["ref", "torch"])
+@pytest.mark.parametrize("route_per", ["q_head", "kv_group"])
+def test_the_gate_has_no_gradient(impl, route_per, monkeypatch):
+    """End to end, the gradient is that of attention to a frozen selection, and what only moves scores gets none."""
+    inputs = make_inputs([90, 40], heads=4, kv_heads=2, dtype=torch.float64)
+    detached = inputs._replace(**{name: getattr(inputs, name).detach() for name in "qkv"})
+    frozen = _moba(detached, 16, 3, route_per=route_per)
+    # The means take a part of their own to the scores: a gradient through the gate would arrive there.
+    shift = torch.zeros(*summarise(detached.k, inputs.packing, 16).shape, dtype=torch.float64, requires_grad=True)
+    scored = []
+
+    def shifted(*args, **options):
+        scored.append(summarise(*args, **options) + shift)
+        return scored[-1]
+
+    def run():
+        options = {"block_size": 16, "top_k": 3, "route_per": route_per, "impl": impl, "return_lse": True}
+        return moba_attention(*inputs[:3], cu_seqlens=inputs.packing.cu_q, **options)
+
+    def chosen():
+        return select(
+            inputs.q, scored[-1], inputs.packing, 3, block_size=16, route_per=route_per, mean_dtype="centered"
+        )
+
+    monkeypatch.setattr("pithwood.ops.moba.summarise", shifted)
+    o, lse = run()
+    found = gradients(o, lse, [*inputs[:3], shift])
+    assert scored[-1].requires_grad
+    assert torch.equal(chosen().ids, frozen.ids)
+    for a, b in zip(found, gradients(*attend(*inputs, frozen, impl=impl), inputs[:3]), strict=False):
+        assert torch.equal(a, b)
+    assert torch.count_nonzero(found[3]) == 0
+
+    # Scores that move without moving the choice change no digit; moved further they change the choice and the output.
+    for size, same in ((1e-6, True), (10.0, False)):
+        with torch.no_grad():
+            shift.copy_(size * torch.randn(shift.shape, dtype=torch.float64))
+        moved = run()
+        assert torch.equal(chosen().ids, frozen.ids) == same
+        assert torch.equal(moved[0], o) == torch.equal(moved[1], lse) == same
 
 
 def test_gradients_accumulate_into_existing_ones():
@@ -346,6 +376,62 @@ def test_a_replayed_selection_that_leaves_blocks_out_is_kept_on_short_documents(
     selection = _moba(inputs, 16, 1)
     assert tiles.Geometry.of(inputs.packing, selection, 4, 2, 88).whole_docs == []
     _check(inputs, selection)
+
+
+def _ids_by_block(rows_of_block, length, unit=16):
+    """(ids, count) of one document whose queries of a block share a list of ids."""
+    width = max(len(row) for row in rows_of_block)
+    padded = torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows_of_block], dtype=torch.int32)
+    ids = padded[torch.arange(length) // unit][:, None]
+    return ids, (ids >= 0).sum(-1, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("impl", ["ref", "torch"])
+def test_units_ahead_of_the_query_do_not_stand_in_for_those_left_out(impl, own):
+    """As many ids as a query could see, one of them in the future: a unit of the past is missing."""
+    inputs = make_inputs([48], heads=2, dtype=torch.float64)
+    _check(inputs, Selection(*_ids_by_block([[0], [1, 2], [0, 1, 2]], 48), 16, own=own), impl)
+    _check(inputs, Selection(*_ids_by_block([[0, 1, 2], [0, 1, 2], [0, 1, 2]], 48), 16, own=own), impl)
+    _check(inputs, Selection(*_ids_by_block([[0, 1], [0, 1], [1, 2]], 48), 16, own=own), impl)
+
+
+@pytest.mark.parametrize("unit", [1, 16, 150])
+@pytest.mark.parametrize("row_size", [1, 16])
+def test_future_units_are_legal_and_invisible(unit, row_size):
+    """Ids drawn past every query, in units that are cut and that are not."""
+    inputs = make_inputs([48, 310, 16], heads=4, kv_heads=2, dtype=torch.float64)
+    selection = random_selection(inputs.packing, unit, 6, sets=2, row_size=row_size, own=row_size == 1)
+    position = inputs.packing.query_key_position()
+    ahead = selection.ids_per_head(inputs.packing, 4, 2) * unit > position[:, None, None]
+    assert ahead.any()
+    _check(inputs, selection)
+    _check(inputs, replace(selection, own=False))
+
+
+@pytest.mark.parametrize("impl", ["ref", "torch"])
+@pytest.mark.parametrize("lengths", [[40, 48, 130], [20]])
+def test_a_selection_by_hand_may_leave_out_the_own_block(impl, lengths):
+    inputs = make_inputs(lengths, heads=2, dtype=torch.float64)
+    own = inputs.packing.query_key_position() // 16
+    ids = torch.where(own > 0, own - 1, -1).to(torch.int32)[:, None, None]
+    _check(inputs, Selection(ids, (ids >= 0).sum(-1, dtype=torch.int32), 16), impl)
+
+
+@pytest.mark.parametrize("impl", ["ref", "torch"])
+@pytest.mark.parametrize("unit", [1, 16])
+def test_a_promise_of_the_own_block_that_is_not_kept_is_refused(impl, unit):
+    inputs = make_inputs([20, 40], [10, 60], heads=2)
+    kept = random_selection(inputs.packing, unit, 3, sets=2, own=True)
+    attend(*inputs, kept, impl=impl)
+    broken = kept.ids.clone()
+    broken[37, 1] = -1
+    with pytest.raises(ValueError, match=r"own=True.*query 37.*own=False"):
+        attend(*inputs, replace(kept, ids=broken), impl=impl)
+    attend(*inputs, replace(kept, ids=broken, own=False), impl=impl)
+    tiled = Selection(torch.zeros(3 + 1, 1, 1, dtype=torch.int32), torch.ones(4, 1, dtype=torch.int32), 16, 16, True)
+    with pytest.raises(ValueError, match=r"own=True.*query 16"):
+        attend(*make_inputs([20, 20]), tiled, impl=impl)
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0, 1000.0])

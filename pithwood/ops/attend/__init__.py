@@ -38,7 +38,7 @@ def attend(
 
     q_THK       [T_q, H, K] float       k_TGK [T_k, G, K], v_TGV [T_k, G, V] of the same dtype; H a multiple of G
     selection                           unit 1 (tokens) or blocks, one row per query or per tile, S in {1, G, H};
-                                        the ids of a row differ from each other
+                                        the ids of a row differ from each other, those past the query are not seen
     scale                               factor of the scores; None: K ** -0.5
     sink_H      [H] float               a logit per head that takes part in the softmax without a value (not scaled)
     impl        "ref" | "torch"         None: "torch"
@@ -69,7 +69,8 @@ def attend(
 
 
 def check_selection(selection: Selection, packing: Packing, num_heads: int, num_kv_heads: int) -> None:
-    """ValueError unless the selection's shape fits the packing and the heads."""
+    """ValueError unless the selection fits the packing and the heads and keeps its promise; reads one flag on the host
+    if it makes one."""
     ids = selection.ids
     if ids.dim() != 3 or ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"selection ids must be integers [rows, sets, k], got {tuple(ids.shape)} {ids.dtype}")
@@ -81,3 +82,16 @@ def check_selection(selection: Selection, packing: Packing, num_heads: int, num_
     rows = packing.num_rows_bound(selection.row_size)
     if ids.shape[0] != rows:
         raise ValueError(f"selection has {ids.shape[0]} rows; packing and row_size={selection.row_size} need {rows}")
+    if not selection.own:
+        return
+    # Key-major attention gives such queries their own unit without looking it up, so a false promise is a wrong result.
+    position_T = packing.query_key_position()
+    own_T = position_T.div(selection.unit, rounding_mode="floor").to(ids.dtype)
+    ids_TSk = ids if selection.row_size == 1 else ids[packing.row_of_query(selection.row_size)]
+    broken_T = (position_T >= 0) & ~(ids_TSk == own_T[:, None, None]).any(-1).all(-1)
+    if broken_T.any():
+        query = int(broken_T.int().argmax())
+        raise ValueError(
+            f"selection says own=True, but the ids of query {query} lack its own unit {int(own_T[query])}; add it to "
+            "the ids or say own=False"
+        )
