@@ -32,6 +32,7 @@ def finish(
     events: EventLog,
     averaged_weights: AbstractContextManager[Any],
     dtype: torch.dtype,
+    tokens: int,
 ) -> dict[str, Any]:
     """Validate on everything, sample, draw loss.png and blocks.png, write summary.json; returns the summary."""
     started = time.monotonic()
@@ -40,7 +41,6 @@ def finish(
             sequential_batches, corpus, "validation", seq_len=run.seq_len, samples_per_batch=run.samples_per_micro_batch
         )
         result = evaluate_loss(model, batches(), dtype)
-        tokens = run.steps * run.samples_per_step * run.seq_len
         events.emit(
             "validation", run.steps, tokens=tokens, **{name: result[name] for name in ("loss", "bits_per_byte")}
         )

@@ -5,6 +5,7 @@ Legend: T packed tokens, D model width.
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,8 +23,20 @@ class Head(Protocol):
         ...
 
 
+class Objective(abc.ABC):
+    """Base of all objectives; a frozen dataclass that derives from it can stand in a run's or a phase's `objective`."""
+
+    @abc.abstractmethod
+    def terms(self, hidden_TD: Tensor, head: Head, batch: Batch) -> list[LossTerm]:
+        """The terms of one micro-batch: sums and counts, each differentiable."""
+
+    @abc.abstractmethod
+    def totals(self, batches: list[Batch]) -> dict[str, Tensor | float]:
+        """For each term, its count over all micro-batches of the step, known before the first forward."""
+
+
 @dataclass(frozen=True)
-class NextToken:
+class NextToken(Objective):
     """Cross-entropy of the next token, averaged over the loss weights of the whole optimizer step."""
 
     def terms(self, hidden_TD: Tensor, head: Head, batch: Batch) -> list[LossTerm]:

@@ -11,7 +11,7 @@ from typing import Literal
 from pithwood.attention.base import MixerConfig
 from pithwood.data.prepare import CorpusConfig
 from pithwood.models.qwen3_moe import Qwen3MoEConfig
-from pithwood.objectives import NextToken
+from pithwood.objectives import NextToken, Objective
 from pithwood.optim.config import AdamWConfig, MuonConfig
 
 
@@ -27,7 +27,7 @@ class Phase:
     """Globs of parameter names that are trained; a leading ! excludes. The rest is frozen."""
     lr_scales: dict[str, float] = field(default_factory=dict)
     """Learning-rate factors by glob of parameter names."""
-    objective: NextToken | None = None
+    objective: Objective | None = None
     """What this phase minimises; null keeps the run's objective."""
 
 
@@ -38,7 +38,7 @@ class ActivePhase:
     attention: MixerConfig | tuple[MixerConfig, ...]
     trainable: tuple[str, ...]
     lr_scales: dict[str, float]
-    objective: NextToken
+    objective: Objective
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ class Run:
     samples_per_step: int
     """Samples per optimizer step."""
     samples_per_micro_batch: int
-    """Samples per forward and backward pass; divides samples_per_step and does not change the result."""
-    objective: NextToken = field(default_factory=NextToken)
+    """Samples per forward and backward pass; divides samples_per_step. It changes no gradient but that of balance
+    losses over micro_batch or global_batch, which see one micro-batch at a time."""
+    objective: Objective = field(default_factory=NextToken)
     """What is minimised."""
     phases: tuple[Phase, ...] = ()
     """Settings that change with the step, in order of until_step; empty: one phase."""
@@ -96,6 +97,9 @@ class Run:
                      "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("seed", "threads", "validation_samples", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.samples_per_step % self.samples_per_micro_batch:
             divisors = [n for n in range(1, self.samples_per_step + 1) if self.samples_per_step % n == 0]
             raise ValueError(

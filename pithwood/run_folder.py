@@ -29,14 +29,17 @@ def run_dir(run: Run, runs_dir: Path) -> Path:
 
 
 def find_run(reference: str, runs_dir: Path) -> Path:
-    """The folder meant by a path or by a (prefix of a) run's name; the newest of several. ValueError names what there
-    is.
+    """The run folder meant by a path, a folder's name, a recipe's name, or the start of a name; the newest of several.
+
+    Runs that --new moved aside are meant by their whole name only. ValueError names what there is.
     """
     for path in (Path(reference), runs_dir / reference):
         if (path / "config.json").is_file():
             return path
-    have = sorted((p for p in runs_dir.glob("*/") if (p / "config.json").is_file()), key=lambda p: p.stat().st_mtime)
-    matches = [p for p in have if p.name.startswith(reference)]
+    folders = [p for p in runs_dir.glob("*/") if (p / "config.json").is_file() and ".old" not in p.name]
+    have = sorted(folders, key=lambda p: (p / "config.json").stat().st_mtime_ns)
+    of_recipe = [p for p in have if p.name.rpartition("-")[0] == reference]
+    matches = of_recipe or [p for p in have if p.name.startswith(reference)]
     if matches:
         return matches[-1]
     names = ", ".join(p.name for p in have[-5:]) or "none yet (start one with `pithwood train demo`)"
@@ -86,9 +89,8 @@ def model_of(run: Run, step: int, tensors: dict[str, Tensor], averaged: bool) ->
     model = Qwen3MoE(replace(run.model, attention=run.phase(max(step - 1, 0)).attention))
     state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     if averaged:
-        state |= {
-            name.removeprefix("optim.ema."): v for name, v in tensors.items() if name.startswith("optim.ema.model.")
-        }
+        # the average also holds parameters that only another phase uses
+        state |= {name: tensors[f"optim.ema.{name}"] for name in state if f"optim.ema.{name}" in tensors}
     model.load_state_dict(state)
     return model.eval()
 

@@ -36,7 +36,7 @@ from pithwood.losses import LossLedger
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.moe.balance import load_stats
 from pithwood.moe.layer import MoELayer
-from pithwood.objectives import NextToken
+from pithwood.objectives import Objective
 from pithwood.observe.clock import StepClock
 from pithwood.observe.console import ConsoleSink
 from pithwood.observe.events import EventLog, Sink
@@ -49,7 +49,7 @@ from pithwood.observe.metrics import (
 )
 from pithwood.ops.packing import Packing
 from pithwood.optim.config import MuonConfig
-from pithwood.optim.groups import MATRIX_KINDS
+from pithwood.optim.groups import MATRIX_KINDS, plan_parameters
 from pithwood.optim.optimizer import Optimizer
 from pithwood.run import Run
 from pithwood.run_folder import branched_from, find_checkpoint, finished_summary, run_dir, start_over, write_config
@@ -76,29 +76,42 @@ def train(
     raises       ValueError before any work for settings that cannot work or a folder in use
     """
     run.validate()
+    check_phases(run)
     device = pick_device(run)
     if run.threads:
         torch.set_num_threads(run.threads)
     folder = run_dir(run, runs_dir)
     origin = find_checkpoint(branch_from, runs_dir) if branch_from else None
     tell = partial(print, file=sys.stderr, flush=True) if console else lambda line: None
+    if origin is not None and new and folder in origin.parents:
+        raise ValueError(f"--new would move away {folder}, from which --from wants to start; change a setting instead")
     if new and folder.exists():
         with RunLock(folder):
             moved = start_over(folder)
         tell(f"starting over; the old run is now {moved}")
     with RunLock(folder), StopRequest() as stop:
-        done = finished_summary(folder, run)
-        if done is not None:
-            tell(f"{folder} is complete ({run.steps} steps); raise steps to train on, or start over with --new")
-            return done
         begun_from = branched_from(folder)
         if branch_from not in (None, begun_from) and list_checkpoints(folder):
             raise ValueError(
                 f"{folder} already holds a run of these settings, begun from {begun_from or 'fresh weights'}; "
                 "drop --from to resume it, or add --new to start over"
             )
+        done = finished_summary(folder, run)
+        if done is not None:
+            tell(f"{folder} is complete ({run.steps} steps); raise steps to train on, or start over with --new")
+            return done
         clean_leftovers(folder)
         corpus = prepare(run.data, runs_dir / "corpora", tell)
+        if stop.requested:
+            return _interrupted(run, folder, 0, 0, stop, command)
+        source = BatchSource(
+            corpus,
+            "train",
+            seq_len=run.seq_len,
+            samples_per_batch=run.samples_per_micro_batch,
+            samples_per_step=run.samples_per_step,
+            seed=run.seed,
+        )
         trainer = Trainer(run, device, corpus)
         start = trainer.resume(folder, origin)
         write_config(folder, run, command, branch_from or begun_from)
@@ -119,40 +132,54 @@ def train(
         events = EventLog(folder, screen, log_every=run.log_every, resume_step=start if start else -1)
         try:
             events.emit("resume" if start else "run", start, **trainer.origin_fields(corpus))
-            _loop(trainer, corpus, folder, events, start, stop)
+            _loop(trainer, source, corpus, folder, events, start, stop)
             if trainer.step < run.steps:
-                return {"recipe": run.name, "run_dir": str(folder), "steps": trainer.step, "tokens": trainer.tokens,
-                        "interrupted": stop.signal_number, "command": command}  # fmt: skip
-            return finish(run, trainer.model, corpus, folder, events, trainer.averaged_weights(), trainer.dtype)
+                return _interrupted(run, folder, trainer.step, trainer.tokens, stop, command)
+            average = trainer.averaged_weights()
+            return finish(run, trainer.model, corpus, folder, events, average, trainer.dtype, trainer.tokens)
         finally:
             events.close()
 
 
-def _loop(trainer: Trainer, corpus: Corpus, folder: Path, events: EventLog, start: int, stop: StopRequest) -> None:
+def _interrupted(run: Run, folder: Path, steps: int, tokens: int, stop: StopRequest, command: str) -> dict[str, Any]:
+    """The summary of a run that was asked to stop."""
+    return {
+        "recipe": run.name,
+        "run_dir": str(folder),
+        "steps": steps,
+        "tokens": tokens,
+        "interrupted": stop.signal_number,
+        "command": command,
+    }
+
+
+def _loop(
+    trainer: Trainer,
+    source: BatchSource,
+    corpus: Corpus,
+    folder: Path,
+    events: EventLog,
+    start: int,
+    stop: StopRequest,
+) -> None:
     """Steps until the run is complete or asked to stop; either way the last state is saved."""
-    run = trainer.run
-    source = BatchSource(
-        corpus,
-        "train",
-        seq_len=run.seq_len,
-        samples_per_batch=run.samples_per_micro_batch,
-        samples_per_step=run.samples_per_step,
-        seed=run.seed,
-    )
-    clock = StepClock(trainer.device)
+    run, clock = trainer.run, StepClock(trainer.device)
+    # whatever flushes the log, every train event passes here once
+    watch = partial(report_skips, run, events, folder)
     for step in range(start, run.steps):
         if trainer.enter_phase(step):
-            events.emit("phase", step, index=trainer.phase)
+            watch(events.emit("phase", step, index=trainer.phase))
         done, last = step + 1, step + 1 == run.steps
         logged = done % run.log_every == 0 or last
         clock.restart()
         batches = [source.batch(step, micro) for micro in range(source.batches_per_step)]
         values, flops = trainer.train_step(step, batches, statistics=logged)
         speed = speed_fields(clock.lap(), run.samples_per_step * run.seq_len, flops, trainer.peaks)
-        written = events.emit("train", done, tokens=trainer.tokens, training_flops=flops, **values, **speed)
+        watch(events.emit("train", done, tokens=trainer.tokens, training_flops=flops, **values, **speed))
         if logged:
-            report_skips(run, [*written, *events.flush()], events, folder)
-        if done % run.validate_every == 0 and not last:
+            watch(events.flush())
+        if done % run.validate_every == 0 and not last and trainer.strictly_causal():
+            watch(events.flush())
             started = time.perf_counter()
             fields = trainer.validate(corpus, run.validation_samples)
             events.emit("validation", done, tokens=trainer.tokens, **fields, seconds=time.perf_counter() - started)
@@ -160,7 +187,7 @@ def _loop(trainer: Trainer, corpus: Corpus, folder: Path, events: EventLog, star
         if done % run.checkpoint_every == 0 or last or stopping:
             # The log up to here is on disk before the checkpoint exists: a run resumed from it misses no line.
             started = time.perf_counter()
-            events.sync()
+            watch(events.sync())
             path = trainer.save(folder)
             events.emit("checkpoint", done, path=path.name, seconds=time.perf_counter() - started)
         if stopping:
@@ -217,15 +244,17 @@ class Trainer:
             forward_backward(self.model, objective, batch, ledger, self.dtype, probe=watched)
         values: dict[str, Any] = dict(self.optimizer.step(step))
         self.optimizer.zero_grad()
-        accepted = 1 - values["skipped"]
         for layer in self.moe_layers():
-            # counts of zero leave the bias as it is: a skipped step must not move it either
-            layer.update_bias((layer.counts_E * accepted).to(layer.counts_E.dtype))
+            if layer.gate.weight.requires_grad:
+                # counts of zero leave the bias as it is: a skipped step must not move it either
+                layer.update_bias(torch.where(values["skipped"] > 0, 0, layer.counts_E))
         self.step, self.tokens = step + 1, self.tokens + tokens
-        num_bytes = torch.stack([batch.columns["target_bytes"].sum() for batch in batches]).sum()
-        values["bits_per_byte"] = ledger.sums["loss"] / (math.log(2) * num_bytes)
-        for name, mean in ledger.means().items():
-            values[name if name == "loss" else f"loss/{name}"] = mean
+        means = ledger.means()
+        values["loss"] = means.pop("loss") if "loss" in means else sum(ledger.coefs[n] * x for n, x in means.items())
+        values.update({f"loss/{name}": mean for name, mean in means.items()})
+        if "loss" in ledger.sums and all("target_bytes" in batch.columns for batch in batches):
+            weighted = [(batch.columns["target_bytes"] * batch.columns["loss_weight"]).sum() for batch in batches]
+            values["bits_per_byte"] = ledger.sums["loss"] / (math.log(2) * torch.stack(weighted).sum())
         if statistics:
             values["peak_memory_gb"] = peak_memory_gb(self.device)
             values.update(block_fields(probe, batches[-1].packing))
@@ -276,6 +305,10 @@ class Trainer:
             lr_scales=phase.lr_scales,
         )
         return True
+
+    def strictly_causal(self) -> bool:
+        """Whether the loss of the present mixers is a perplexity; a leaky selection's is not, and is not validated."""
+        return all(block.self_attn.causality == "strict" for block in self.model.blocks)
 
     def validate(self, corpus: Corpus, max_samples: int) -> dict[str, float]:
         """Loss and bits per byte on the first validation samples (0: all), averaged weights if the run has any."""
@@ -328,6 +361,10 @@ class Trainer:
             raise ValueError(
                 f"{path} is already past steps={self.run.steps}; raise steps to at least {state['step']}, "
                 "or start over with --new"
+            )
+        if path == origin and int(state["step"]) >= self.run.steps:
+            raise ValueError(
+                f"{path} already has the {self.run.steps} steps asked for; raise steps to train on from it"
             )
         if state["data"]["corpus"] != self.corpus_fingerprint:
             raise ValueError(
@@ -391,7 +428,7 @@ class Trainer:
 
 def forward_backward(
     model: Qwen3MoE,
-    objective: NextToken,
+    objective: Objective,
     batch: Batch,
     ledger: LossLedger,
     dtype: torch.dtype,
@@ -412,8 +449,8 @@ def forward_backward(
     loss.backward()
 
 
-def report_skips(run: Run, written: list[dict[str, Any]], events: EventLog, folder: Path) -> None:
-    """Say which steps of the last interval were not finite; several in a row stop the run.
+def report_skips(run: Run, events: EventLog, folder: Path, written: list[dict[str, Any]]) -> None:
+    """Say which of the steps just written to the log were not finite; several in a row stop the run.
 
     The optimizer left the weights as they were before the first of them.
     """
@@ -430,11 +467,46 @@ def report_skips(run: Run, written: list[dict[str, Any]], events: EventLog, fold
             )
 
 
+def check_phases(run: Run) -> None:
+    """Build every phase without memory and raise ValueError for what would fail only when its step arrives."""
+    shapes: dict[str, torch.Size] = {}
+    for index in range(max(len(run.phases), 1)):
+        step = run.phases[index - 1].until_step if index else 0
+        where, active = f"phases.{index}" if run.phases else "model", run.phase(step)
+        with torch.device("meta"):
+            model = Qwen3MoE(dataclasses.replace(run.model, attention=active.attention))
+        parameters = dict(model.named_parameters())
+        for name, param in parameters.items():
+            if shapes.setdefault(name, param.shape) != param.shape:
+                raise ValueError(
+                    f"{where}: {name} would change its shape from {tuple(shapes[name])} to {tuple(param.shape)}; "
+                    "parameters keep their shape over phases"
+                )
+        plan_parameters(
+            parameters,
+            model.parameter_roles(),
+            muon=isinstance(run.optim, MuonConfig),
+            weight_decay=run.optim.weight_decay,
+            decay_embeddings=run.optim.decay_embeddings,
+            weight_decay_rules=run.optim.weight_decay_rules,
+            lr_scales=active.lr_scales,
+            trainable=active.trainable,
+        )
+        last = index == max(len(run.phases), 1) - 1
+        leaky = [block.self_attn for block in model.blocks if block.self_attn.causality != "strict"]
+        if last and leaky:
+            raise ValueError(
+                f"{where}: {type(leaky[0]).__name__} is {leaky[0].causality!r}, so the run could not be validated at "
+                "its end; add a last phase with a strictly causal mixer"
+            )
+
+
 def plan(run: Run) -> dict[str, Any]:
     """What a run would take, without starting it: sizes, tokens, FLOPs of a step, bytes of weights and state."""
     run.validate()
+    check_phases(run)
     with torch.device("meta"):
-        model = Qwen3MoE(run.model)
+        model = Qwen3MoE(dataclasses.replace(run.model, attention=run.phase(0).attention))
     counts = model.num_params()
     micro = model.cost(Packing.from_lengths([run.seq_len] * run.samples_per_micro_batch))
     micro_batches = run.samples_per_step // run.samples_per_micro_batch

@@ -20,7 +20,7 @@ from pithwood.observe.events import read_events
 from pithwood.ops.packing import Packing
 from pithwood.recipes.demo import debug
 from pithwood.run import Run
-from pithwood.train import train
+from pithwood.train import Trainer, train
 from tests.test_train import small_corpus
 from tests.toy_mixer import ToyRecurrenceConfig
 
@@ -38,7 +38,7 @@ def toy_run(corpus: Path, steps: int = 6) -> Run:
     )  # fmt: skip
 
 
-def test_toy_mixer_trains_decodes_resumes_and_is_counted(tmp_path):
+def test_toy_mixer_trains_decodes_resumes_and_is_counted(tmp_path, monkeypatch):
     run = toy_run(tmp_path / "text")
     summary = train(run, runs_dir=tmp_path / "a", console=False)
     events = [e for e in read_events(Path(summary["run_dir"]) / "events.jsonl") if e["kind"] == "train"]
@@ -47,13 +47,22 @@ def test_toy_mixer_trains_decodes_resumes_and_is_counted(tmp_path):
     assert losses[-1] < losses[0] - 0.1
     assert all(e["loss/toy_gate"] > 0 for e in events)
 
-    # resumes: stopped after three steps, continued to six, the same digits
-    short = train(dataclasses.replace(run, steps=3), runs_dir=tmp_path / "b", console=False)
-    longer = train(run, runs_dir=tmp_path / "b", console=False)
-    assert short["run_dir"] == longer["run_dir"]
-    events_b = [e for e in read_events(Path(longer["run_dir"]) / "events.jsonl") if e["kind"] == "train"]
-    schedule_free = [e["loss"] for e in events_b][:1]
-    assert schedule_free == losses[:1]
+    # resumes: cut off in its fifth step, after a save at the third, and the same digits to the end
+    step = Trainer.train_step
+
+    def cut_off(self, number, *args, **kwargs):
+        if number == 4:
+            raise RuntimeError("power cut")
+        return step(self, number, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train_step", cut_off)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(run, runs_dir=tmp_path / "b", console=False)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    resumed = train(run, runs_dir=tmp_path / "b", console=False)
+    kinds = [event["kind"] for event in read_events(resumed["run_dir"])]
+    assert kinds.count("resume") == 1
+    assert [e["loss"] for e in read_events(resumed["run_dir"]) if e["kind"] == "train"] == losses
 
     # counted: the cost of the step holds this mixer's own floating-point operations
     model = Qwen3MoE(run.model)

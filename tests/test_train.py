@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import random
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from pithwood.attention.moba import MoBAConfig
 from pithwood.data.batches import Batch, BatchSource
 from pithwood.data.prepare import CorpusConfig, prepare
 from pithwood.data.sources import TextFolder
-from pithwood.losses import LossLedger
+from pithwood.generate.run import generate_from_run
+from pithwood.losses import LossLedger, LossTerm
 from pithwood.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
 from pithwood.moe.config import MoEConfig
 from pithwood.objectives import NextToken
@@ -144,6 +146,11 @@ def test_branching_starts_from_another_runs_weights(tmp_path):
     resumed = train(longer, runs_dir=tmp_path / "runs", console=False)
     assert [step for step, _ in losses(resumed)][-1] == 12
     assert json.loads((Path(resumed["run_dir"]) / "config.json").read_text())["branched_from"] == f"{name}@4"
+    with pytest.raises(ValueError, match="would move away"):
+        train(run, runs_dir=tmp_path / "runs", console=False, new=True, branch_from=f"{name}@4")
+    third = dataclasses.replace(run, optim=MuonConfig(lr=0.002), steps=8)
+    with pytest.raises(ValueError, match="already has the 8 steps"):
+        train(third, runs_dir=tmp_path / "runs", console=False, branch_from=f"{name}@8")
     with pytest.raises(ValueError, match="already past steps=11; raise steps to at least 12"):
         train(dataclasses.replace(other, steps=11), runs_dir=tmp_path / "runs", console=False)
 
@@ -271,6 +278,90 @@ def test_steps_that_are_not_finite_change_nothing_and_a_few_in_a_row_stop_the_ru
     assert [event["consecutive"] for event in events if event["kind"] == "skip"] == [1, 1, 2, 3]
 
 
+def test_skipped_steps_are_reported_whatever_flushes_the_log(tmp_path, monkeypatch):
+    run = dataclasses.replace(
+        small_run(tmp_path / "text"), steps=12, log_every=8, checkpoint_every=6, validate_every=7, max_skipped_steps=3
+    )
+    totals, calls = NextToken.totals, {"step": -1}
+
+    def poisoned(self, batches):
+        calls["step"] += 1
+        counts = totals(self, batches)
+        return {**counts, "loss": counts["loss"] * float("nan")} if 1 <= calls["step"] <= 5 else counts
+
+    monkeypatch.setattr(NextToken, "totals", poisoned)
+    with pytest.raises(ValueError, match="3 steps in a row"):
+        train(run, runs_dir=tmp_path / "runs", console=False)
+    events = read_events(next((tmp_path / "runs").glob("small-*")))
+    assert [event["step"] for event in events if event["kind"] == "skip"] == [2, 3, 4]
+
+
+def test_a_frozen_router_keeps_its_selection_bias(tmp_path):
+    base = small_run(tmp_path / "text")
+    moe = dataclasses.replace(base.model.moe, bias_update_rate=0.01)
+    run = dataclasses.replace(base, model=dataclasses.replace(base.model, moe=moe))
+    corpus = prepare(run.data, tmp_path / "corpora")
+    source = BatchSource(corpus, "train", seq_len=64, samples_per_batch=2, samples_per_step=4, seed=0)
+    for trainable, moves in ((("*",), True), (("*self_attn*",), False)):
+        phase = Phase(8, trainable=trainable)
+        trainer = Trainer(dataclasses.replace(run, phases=(phase,)), torch.device("cpu"), corpus)
+        trainer.train_step(0, [source.batch(0, micro) for micro in range(2)])
+        bias = trainer.moe_layers()[0].gate.e_score_correction_bias
+        assert bool(bias.any()) == moves
+
+
+@dataclasses.dataclass(frozen=True)
+class TwiceNextToken(NextToken):
+    """An objective from outside the package, whose term has another name."""
+
+    def terms(self, hidden_TD, head, batch):
+        (term,) = super().terms(hidden_TD, head, batch)
+        return [LossTerm("twice", term.sum, term.count, 2.0)]
+
+    def totals(self, batches):
+        return {"twice": super().totals(batches)["loss"]}
+
+
+def test_an_objective_of_ones_own_trains(tmp_path):
+    run = dataclasses.replace(small_run(tmp_path / "text"), steps=4)
+    plain = train(run, runs_dir=tmp_path / "runs", console=False)
+    own = train(dataclasses.replace(run, objective=TwiceNextToken()), runs_dir=tmp_path / "runs", console=False)
+    events = [event for event in read_events(own["run_dir"]) if event["kind"] == "train"]
+    assert events[0]["loss/twice"] == losses(plain)[0][1]
+    assert all("bits_per_byte" not in event for event in events)
+    whole = [2 * event["loss/twice"] + 0.01 * event["loss/moe_balance"] for event in events]
+    assert [event["loss"] for event in events] == pytest.approx(whole, rel=1e-6)
+
+
+def test_runs_are_found_by_recipe_before_by_prefix(tmp_path):
+    from pithwood.run_folder import find_run
+
+    for name in ("demo-11111111", "demo-22222222", "demo_dense-33333333", "demo-22222222.old1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    os.utime(tmp_path / "demo-11111111" / "config.json", ns=(0, 0))
+    assert find_run("demo", tmp_path).name == "demo-22222222"
+    assert find_run("demo_d", tmp_path).name == "demo_dense-33333333"
+    assert find_run("demo-22222222.old1", tmp_path).name == "demo-22222222.old1"
+    with pytest.raises(ValueError, match="no run 'nope'"):
+        find_run("nope", tmp_path)
+
+
+def test_weights_averaged_over_phases_load_for_generation(tmp_path):
+    base = small_run(tmp_path / "text")
+    layers = (MoBAConfig(block_size=8, top_k=2, key_conv=3), MoBAConfig(block_size=8, top_k=2))
+    run = dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, attention=layers),
+        optim=MuonConfig(lr=0.02, ema_decay=0.9),
+        phases=(Phase(4), Phase(8, attention=FullAttentionConfig())),
+    )
+    summary = train(run, runs_dir=tmp_path / "runs", console=False)
+    result = generate_from_run(summary["run_dir"], runs_dir=tmp_path / "runs", prompt="document ", max_tokens=4)
+    assert result["step"] == 8
+    assert result["tokens"] >= 1
+
+
 def test_averaged_weights_are_what_is_validated_and_sampled(tmp_path):
     run = dataclasses.replace(small_run(tmp_path / "text"), optim=AdamWConfig(lr=0.01, ema_decay=0.5, ema_warmup=False))
     corpus = prepare(run.data, tmp_path / "corpora")
@@ -322,6 +413,10 @@ def test_plan_needs_no_memory_and_counts_the_model(tmp_path):
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"phases": (Phase(4),)}, "last phase ends at step 4 but steps=8"),
         ({"phases": (Phase(4), Phase(4))}, "rising until_step"),
+        ({"phases": (Phase(4), Phase(8, trainable=("*self_atn*",)))}, "self_atn"),
+        ({"phases": (Phase(4), Phase(8, attention=(FullAttentionConfig(),)))}, "attention has 1 entries"),
+        ({"sample_tokens": -1}, "sample_tokens=-1 must be 0 or more"),
+        ({"threads": -1}, "threads=-1 must be 0 or more"),
         ({"device": "cuda"}, "device=cuda but torch sees no CUDA GPU"),
     ],
 )
