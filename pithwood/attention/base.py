@@ -166,6 +166,9 @@ class Mixer(nn.Module):
     causality: Causality = "strict"
     carry_fields: tuple[str, ...] = ()
     """Names of carry entries that this mixer reads or writes."""
+    activation_bytes: int = 4
+    """Bytes per activation that `cost` counts with, 4 for fp32. The model asks a shallow copy of the mixer in which it
+    is set to the size at hand; a mixer whose `cost` does not read it is taken at its word."""
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> MixerOut:
         raise NotImplementedError
@@ -174,7 +177,9 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def cost(self, packing: Packing) -> Cost:
-        """Cost of one forward over a packing whose offsets lie on the CPU, projections included."""
+        """Cost of one forward over a packing whose offsets lie on the CPU, projections included; its bytes are those
+        of activations (and of a cache) of `activation_bytes` each.
+        """
         raise NotImplementedError
 
     def optimizer_shapes(self) -> dict[str, tuple[int, int, int] | None]:

@@ -5,11 +5,16 @@ Legend: T packed tokens, C channels (KV heads x head dim), W conv width, N docum
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pithwood.ops.packing import Packing
+
+ConvWidth = Literal[0, 3, 5]
+"""Widths that a configuration can ask for; 0 is no convolution."""
 
 
 class KeyConv(nn.Module):

@@ -1,11 +1,9 @@
 """Mixture of block attention (MoBA): a query attends to its own block and to the past blocks that it scores best.
 
-The order on the key side is projection, key convolution, norm, RoPE. The convolution stands before RoPE, so that scores
-depend on relative positions only, and before the norm, so that the norm still bounds the logits; the cache keeps the
-raw keys that it needs. Block means are taken after all of it, over the keys exactly as attention sees them.
+Block means are taken over the keys exactly as attention sees them: convolved, normed and rotated.
 
-Legend: T packed tokens (T_k with the cached ones), D model width, H query heads, G KV heads, K head dim, C = G * K,
-N documents, U units (blocks) of all documents.
+Legend: T packed tokens (T_k with the cached ones), D model width, H query heads, G KV heads, K head dim, N documents,
+U units (blocks) of all documents.
 """
 
 from __future__ import annotations
@@ -17,8 +15,7 @@ import torch
 from torch import Tensor
 
 from pithwood.attention.base import CacheField, Cost, LayerCache, LayerContext, MixerOut, MixerShape
-from pithwood.attention.key_conv import KeyConv
-from pithwood.attention.projections import ACTIVATION_BYTES, HeadsConfig, HeadsMixer
+from pithwood.attention.projections import HeadsConfig, HeadsMixer
 from pithwood.ops.attend import attend
 from pithwood.ops.dense_attention import dense_attention
 from pithwood.ops.packing import Packing, Selection
@@ -29,7 +26,6 @@ Tie = Literal["later", "earlier"]
 MeanDtype = Literal["input", "fp32", "centered"]
 RoutePer = Literal["q_head", "kv_group"]
 DecodeAttention = Literal["moba", "full"]
-ConvWidth = Literal[0, 3, 5]
 
 GATE_WORKSPACE_BYTES = 64 * 2**20
 """Most bytes of gate scores, and of gathered pairs, that the ops hold at a time."""
@@ -52,8 +48,6 @@ class MoBAConfig(HeadsConfig):
     document's first block before rounding to the keys' dtype, which changes no ranking and loses fewer bits."""
     route_per: RoutePer = "q_head"
     """Who selects: every query head, or the query heads of one KV head together (another model)."""
-    key_conv: ConvWidth = 0
-    """Width of the causal convolution over keys; 0 for none."""
     decode: DecodeAttention = "moba"
     """Attention of decode steps: as trained, or full attention over the same cache (the published way to generate)."""
 
@@ -74,15 +68,11 @@ class MoBAConfig(HeadsConfig):
     def build(self, shape: MixerShape) -> MoBA:
         return MoBA(self, shape)
 
-    def init_std(self, name: str, default: float) -> float | None:
-        return 0.0 if name == "key_conv.weight" else super().init_std(name, default)
-
 
 _CHOICES = {
     "tie": get_args(Tie),
     "mean_dtype": get_args(MeanDtype),
     "route_per": get_args(RoutePer),
-    "key_conv": get_args(ConvWidth),
     "decode": get_args(DecodeAttention),
 }
 
@@ -90,14 +80,12 @@ _CHOICES = {
 class MoBA(HeadsMixer):
     """Lu et al. 2025, "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv 2502.13189, section 2.
 
-    Parameters are those of full attention (and `key_conv.weight` where asked), so either can take over from the other.
+    Parameters are those of full attention, so either can take over from the other.
     """
 
     def __init__(self, config: MoBAConfig, shape: MixerShape) -> None:
         super().__init__(config, shape)
         self.config = config
-        channels = shape.num_kv_heads * shape.head_dim
-        self.key_conv = KeyConv(config.key_conv, channels) if config.key_conv else None
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> MixerOut:
         q_THK, k_TGK, v_TGK = self.project(x_TD, ctx)
@@ -129,31 +117,15 @@ class MoBA(HeadsMixer):
             mean_dtype=c.mean_dtype,
         )
 
-    def mix_raw_keys(self, k_TC: Tensor, ctx: LayerContext) -> Tensor:
-        if self.key_conv is None:
-            return k_TC
-        if ctx.cache is None:
-            return self.key_conv(k_TC, ctx.packing)
-        tail_NWC = ctx.cache.read("key_tail").to(k_TC.dtype)
-        ctx.cache.write("key_tail", self.key_conv.next_tail(k_TC, tail_NWC, ctx.packing))
-        return self.key_conv(k_TC, ctx.packing, tail_NWC)
-
     def cache_fields(self) -> tuple[CacheField, ...]:
-        """k and v per token, fp32 means of finished blocks, and the last raw keys where keys are convolved."""
+        """What every attention mixer keeps, and fp32 means of finished blocks."""
         row = (self.shape.num_kv_heads, self.shape.head_dim)
-        fields = (
-            *super().cache_fields(),
-            CacheField("block_mean", row, torch.float32, "block", self.config.block_size),
-        )
-        if self.key_conv is None:
-            return fields
-        tail = (self.key_conv.width - 1, row[0] * row[1])
-        return (*fields, CacheField("key_tail", tail, self.k_proj.weight.dtype, "tail"))
+        return (*super().cache_fields(), CacheField("block_mean", row, torch.float32, "block", self.config.block_size))
 
     def cost(self, packing: Packing) -> Cost:
         """Model FLOPs count the own block's causal half and the selected past blocks, exactly, from the lengths.
 
-        Executed FLOPs add the own block's masked half, the gate against all blocks of the document, the convolution.
+        Executed FLOPs add the own block's masked half, and the gate against all blocks of the document.
         """
         c, s = self.config, self.shape
         position_T = packing.query_key_position()
@@ -168,20 +140,12 @@ class MoBA(HeadsMixer):
         finished = int(((packing.cu_k[1:] - packing.cu_k[:-1]) // c.block_size).sum())
         attention = Cost(
             model_flops=per_pair * (own + past),
-            executed_flops=per_pair * (len(position_T) * c.block_size + past)
-            + 2.0 * s.num_heads * s.head_dim * gate
-            + 2.0 * c.key_conv * channels * packing.num_queries,
-            saved_bytes=packing.num_queries * s.num_heads * c.num_blocks * 4.0
-            + c.key_conv * packing.num_queries * channels * ACTIVATION_BYTES,
+            executed_flops=per_pair * (len(position_T) * c.block_size + past) + 2.0 * s.num_heads * s.head_dim * gate,
+            saved_bytes=packing.num_queries * s.num_heads * c.num_blocks * 4.0,
             workspace_bytes=min(2.0 * GATE_WORKSPACE_BYTES, 4.0 * s.num_heads * (gate + past * s.head_dim)),
-            cache_bytes=finished * channels * 4.0
-            + max(c.key_conv - 1, 0) * packing.num_docs * channels * ACTIVATION_BYTES,
+            cache_bytes=finished * channels * 4.0,
         )
         return self.projection_cost(packing) + attention
-
-    def optimizer_shapes(self) -> dict[str, tuple[int, int, int] | None]:
-        # W taps per channel are no matrix between two spaces: nothing for Muon to orthogonalise
-        return {} if self.key_conv is None else {"key_conv.weight": None}
 
     def _decodes_full(self, ctx: LayerContext) -> bool:
         if ctx.mode != "decode" or ctx.cache is None:

@@ -1,25 +1,32 @@
-"""What the attention mixers share: projections into heads and back, per-head norms, RoPE, the token cache, their cost.
+"""What the attention mixers share: projections into heads and back, the key convolution, per-head norms, RoPE, the
+token cache, their cost.
 
-All of them own the same parameters under the same names (`q_proj`, `k_proj`, `v_proj`, `o_proj`, and with QK-norm
-`q_norm`, `k_norm`), so a run can exchange one mixer for another at any step and keep weights and optimizer state.
+All of them own the same parameters under the same names (`q_proj`, `k_proj`, `v_proj`, `o_proj`, with QK-norm `q_norm`
+and `k_norm`, with a key convolution `key_conv`), so a run can exchange one mixer for another at any step and keep
+weights and optimizer state; give both configurations the same `key_conv`.
 
-Legend: T packed tokens (T_k with the cached ones), D model width, H query heads, G KV heads, K head dim, N documents.
+The order on the key side is projection, key convolution, norm, RoPE. The convolution stands before RoPE, so that scores
+depend on relative positions only, and before the norm, so that the norm still bounds the logits; the cache keeps the
+raw keys that it needs.
+
+Legend: T packed tokens (T_k with the cached ones), D model width, H query heads, G KV heads, K head dim, C = G * K,
+N documents, W width of the key convolution.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from pithwood.attention.base import CacheField, Cost, LayerContext, Mixer, MixerConfig, MixerOut, MixerShape
+from pithwood.attention.key_conv import ConvWidth, KeyConv
 from pithwood.ops.linear import linear
 from pithwood.ops.packing import Packing
 from pithwood.ops.rms_norm import rms_norm
 
-ACTIVATION_BYTES = 2
-"""Bytes per activation in `cost`: bf16. An fp32 run keeps twice as much."""
 TILE = 128
 """Queries and keys that a dense kernel visits together: what it executes is counted in such tiles."""
 
@@ -32,15 +39,19 @@ class HeadsConfig(MixerConfig):
     """Rotate queries and keys by position; False makes the layer position-free (NoPE)."""
     softmax_scale: float | None = None
     """Factor on the logits before the softmax, > 0; None is 1 / sqrt(head_dim)."""
+    key_conv: ConvWidth = 0
+    """Width of the causal convolution over keys; 0 for none. Its weights start at zero, where it is the identity."""
 
     def __post_init__(self) -> None:
         if self.softmax_scale is not None and not self.softmax_scale > 0:
             raise ValueError(f"softmax_scale={self.softmax_scale} must be > 0; None gives 1/sqrt(head_dim)")
+        if self.key_conv not in get_args(ConvWidth):
+            raise ValueError(f"key_conv={self.key_conv!r} is not known; choose one of {list(get_args(ConvWidth))}")
 
     def init_std(self, name: str, default: float) -> float | None:
         if name in ("q_norm.weight", "k_norm.weight"):
             return None
-        return 0.0 if name.endswith(".bias") else default
+        return 0.0 if name == "key_conv.weight" or name.endswith(".bias") else default
 
 
 class HeadsMixer(Mixer):
@@ -57,9 +68,10 @@ class HeadsMixer(Mixer):
         self.o_proj = Projection(q_width, shape.model_dim, shape.bias)
         self.q_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
         self.k_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
+        self.key_conv = KeyConv(config.key_conv, kv_width) if config.key_conv else None
 
     def project(self, x_TD: Tensor, ctx: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
-        """q_THK, k_TGK, v_TGK of this call's tokens, in x's dtype: projected, normed, rotated.
+        """q_THK, k_TGK, v_TGK of this call's tokens, in x's dtype: projected, keys convolved, normed, rotated.
 
         Raises ValueError for what these mixers do not do: attention in both directions, context parallelism, RoPE
         without angles, and keys from before this call without a cache that holds them.
@@ -76,8 +88,14 @@ class HeadsMixer(Mixer):
         return q_THK, k_TGK, v_TGK
 
     def mix_raw_keys(self, k_TC: Tensor, ctx: LayerContext) -> Tensor:
-        """What happens to the key projection's output [T, G*K] before norm and RoPE; here nothing."""
-        return k_TC
+        """What happens to the key projection's output [T, G*K] before norm and RoPE: the key convolution, if any."""
+        if self.key_conv is None:
+            return k_TC
+        if ctx.cache is None:
+            return self.key_conv(k_TC, ctx.packing)
+        tail_NWC = ctx.cache.read("key_tail").to(k_TC.dtype)
+        ctx.cache.write("key_tail", self.key_conv.next_tail(k_TC, tail_NWC, ctx.packing))
+        return self.key_conv(k_TC, ctx.packing, tail_NWC)
 
     def extend(self, k_TGK: Tensor, v_TGK: Tensor, ctx: LayerContext) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens that the queries may see: with a cache, this call's are appended to it."""
@@ -90,23 +108,37 @@ class HeadsMixer(Mixer):
         return MixerOut(self.o_proj(o_THK.flatten(1)))
 
     def cache_fields(self) -> tuple[CacheField, ...]:
+        """k and v per token, and the last raw keys where keys are convolved."""
         row, dtype = (self.shape.num_kv_heads, self.shape.head_dim), self.k_proj.weight.dtype
-        return CacheField("k", row, dtype, "token"), CacheField("v", row, dtype, "token")
+        fields = CacheField("k", row, dtype, "token"), CacheField("v", row, dtype, "token")
+        if self.key_conv is None:
+            return fields
+        return (*fields, CacheField("key_tail", (self.key_conv.width - 1, row[0] * row[1]), dtype, "tail"))
+
+    def optimizer_shapes(self) -> dict[str, tuple[int, int, int] | None]:
+        # W taps per channel are no matrix between two spaces: nothing for Muon to orthogonalise
+        return {} if self.key_conv is None else {"key_conv.weight": None}
 
     def projection_cost(self, packing: Packing) -> Cost:
-        """Cost of everything but the attention itself: four projections, and what is kept for their backward pass.
+        """Cost of everything but the attention itself: four projections, the key convolution, and what is kept for
+        their backward pass, at `activation_bytes` per activation.
 
-        Saved: x (once, for three projections), q, k, v as attention sees them, q and k before their norms, and o with
-        its log-sum-exp. The cache holds k and v of every key.
+        Saved: x (once, for three projections), q, k, v as attention sees them, q and k before their norms, o with its
+        fp32 log-sum-exp, and for the convolution its W shifted keys and their sum. The cache holds k and v of every
+        key, and W - 1 raw keys of every document. The convolution's FLOPs are executed ones only, as are a norm's.
         """
         s, tokens, keys = self.shape, packing.num_queries, int(packing.cu_k[-1])
         q_width, kv_width = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
         flops = 2.0 * tokens * s.model_dim * (2 * q_width + 2 * kv_width)
         before_norm = q_width + kv_width if s.qk_norm else 0
-        saved = tokens * (s.model_dim + 2 * q_width + 2 * kv_width + before_norm) * ACTIVATION_BYTES
+        width = 0 if self.key_conv is None else self.key_conv.width
+        convolution = (width + 1) * kv_width if width else 0
+        saved = tokens * (s.model_dim + 2 * q_width + 2 * kv_width + before_norm + convolution) * self.activation_bytes
         saved += tokens * s.num_heads * 4
-        workspace = 2.0 * tokens * (q_width + kv_width) * ACTIVATION_BYTES
-        return Cost(flops, flops, saved, workspace, keys * 2.0 * kv_width * ACTIVATION_BYTES)
+        workspace = 2.0 * tokens * (q_width + kv_width) * self.activation_bytes
+        cached = kv_width * (2.0 * keys + max(width - 1, 0) * packing.num_docs)
+        executed = flops + 2.0 * width * kv_width * tokens
+        return Cost(flops, executed, saved, workspace, cached * self.activation_bytes)
 
     def dense_cost(self, packing: Packing, window: int | None = None) -> Cost:
         """Cost of a dense causal mixer; model FLOPs count the visible (query, key) pairs only."""

@@ -12,6 +12,7 @@ rows, k experts per token, X vocabulary.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from pithwood.attention.base import CacheField, Cost, LayerContext, Mixer, MixerConfig, MixerShape, Mode
 from pithwood.attention.full import FullAttentionConfig
+from pithwood.attention.moba import MoBAConfig
+from pithwood.attention.projections import HeadsConfig
 from pithwood.losses import LossLedger
 from pithwood.models.init import fill_normal
 from pithwood.moe.config import MoEConfig
@@ -28,7 +31,7 @@ from pithwood.moe.dispatch import combine_tokens, dispatch_tokens
 from pithwood.moe.experts import DenseMLP
 from pithwood.moe.layer import MoELayer
 from pithwood.ops.linear import linear
-from pithwood.ops.linear_logprob import linear_logprob
+from pithwood.ops.linear_logprob import CHUNK_BYTES, KEEP_BYTES, linear_logprob
 from pithwood.ops.packing import Packing
 from pithwood.ops.rms_norm import rms_norm
 from pithwood.ops.rope import Rope
@@ -285,6 +288,7 @@ class Qwen3MoE(nn.Module):
         """Replace every layer's mixer; parameters whose names and shapes both have stay the same tensors.
 
         Returns the names of parameters that are new (uninitialised) and the old parameters that no layer uses now.
+        Attention mixers of equal `key_conv` have equal parameters: an exchange among them leaves both empty.
         """
         cfg = replace(self.cfg, attention=attention)
         cfg.validate()
@@ -317,26 +321,44 @@ class Qwen3MoE(nn.Module):
         embedding = self.head_weight.numel() * (1 if self.cfg.tie_embeddings else 2)
         return {"total": total, "active": total - idle, "embedding": embedding}
 
-    def cost(self, packing: Packing) -> Cost:
-        """Cost of one forward over a packing with offsets on the CPU: mixers, experts, router and head."""
-        tokens, dim = packing.num_queries, self.cfg.model_dim
-        head = 2.0 * tokens * dim * self.cfg.vocab_size
-        cost = Cost(model_flops=head, executed_flops=head)
+    def cost(self, packing: Packing, element_size: int = 4) -> Cost:
+        """Cost of one forward over a packing with offsets on the CPU, log-probabilities of all tokens included.
+
+        element_size  bytes per activation: 4 for fp32, 2 for bf16; what is fp32 in either counts 4
+        """
+        tokens, dim, dense_dim = packing.num_queries, self.cfg.model_dim, self.cfg.dense_dim
+        row = float(tokens * dim * element_size)
+        head, logits = 2.0 * tokens * dim * self.cfg.vocab_size, 4.0 * tokens * self.cfg.vocab_size
+        # fp32 cos and sin for all layers, the final norm's input and the head's; all logits are kept or none, and a
+        # chunk of them lives with its gradient
+        kept = logits if logits <= KEEP_BYTES else 0.0
+        cost = Cost(
+            head,
+            head,
+            saved_bytes=8.0 * tokens * self.cfg.head_dim + 2 * row + kept,
+            workspace_bytes=2 * min(logits, CHUNK_BYTES),
+        )
         for block in self.blocks:
-            mixer = block.self_attn
-            assert isinstance(mixer, Mixer)
-            cost = cost + mixer.cost(packing)
+            assert isinstance(block.self_attn, Mixer)
+            # a shallow copy shares the parameters: asking at one size leaves no trace in the mixer
+            mixer = copy.copy(block.self_attn)
+            mixer.activation_bytes = element_size
+            # with the inputs of the two norms
+            cost = cost + mixer.cost(packing) + Cost(saved_bytes=2 * row)
             if isinstance(block.mlp, DenseMLP):
-                flops = 6.0 * tokens * dim * self.cfg.dense_dim
-                cost = cost + Cost(flops, flops, saved_bytes=4.0 * tokens * 3 * self.cfg.dense_dim)
+                flops = 6.0 * tokens * dim * dense_dim
+                # the input; gate, silu(gate), up and their product
+                cost = cost + Cost(flops, flops, saved_bytes=row + 4.0 * tokens * dense_dim * element_size)
             else:
-                cost = cost + block.mlp.cost(tokens)
-            # inputs of the two norms and the two residual sums
-            cost = cost + Cost(saved_bytes=4.0 * tokens * 4 * dim)
+                cost = cost + block.mlp.cost(tokens, element_size)
         return cost
 
     def hf_config(self) -> dict[str, Any]:
-        """config.json of the Hugging Face form; raises ValueError if Qwen3-MoE cannot express this model."""
+        """config.json of the Hugging Face form; raises ValueError if Qwen3-MoE cannot express this model.
+
+        MoBA's parameters are those of full attention, and the form knows no other: a model with MoBA is exported to be
+        read as full attention, which is the same function up to documents of block_size * top_k tokens.
+        """
         moe, cfg = self.cfg.moe, self.cfg
         foreign = [
             reason
@@ -347,10 +369,10 @@ class Qwen3MoE(nn.Module):
                 (moe.scale != 1.0, f"moe.scale={moe.scale}"),
                 (moe.bias_update_rate is not None, f"moe.bias_update_rate={moe.bias_update_rate}"),
                 (not cfg.qk_norm, "qk_norm=false"),
-                (any(_mixer_name(n)[1] == "key_conv.weight" for n, _ in self.named_parameters()), "attention.key_conv"),
             )
             if present
         ]
+        foreign += dict.fromkeys(reason for mixer in cfg.mixers() for reason in _not_full_attention(mixer))
         if foreign:
             raise ValueError(
                 f"Qwen3-MoE's Hugging Face form has no place for {', '.join(foreign)}; export a model without them"
@@ -392,6 +414,19 @@ def _mixer_shape(cfg: Qwen3MoEConfig, layer: int) -> MixerShape:
         qk_norm=cfg.qk_norm,
         bias=cfg.attention_bias,
     )
+
+
+def _not_full_attention(mixer: MixerConfig) -> list[str]:
+    """What in a mixer's configuration the attention of transformers' Qwen3-MoE cannot do with the same weights."""
+    # exact types: what a mixer derived from these computes is not known here
+    if type(mixer) not in (FullAttentionConfig, MoBAConfig):
+        return [f"attention={type(mixer).__name__}"]
+    assert isinstance(mixer, HeadsConfig)
+    plain = HeadsConfig()
+    names = ("rope", "softmax_scale", "key_conv")
+    return [
+        f"attention.{name}={getattr(mixer, name)}" for name in names if getattr(mixer, name) != getattr(plain, name)
+    ]
 
 
 def _mixer_name(name: str) -> tuple[int, str | None]:

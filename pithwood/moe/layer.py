@@ -70,11 +70,16 @@ class MoELayer(nn.Module):
         pairs = num_tokens * cfg.top_k
         router = 2.0 * num_tokens * dim * cfg.num_experts
         experts = 6.0 * dim * (pairs * cfg.expert_dim + num_tokens * cfg.shared_width)
-        # Saved per pair: the dispatched row, gate and up, their product and the expert's output; the shared likewise.
-        saved = pairs * (2 * dim + 3 * cfg.expert_dim) + num_tokens * 5 * cfg.shared_width
+        # Saved per pair: the dispatched row, gate and up, their product and the expert's output; for the shared experts
+        # gate, silu(gate), up and their product. The router's input and scores are fp32 at any element_size, so a
+        # narrower input of the shared experts is one more copy.
+        saved = pairs * (2 * dim + 3 * cfg.expert_dim) + num_tokens * 4 * cfg.shared_width
+        if cfg.shared_width and element_size != 4:
+            saved += num_tokens * dim
+        routing = num_tokens * 4 * (dim + cfg.num_experts) + pairs * 16
         return Cost(
             model_flops=router + experts,
             executed_flops=router + experts,
-            saved_bytes=float(saved * element_size + num_tokens * cfg.num_experts * 4),
+            saved_bytes=float(saved * element_size + routing),
             workspace_bytes=float(pairs * 2 * cfg.expert_dim * element_size),
         )

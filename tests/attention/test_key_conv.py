@@ -6,10 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pithwood.attention.full import FullAttentionConfig
 from pithwood.attention.key_conv import KeyConv
 from pithwood.attention.moba import MoBAConfig
+from pithwood.attention.window import SlidingWindowConfig
 from pithwood.ops.packing import Packing
 from tests.attention.builders import context, hidden, make_mixer, run_with_grads
+from tests.generate.test_decode import run_in_steps, whole
+from tests.generate.tiny_model import TinyModel, tokens
 from tests.numerics import assert_close, rel_error
 
 LENGTHS = [7, 1, 0, 2, 12, 3]
@@ -108,3 +112,39 @@ def test_a_mixer_with_zero_key_conv_is_the_plain_one_and_then_learns():
     with torch.no_grad():
         convolved.key_conv.weight.fill_(0.5)
     assert rel_error(convolved(x_TD, context(packing)).y_TD, y_plain) > 1e-2
+
+
+@pytest.mark.parametrize("key_conv", [3, 5])
+def test_every_mixer_convolves_its_keys_alike(key_conv):
+    """Where all keys are visible the mixers are one function of the same parameters, gradients included."""
+    packing, x_TD = Packing.from_lengths([20, 12]), hidden(32, dtype=torch.float64)
+    configs = [
+        FullAttentionConfig(key_conv=key_conv),
+        SlidingWindowConfig(window=32, key_conv=key_conv),
+        MoBAConfig(block_size=8, top_k=3, key_conv=key_conv),
+    ]
+    mixers = [make_mixer(config, dtype=torch.float64) for config in configs]
+    y_full, grads_full = run_with_grads(mixers[0], x_TD, context(packing))
+    plain = FullAttentionConfig().build(mixers[0].shape).double()
+    plain.load_state_dict({name: p for name, p in mixers[0].state_dict().items() if name != "key_conv.weight"})
+    assert rel_error(plain(x_TD, context(packing)).y_TD, y_full) > 1e-2
+    keys_TGK = mixers[0].project(x_TD, context(packing))[1]
+    for mixer in mixers[1:]:
+        assert torch.equal(mixer.project(x_TD, context(packing))[1], keys_TGK)
+        y_TD, grads = run_with_grads(mixer, x_TD, context(packing))
+        assert_close(y_TD, y_full, 1e-9)
+        assert grads.keys() == grads_full.keys()
+        for name, grad in grads_full.items():
+            assert_close(grads[name], grad, 1e-9, name)
+
+
+@pytest.mark.parametrize("steps", [[[0, 1]] + [[1, 1]] * 9, [[1, 2]] + [[1, 1]] * 8, [[6, 3], [2, 4], [1, 0], [0, 2]]])
+@pytest.mark.parametrize(
+    "config",
+    [FullAttentionConfig(key_conv=3), FullAttentionConfig(key_conv=5), SlidingWindowConfig(window=4, key_conv=3)],
+)
+def test_prefill_and_decode_of_dense_mixers_equal_the_whole_forward(config, steps):
+    lengths = [sum(step[n] for step in steps) for n in range(2)]
+    model, sequences = TinyModel([config, config]), tokens(*lengths)
+    for n, expected_TD in enumerate(whole(model, sequences)):
+        assert_close(run_in_steps(model, sequences, steps)[n], expected_TD, 1e-5, f"sequence {n}")

@@ -30,7 +30,9 @@ from tests.numerics import assert_close, rel_error
 LENGTHS = [21, 1, 0, 40, 16]
 MIXERS: list[MixerConfig] = [
     FullAttentionConfig(),
+    FullAttentionConfig(key_conv=3),
     SlidingWindowConfig(window=5),
+    SlidingWindowConfig(window=5, key_conv=5),
     MoBAConfig(block_size=4, top_k=3),
     MoBAConfig(block_size=4, top_k=3, key_conv=3),
     MoBAConfig(block_size=16, top_k=2),
@@ -115,8 +117,10 @@ def test_parameter_names_and_shapes_are_those_of_full_attention():
         assert ("o_proj.bias" in states[0]) == bias
 
 
-def test_initial_values_that_a_mixer_sets_itself():
-    config = MoBAConfig(key_conv=3)
+@pytest.mark.parametrize(
+    "config", [FullAttentionConfig(key_conv=3), SlidingWindowConfig(key_conv=3), MoBAConfig(key_conv=3)], ids=_ids
+)
+def test_initial_values_that_a_mixer_sets_itself(config):
     assert config.init_std("key_conv.weight", 0.02) == 0.0
     assert config.init_std("q_norm.weight", 0.02) is None
     assert config.init_std("q_proj.bias", 0.02) == 0.0
@@ -194,7 +198,8 @@ def test_bf16_activations_with_fp32_weights_keep_fp32_gradients():
         (lambda: MoBAConfig(block_size=0), "block_size=0 must be >= 1"),
         (lambda: MoBAConfig(top_k=0), "top_k=0 must be >= 1"),
         (lambda: _moba(tie="last"), r"tie='last' is not known; choose one of \['later', 'earlier'\]"),
-        (lambda: _moba(key_conv=4), r"key_conv=4 is not known; choose one of \[0, 3, 5\]"),
+        (lambda: _full(key_conv=4), r"key_conv=4 is not known; choose one of \[0, 3, 5\]"),
+        (lambda: _moba(key_conv=1), r"key_conv=1 is not known; choose one of \[0, 3, 5\]"),
         (lambda: _moba(decode="dense"), "decode='dense'"),
         (lambda: SlidingWindowConfig(window=0), "window=0 must be >= 1"),
         (lambda: FullAttentionConfig(softmax_scale=0.0), "softmax_scale=0.0 must be > 0"),
@@ -209,6 +214,10 @@ def test_bad_configurations_are_refused_in_their_own_words(make, message):
 
 def _moba(**fields: Any) -> MoBAConfig:
     return MoBAConfig(**fields)
+
+
+def _full(**fields: Any) -> FullAttentionConfig:
+    return FullAttentionConfig(**fields)
 
 
 def test_contexts_that_do_not_fit_are_refused():
@@ -275,3 +284,29 @@ def test_moba_that_reaches_everything_costs_what_full_attention_costs():
     assert full.model_flops == moba.model_flops == window.model_flops
     assert SlidingWindowConfig(window=4).build(SHAPE).cost(packing).model_flops < full.model_flops
     assert moba.cache_bytes > full.cache_bytes
+
+
+def test_the_key_convolution_costs_the_same_in_every_mixer():
+    packing = Packing.from_lengths(LENGTHS)
+    rows = packing.num_queries * SHAPE.num_kv_heads * SHAPE.head_dim
+    tail = 2 * len(LENGTHS) * SHAPE.num_kv_heads * SHAPE.head_dim
+    for config in (FullAttentionConfig(), SlidingWindowConfig(window=4), MoBAConfig(block_size=8, top_k=2)):
+        plain = config.build(SHAPE).cost(packing)
+        convolved = replace(config, key_conv=3).build(SHAPE).cost(packing)
+        assert convolved.model_flops == plain.model_flops
+        assert convolved.executed_flops - plain.executed_flops == 2 * 3 * rows
+        assert convolved.saved_bytes - plain.saved_bytes == 4 * 4 * rows
+        assert convolved.cache_bytes - plain.cache_bytes == 4 * tail
+
+
+def test_costs_follow_the_size_of_activations_except_for_what_is_fp32():
+    packing = Packing.from_lengths(LENGTHS)
+    for config in MIXERS:
+        mixer = config.build(SHAPE)
+        wide = mixer.cost(packing)
+        mixer.activation_bytes = 2
+        narrow = mixer.cost(packing)
+        assert (narrow.model_flops, narrow.executed_flops) == (wide.model_flops, wide.executed_flops)
+        kept_fp32 = 2 * narrow.saved_bytes - wide.saved_bytes
+        ids = config.num_blocks if isinstance(config, MoBAConfig) else 0
+        assert kept_fp32 == packing.num_queries * SHAPE.num_heads * 4 * (1 + ids)

@@ -16,6 +16,7 @@ from pithwood.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
 from pithwood.moe.config import MoEConfig
 from pithwood.ops.packing import Packing
 from tests.numerics import assert_close, rel_error
+from tests.toy_mixer import ToyRecurrenceConfig
 
 TINY = Qwen3MoEConfig(
     vocab_size=97,
@@ -81,6 +82,34 @@ def test_hf_config_refuses_what_the_family_cannot_express():
         model.hf_config()
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnAttentionConfig(FullAttentionConfig):
+    """A mixer from outside the package with the parameters of full attention."""
+
+
+@pytest.mark.parametrize(
+    ("mixer", "message"),
+    [
+        (FullAttentionConfig(rope=False), r"attention\.rope=False"),
+        (MoBAConfig(softmax_scale=0.2), r"attention\.softmax_scale=0\.2"),
+        (SlidingWindowConfig(window=8), "attention=SlidingWindowConfig"),
+        (FullAttentionConfig(key_conv=3), r"attention\.key_conv=3"),
+        (MoBAConfig(rope=False, key_conv=5), r"attention\.rope=False, attention\.key_conv=5"),
+        (ToyRecurrenceConfig(), "attention=ToyRecurrenceConfig"),
+        (OwnAttentionConfig(), "attention=OwnAttentionConfig"),
+    ],
+)
+def test_hf_config_refuses_attention_that_the_family_does_not_have(mixer, message):
+    model = Qwen3MoE(dataclasses.replace(TINY, attention=(FullAttentionConfig(), mixer, mixer)))
+    with pytest.raises(ValueError, match=f"no place for {message}; export"):
+        model.hf_config()
+
+
+def test_hf_config_of_moba_is_that_of_full_attention():
+    moba = Qwen3MoE(dataclasses.replace(TINY, attention=MoBAConfig(block_size=8, top_k=2)))
+    assert moba.hf_config() == Qwen3MoE(TINY).hf_config()
+
+
 @pytest.mark.quick
 def test_initial_weights_are_a_function_of_seed_name_and_index():
     from pithwood.models.init import fill_normal, normal_values
@@ -137,6 +166,23 @@ def test_mixers_can_differ_by_layer_and_switch_without_losing_weights():
     assert new == {"model.layers.0.self_attn.key_conv.weight"}
 
 
+def test_sparse_and_full_attention_exchange_without_a_change_of_any_weight():
+    sparse, full = MoBAConfig(block_size=8, top_k=5, key_conv=3), FullAttentionConfig(key_conv=3)
+    model = build(dataclasses.replace(TINY, attention=sparse))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.self_attn.get_parameter("key_conv.weight").normal_(generator=torch.Generator().manual_seed(0))
+    before = dict(model.named_parameters())
+    tokens, packing = torch.arange(40) % 97, Packing.from_lengths([40])
+    hidden = model.hidden(tokens, packing)
+    for attention in (full, SlidingWindowConfig(window=40, key_conv=3), sparse):
+        assert model.set_attention(attention) == (set(), {})
+        after = dict(model.named_parameters())
+        assert after.keys() == before.keys()
+        assert all(after[name] is before[name] for name in after)
+        assert_close(model.hidden(tokens, packing), hidden, 1e-5)
+
+
 def test_moba_that_covers_everything_has_the_gradients_of_full_attention():
     tokens = torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(0))
     targets, packing = tokens.roll(-1), Packing.from_lengths([37, 23])
@@ -190,6 +236,47 @@ def test_cost_counts_active_experts_selected_blocks_and_the_causal_half():
     experts = 32 * (6 * 48 * 24 * 2 + 2 * 48 * 8)
     head = 2 * 32 * 48 * 97
     assert flops == projections + attention + experts + head
+
+
+def kept_bytes(model: Qwen3MoE, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of distinct storages that autograd keeps for the backward pass, weights and casts of them left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tokens in tensor.shape or 2 * tokens in tensor.shape or tokens // 2 in tensor.shape:
+            held[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(0, model.cfg.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.hidden(ids, Packing.from_lengths([tokens // 2] * 2), dtype=dtype)
+        loss = model.logprob(hidden, ids)
+    assert loss.requires_grad
+    return sum(storage.nbytes() for pointer, storage in held.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", [FullAttentionConfig(key_conv=3), MoBAConfig(block_size=64, top_k=2)])
+@pytest.mark.parametrize("vocab_size", [17, 997])
+def test_saved_bytes_are_what_autograd_keeps(attention, dtype, vocab_size):
+    moe = dataclasses.replace(TINY.moe, num_shared_experts=1)
+    model = build(dataclasses.replace(TINY, attention=attention, moe=moe, vocab_size=vocab_size))
+    cost = model.cost(Packing.from_lengths([256, 256]), element_size=dtype.itemsize)
+    assert cost.saved_bytes == pytest.approx(kept_bytes(model, 512, dtype), rel=0.15)
+
+
+def test_cost_counts_kept_logits_and_leaves_the_mixers_as_they_are(monkeypatch):
+    from pithwood.models import qwen3_moe as module
+
+    model, packing = build(), Packing.from_lengths([32])
+    kept = model.cost(packing).saved_bytes
+    monkeypatch.setattr(module, "KEEP_BYTES", 4 * 32 * 97 - 1)
+    assert kept - model.cost(packing).saved_bytes == 4 * 32 * 97
+    mixer = model.blocks[0].self_attn.cost(packing)
+    assert model.cost(packing, element_size=2).saved_bytes < 0.7 * model.cost(packing).saved_bytes
+    assert model.blocks[0].self_attn.cost(packing) == mixer
 
 
 @pytest.mark.parametrize(
