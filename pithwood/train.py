@@ -270,7 +270,7 @@ class Trainer:
         if key not in self._cost_cache:
             if len(self._cost_cache) > 64:
                 self._cost_cache.clear()
-            self._cost_cache[key] = self.model.cost(batch.packing)
+            self._cost_cache[key] = self.model.cost(batch.packing, element_size=self.dtype.itemsize)
         return self._cost_cache[key]
 
     def moe_layers(self) -> list[MoELayer]:
@@ -508,7 +508,8 @@ def plan(run: Run) -> dict[str, Any]:
     with torch.device("meta"):
         model = Qwen3MoE(dataclasses.replace(run.model, attention=run.phase(0).attention))
     counts = model.num_params()
-    micro = model.cost(Packing.from_lengths([run.seq_len] * run.samples_per_micro_batch))
+    packing = Packing.from_lengths([run.seq_len] * run.samples_per_micro_batch)
+    micro = model.cost(packing, element_size=DTYPES[run.precision].itemsize)
     micro_batches = run.samples_per_step // run.samples_per_micro_batch
     roles, by_muon = model.parameter_roles(), isinstance(run.optim, MuonConfig)
     muon_params = sum(p.numel() for name, p in model.named_parameters() if by_muon and roles[name].kind in MATRIX_KINDS)
