@@ -71,13 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"pithwood: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("pithwood: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader (head, for instance) has seen enough; keep the interpreter from complaining again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if os.environ.get("PITHWOOD_TRACEBACK") == "1":
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"pithwood: error: {' '.join(str(error.strerror or error).split())}{where}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pithwood: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

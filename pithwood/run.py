@@ -5,6 +5,8 @@ Each part's own settings live beside the code that reads them; here are those of
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -97,6 +99,11 @@ class Run:
                      "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
+            raise ValueError(f"name={self.name!r} becomes a folder's name; use letters, digits, '_', '-' and '.'")
+        most = 4 * (os.cpu_count() or 1)
+        if self.threads > most:
+            raise ValueError(f"threads={self.threads} is far more than this machine's cores; at most {most}, or 0")
         for name in ("seed", "threads", "validation_samples", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")

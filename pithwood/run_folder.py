@@ -67,7 +67,7 @@ def load_run(folder: Path) -> Run:
     try:
         with open(folder / "config.json", encoding="utf-8") as file:
             data = json.load(file)["run"]
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{folder}/config.json is not the configuration of a run ({error}); is this a run folder?"
         ) from None
@@ -106,7 +106,10 @@ def finished_summary(folder: Path, run: Run) -> dict[str, Any] | None:
     path = folder / SUMMARY_FILE
     if not path.is_file():
         return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and the same command writes it again") from None
     return summary if summary.get("steps") == run.steps else None
 
 
@@ -117,7 +120,7 @@ def branched_from(folder: Path) -> str | None:
         return json.loads(path.read_text(encoding="utf-8"))["branched_from"]
     except FileNotFoundError:
         return None
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the configuration of a run ({error}); restore it, or use --new") from None
 
 

@@ -462,8 +462,8 @@ def report_skips(run: Run, events: EventLog, folder: Path, written: list[dict[st
         if skips >= run.max_skipped_steps:
             raise ValueError(
                 f"{skips} steps in a row had a gradient norm that is not finite; stopped at step {step} without "
-                f"changing the weights. Last good checkpoint: {latest_checkpoint(folder)}. Lower optim.lr, or read "
-                f"the steps before it in {folder}/events.jsonl"
+                f"changing the weights. Last good checkpoint: {latest_checkpoint(folder) or 'none yet'}. "
+                f"Lower optim.lr, or read the steps before it in {folder}/events.jsonl"
             )
 
 

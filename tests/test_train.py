@@ -417,6 +417,8 @@ def test_plan_needs_no_memory_and_counts_the_model(tmp_path):
         ({"phases": (Phase(4), Phase(8, attention=(FullAttentionConfig(),)))}, "attention has 1 entries"),
         ({"sample_tokens": -1}, "sample_tokens=-1 must be 0 or more"),
         ({"threads": -1}, "threads=-1 must be 0 or more"),
+        ({"threads": 10**6}, "threads=1000000 is far more"),
+        ({"name": "../elsewhere"}, "becomes a folder's name"),
         ({"device": "cuda"}, "device=cuda but torch sees no CUDA GPU"),
     ],
 )
@@ -427,3 +429,26 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_pa
     with pytest.raises(ValueError, match=message):
         train(run, runs_dir=tmp_path / "runs", console=False)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_runs_folder_that_cannot_be_is_one_line_not_a_traceback(tmp_path, capsys):
+    from pithwood.cli import main
+
+    (tmp_path / "file").write_text("not a folder")
+    assert main(["train", "debug", "--runs-dir", str(tmp_path / "file")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("pithwood: error: ")
+    assert str(tmp_path / "file") in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_an_altered_corpus_is_noticed_before_training(tmp_path):
+    run = small_run(tmp_path / "text")
+    summary = train(run, runs_dir=tmp_path / "runs", console=False)
+    shard = next((tmp_path / "runs" / "corpora").glob("*/train-00000.bin"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-00000.bin is altered"):
+        train(dataclasses.replace(run, steps=9), runs_dir=tmp_path / "runs", console=False)
+    assert Path(summary["run_dir"]).exists()

@@ -137,7 +137,7 @@ def open_corpus(folder: Path) -> Corpus:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
-            f"{folder} is not a prepared corpus: {MANIFEST} is missing; run prepare, or give another folder"
+            f"{folder} is not a prepared corpus: {MANIFEST} is missing; delete the folder and prepare it again"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

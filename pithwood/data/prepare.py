@@ -99,6 +99,8 @@ def prepare(cfg: CorpusConfig, cache_dir: Path, progress: Progress = lambda line
     with _lock(cache_dir / f".{key}.lock"):
         if final.exists():
             corpus = open_corpus(final)
+            # An altered token would train silently, or fail far from its cause.
+            corpus.verify()
             progress(f"corpus: found prepared in {final}")
             return corpus
         building = cache_dir / f".{key}.partial"

@@ -73,7 +73,10 @@ class MoEConfig:
         if self.shared_dim and not self.num_shared_experts:
             raise ValueError(f"moe.shared_dim={self.shared_dim} needs num_shared_experts >= 1")
         if self.balance == "none" and self.balance_coef != 0:
-            raise ValueError(f"moe.balance_coef={self.balance_coef} does nothing with balance='none'; choose a balance")
+            raise ValueError(
+                f"moe.balance_coef={self.balance_coef} does nothing with balance='none'; "
+                "set balance_coef=0, or choose a balance"
+            )
         if self.balance != "none" and self.balance_coef <= 0:
             raise ValueError(
                 f"moe.balance={self.balance!r} needs balance_coef > 0, not {self.balance_coef}; 1e-3 is usual"

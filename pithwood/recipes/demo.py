@@ -38,9 +38,9 @@ def demo() -> Run:
         seq_len=1024,
         samples_per_step=4,
         samples_per_micro_batch=4,
-        validate_every=60,
+        validate_every=90,
         checkpoint_every=60,
-        validation_samples=16,
+        validation_samples=0,
     )
 
 
@@ -74,6 +74,6 @@ def debug() -> Run:
         log_every=5,
         validate_every=30,
         checkpoint_every=20,
-        validation_samples=16,
+        validation_samples=0,
         sample_tokens=60,
     )
