@@ -39,6 +39,7 @@ LAYERS: tuple[set[str], ...] = (
     {"generate"},
     {"finish"},
     {"train"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 )
