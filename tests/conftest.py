@@ -16,6 +16,9 @@ NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 """Threads of this process and, through the environment, of those that tests start."""
 
 os.environ["OMP_NUM_THREADS"] = str(NUM_THREADS)
+if not torch.cuda.is_available():
+    # Triton decides at its first import: where there is no GPU its kernels run in the interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(NUM_THREADS)
 # The examples are a function of the test alone; a busy machine must not turn a slow example into a failure.
 settings.register_profile("fixed", derandomize=True, deadline=None)
