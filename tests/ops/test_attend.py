@@ -10,41 +10,10 @@ import torch
 from pithwood.ops import Packing, Selection, attend, moba_attention, select, summarise
 from pithwood.ops.attend import key_major, tiles
 from tests.numerics import assert_close, rel_error
-from tests.ops.reference import attention, gradients, make_inputs, masks_of_ids, random_selection, spans
+from tests.ops.attending import CROSS, SELF, check_attend, expected_attention, moba_selection
+from tests.ops.reference import gradients, make_inputs, random_selection, spans
 
 pytestmark = pytest.mark.usefixtures("poison")
-SELF = ([0, 5, 64, 0, 1, 131, 0], None)
-CROSS = ([3, 40, 0, 9, 2], [20, 25, 17, 9, 0])
-
-
-def _expected(inputs, selection, **options):
-    ids = selection.ids_per_head(inputs.packing, inputs.q.shape[1], inputs.k.shape[1])
-    return attention(*inputs, masks_of_ids(ids, selection.unit, inputs.packing), **options)
-
-
-def _check(inputs, selection, impl=None, tol=None, **options):
-    """Output, lse and gradients of one call against the reference; returns the output."""
-    expected = _expected(inputs, selection, **options)
-    o, lse = attend(*inputs, selection, impl=impl, **options)
-    assert o.dtype == inputs.q.dtype
-    assert_close(o, expected[0], tol, "o")
-    empty = expected[1] == float("-inf")
-    assert_close(lse[~empty], expected[1][~empty], tol, "lse")
-    if options.get("sink_H") is None:
-        assert (lse[empty] == float("-inf")).all()
-    assert torch.count_nonzero(o[empty]) == 0
-    leaves = [x for x in (*inputs[:3], options.get("sink_H")) if x is not None]
-    wanted = gradients(expected[0], expected[1].masked_fill(empty, 0.0), leaves)
-    found = gradients(o, lse.masked_fill(empty, 0.0), leaves)
-    for name, a, b in zip(("dq", "dk", "dv", "dsink"), found, wanted, strict=False):
-        limit = {torch.float64: 1e-12, torch.float32: 2e-5}.get(a.dtype, 2e-2) if tol is None else tol
-        assert (a.double() - b.double()).norm() <= limit * max(float(b.double().norm()), 1e-6), name
-    return o
-
-
-def _moba(inputs, block, top_k, **options):
-    summary = summarise(inputs.k, inputs.packing, block)
-    return select(inputs.q, summary, inputs.packing, top_k, block_size=block, **options)
 
 
 @pytest.mark.quick
@@ -56,7 +25,7 @@ def test_moba_selections_with_and_without_the_own_block(impl, causal, lengths, b
     inputs = make_inputs(*lengths, heads=4, kv_heads=2, dim=8, value_dim=6, dtype=torch.float64, causal=causal)
     for forced in ("own", "none"):
         for route_per in ("q_head", "kv_group"):
-            _check(inputs, _moba(inputs, block, 3, forced=forced, route_per=route_per), impl)
+            check_attend(inputs, moba_selection(inputs, block, 3, forced=forced, route_per=route_per), impl)
 
 
 @pytest.mark.quick
@@ -72,48 +41,48 @@ def test_any_selection_tokens_or_blocks_per_query_or_per_tile(impl, sets, unit, 
             if own and row_size > 1:
                 continue  # the rows of a tile have several own units
             selection = random_selection(inputs.packing, unit, 4, sets=sets, row_size=row_size, own=own)
-            _check(inputs, selection, impl)
+            check_attend(inputs, selection, impl)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8, 16])
 def test_grouped_heads_in_every_ratio(heads):
     inputs = make_inputs([70, 33], heads=heads, kv_heads=1, dtype=torch.float64)
-    _check(inputs, _moba(inputs, 16, 3))
+    check_attend(inputs, moba_selection(inputs, 16, 3))
     if heads > 1:
         inputs = make_inputs([70, 33], heads=heads, kv_heads=heads, dtype=torch.float64)
-        _check(inputs, _moba(inputs, 16, 3))
+        check_attend(inputs, moba_selection(inputs, 16, 3))
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 100, 128, 131, 256, 512, 1000, 1024, 2048, 4096])
 def test_block_sizes_that_are_cut_and_that_are_not(block):
     inputs = make_inputs([3 * block + 17 if block <= 128 else 600, 40], heads=2, dtype=torch.float64)
-    _check(inputs, _moba(inputs, block, 2))
+    check_attend(inputs, moba_selection(inputs, block, 2))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4, 8, 12, 16, 32, 64])
 def test_every_top_k(top_k):
     inputs = make_inputs([300], heads=2, dtype=torch.float64)
-    _check(inputs, _moba(inputs, 16, top_k))
+    check_attend(inputs, moba_selection(inputs, 16, top_k))
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 47, 48, 49, 113, 128, 257])
 def test_lengths_around_block_and_tile_edges(length):
     inputs = make_inputs([length], heads=2, dtype=torch.float64)
-    _check(inputs, _moba(inputs, 16, 3))
+    check_attend(inputs, moba_selection(inputs, 16, 3))
 
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (96, 96), (128, 128), (192, 128), (256, 64), (80, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_head_dims_and_dtypes(dim, value_dim, dtype):
     inputs = make_inputs([130, 45], heads=2, dim=dim, value_dim=value_dim, dtype=dtype)
-    _check(inputs, _moba(inputs, 32, 3))
+    check_attend(inputs, moba_selection(inputs, 32, 3))
 
 
 @pytest.mark.parametrize("unit", [1, 16])
 def test_a_sink_takes_its_share_and_its_gradient(unit):
     inputs = make_inputs([70, 20], [50, 20], heads=4, kv_heads=2, dtype=torch.float64)
     sink = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    _check(inputs, random_selection(inputs.packing, unit, 4, sets=4), sink_H=sink)
+    check_attend(inputs, random_selection(inputs.packing, unit, 4, sets=4), sink_H=sink)
 
 
 @pytest.mark.parametrize("factor", [30.0, 1e4])
@@ -121,9 +90,9 @@ def test_large_logits_do_not_overflow(factor):
     inputs = make_inputs([100], heads=2, dtype=torch.float64)
     with torch.no_grad():
         inputs.q.mul_(factor)
-    _check(inputs, _moba(inputs, 16, 3), tol=1e-9)
+    check_attend(inputs, moba_selection(inputs, 16, 3), tol=1e-9)
     single = inputs._replace(**{n: getattr(inputs, n).detach().float().requires_grad_() for n in "qkv"})
-    o, lse = attend(*single, _moba(single, 16, 3))
+    o, lse = attend(*single, moba_selection(single, 16, 3))
     assert o.isfinite().all()
     assert lse.isfinite().all()
 
@@ -136,9 +105,9 @@ def test_keys_with_a_common_offset_or_an_outlier_channel(trouble):
             inputs.k.add_(10 * torch.randn(16))
         else:
             inputs.k[..., 3] *= 50
-    selection = _moba(inputs, 16, 3)
+    selection = moba_selection(inputs, 16, 3)
     # the conditioning, not the schedule, sets this error: allow twice that of plain fp32 attention
-    expected, _ = _expected(inputs, selection)
+    expected, _ = expected_attention(inputs, selection)
     plain, _ = attend(*inputs, selection, impl="ref")
     found, _ = attend(*inputs, selection, impl="torch")
     assert rel_error(found, expected) <= 2 * rel_error(plain, expected) + 1e-6
@@ -149,7 +118,7 @@ def test_gradients_by_finite_differences(unit):
     inputs = make_inputs([20, 7], [20, 9], heads=2, dim=4, value_dim=3, dtype=torch.float64)
     selection = random_selection(inputs.packing, unit, 4, sets=2)
     seen = selection.ids_per_head(inputs.packing, 2, 1)[..., 0] >= 0
-    visible = _expected(inputs, selection)[1] > float("-inf")
+    visible = expected_attention(inputs, selection)[1] > float("-inf")
     assert (seen & ~visible).any() or visible.all()
 
     def outputs(q, k, v):
@@ -165,7 +134,7 @@ def test_the_gate_has_no_gradient(impl, route_per, monkeypatch):
     """End to end, the gradient is that of attention to a frozen selection, and what only moves scores gets none."""
     inputs = make_inputs([90, 40], heads=4, kv_heads=2, dtype=torch.float64)
     detached = inputs._replace(**{name: getattr(inputs, name).detach() for name in "qkv"})
-    frozen = _moba(detached, 16, 3, route_per=route_per)
+    frozen = moba_selection(detached, 16, 3, route_per=route_per)
     # The means take a part of their own to the scores: a gradient through the gate would arrive there.
     shift = torch.zeros(*summarise(detached.k, inputs.packing, 16).shape, dtype=torch.float64, requires_grad=True)
     scored = []
@@ -203,7 +172,7 @@ def test_the_gate_has_no_gradient(impl, route_per, monkeypatch):
 
 def test_gradients_accumulate_into_existing_ones():
     inputs = make_inputs([60], heads=2)
-    selection = _moba(inputs, 16, 2)
+    selection = moba_selection(inputs, 16, 2)
     attend(*inputs, selection)[0].sum().backward()
     once = [x.grad.clone() for x in inputs[:3]]
     attend(*inputs, selection)[0].sum().backward()
@@ -248,7 +217,7 @@ def test_hot_uniform_and_cold_blocks(routing):
     ids = torch.cat([other, own.expand(-1, 2, 1)], dim=-1)
     ids = torch.where(other < 0, ids.flip(-1), ids).to(torch.int32)
     selection = Selection(ids, (ids >= 0).sum(-1, dtype=torch.int32), 16, 1, True)
-    _check(inputs, selection)
+    check_attend(inputs, selection)
     if routing == "cold":
         # Only what queries 320 onwards see matters: of the earlier blocks, block 3 alone.
         o, _ = attend(*inputs, selection)
@@ -279,23 +248,23 @@ def test_documents_do_not_see_each_other_in_any_digit(block, budget, monkeypatch
         monkeypatch.setattr(tiles, "PAIR_BUDGET", budget)
     lengths = [90, 260, 17, 1, 130]
     inputs = make_inputs(lengths, heads=4, kv_heads=2)
-    packed = _run(*inputs, _moba(inputs, block, 3))
+    packed = _run(*inputs, moba_selection(inputs, block, 3))
     order = [3, 1, 4, 0, 2]
     leaves = [_documents(x.detach(), inputs.packing, order).requires_grad_() for x in inputs[:3]]
     permuted = inputs._replace(
         q=leaves[0], k=leaves[1], v=leaves[2], packing=Packing.from_lengths([lengths[n] for n in order])
     )
-    for a, b in zip(packed, _run(*permuted, _moba(permuted, block, 3)), strict=True):
+    for a, b in zip(packed, _run(*permuted, moba_selection(permuted, block, 3)), strict=True):
         assert torch.equal(_documents(a, inputs.packing, order), b)
     leaves = [x[90:350].detach().requires_grad_() for x in inputs[:3]]
     alone = inputs._replace(q=leaves[0], k=leaves[1], v=leaves[2], packing=Packing.from_lengths([260]))
-    for a, b in zip(packed, _run(*alone, _moba(alone, block, 3)), strict=True):
+    for a, b in zip(packed, _run(*alone, moba_selection(alone, block, 3)), strict=True):
         assert torch.equal(a[90:350], b)
     poisoned = [x.detach().clone() for x in inputs[:3]]
     for x in poisoned:
         x[90:350] = float("nan")
     poisoned = inputs._replace(**dict(zip("qkv", (x.requires_grad_() for x in poisoned), strict=True)))
-    for a, b in zip(packed, _run(*poisoned, _moba(poisoned, block, 3)), strict=True):
+    for a, b in zip(packed, _run(*poisoned, moba_selection(poisoned, block, 3)), strict=True):
         assert torch.equal(a[:90], b[:90])
         assert torch.equal(a[350:], b[350:])
 
@@ -303,11 +272,11 @@ def test_documents_do_not_see_each_other_in_any_digit(block, budget, monkeypatch
 @pytest.mark.parametrize("block", [4, 16, 200])
 def test_a_later_token_changes_nothing_before_it(block):
     inputs = make_inputs([300], heads=4, kv_heads=2)
-    before = attend(*inputs, _moba(inputs, block, 3))
+    before = attend(*inputs, moba_selection(inputs, block, 3))
     with torch.no_grad():
         for x in inputs[:3]:
             x[150] += 3.0
-    after = attend(*inputs, _moba(inputs, block, 3))
+    after = attend(*inputs, moba_selection(inputs, block, 3))
     for a, b in zip(before, after, strict=True):
         assert torch.equal(a[:150], b[:150])
         assert not torch.equal(a[150], b[150])
@@ -316,7 +285,7 @@ def test_a_later_token_changes_nothing_before_it(block):
 def test_chunks_and_batches_do_not_show(monkeypatch):
     """The pair budget, the batch size and the kept work list are matters of memory: same values, forward bitwise."""
     inputs = make_inputs([200, 330], heads=4, kv_heads=2)
-    selection = _moba(inputs, 16, 4)
+    selection = moba_selection(inputs, 16, 4)
     whole = _run(*inputs, selection)
     monkeypatch.setattr(tiles, "PAIR_BUDGET", 1000)
     monkeypatch.setattr(key_major, "LIVE_SCORES", 3000)
@@ -331,7 +300,7 @@ def test_chunks_and_batches_do_not_show(monkeypatch):
 @pytest.mark.parametrize("block", [4, 16])
 def test_ten_runs_agree_bit_for_bit(block):
     inputs = make_inputs([150, 50], heads=4, kv_heads=2)
-    selection = _moba(inputs, block, 4)
+    selection = moba_selection(inputs, block, 4)
     first = _run(*inputs, selection)
     for _ in range(9):
         for a, b in zip(first, _run(*inputs, selection), strict=True):
@@ -344,7 +313,7 @@ def test_activation_checkpointing_recomputes_the_same_selection_and_digits():
 
     def layer(q, k, v):
         moved = inputs._replace(q=q * 1.5, k=k + 0.25, v=v)
-        chosen.append(_moba(moved, 16, 3))
+        chosen.append(moba_selection(moved, 16, 3))
         return attend(*moved, chosen[-1])[0]
 
     plain = layer(*inputs[:3])
@@ -361,11 +330,11 @@ def test_activation_checkpointing_recomputes_the_same_selection_and_digits():
 def test_documents_that_see_everything_take_no_gather_and_change_nothing(monkeypatch):
     """Documents of up to top_k blocks need no gathering; beside long ones they keep values and gradients."""
     inputs = make_inputs([40, 200, 48, 1, 130], heads=4, kv_heads=2, dtype=torch.float64)
-    selection = _moba(inputs, 16, 3)
+    selection = moba_selection(inputs, 16, 3)
     geometry = tiles.Geometry.of(inputs.packing, selection, 4, 2, inputs.k.shape[0])
     assert geometry.whole_docs == [0, 2, 3]
     dense = _run(*inputs, selection)
-    _check(inputs, selection)
+    check_attend(inputs, selection)
     monkeypatch.setattr(tiles, "_whole_documents", lambda *_: ([], None))
     for a, b in zip(dense, _run(*inputs, selection), strict=True):
         assert_close(a, b)
@@ -373,9 +342,9 @@ def test_documents_that_see_everything_take_no_gather_and_change_nothing(monkeyp
 
 def test_a_replayed_selection_that_leaves_blocks_out_is_kept_on_short_documents():
     inputs = make_inputs([40, 48], heads=4, kv_heads=2, dtype=torch.float64)
-    selection = _moba(inputs, 16, 1)
+    selection = moba_selection(inputs, 16, 1)
     assert tiles.Geometry.of(inputs.packing, selection, 4, 2, 88).whole_docs == []
-    _check(inputs, selection)
+    check_attend(inputs, selection)
 
 
 def _ids_by_block(rows_of_block, length, unit=16):
@@ -391,9 +360,9 @@ def _ids_by_block(rows_of_block, length, unit=16):
 def test_units_ahead_of_the_query_do_not_stand_in_for_those_left_out(impl, own):
     """As many ids as a query could see, one of them in the future: a unit of the past is missing."""
     inputs = make_inputs([48], heads=2, dtype=torch.float64)
-    _check(inputs, Selection(*_ids_by_block([[0], [1, 2], [0, 1, 2]], 48), 16, own=own), impl)
-    _check(inputs, Selection(*_ids_by_block([[0, 1, 2], [0, 1, 2], [0, 1, 2]], 48), 16, own=own), impl)
-    _check(inputs, Selection(*_ids_by_block([[0, 1], [0, 1], [1, 2]], 48), 16, own=own), impl)
+    check_attend(inputs, Selection(*_ids_by_block([[0], [1, 2], [0, 1, 2]], 48), 16, own=own), impl)
+    check_attend(inputs, Selection(*_ids_by_block([[0, 1, 2], [0, 1, 2], [0, 1, 2]], 48), 16, own=own), impl)
+    check_attend(inputs, Selection(*_ids_by_block([[0, 1], [0, 1], [1, 2]], 48), 16, own=own), impl)
 
 
 @pytest.mark.parametrize("unit", [1, 16, 150])
@@ -405,8 +374,8 @@ def test_future_units_are_legal_and_invisible(unit, row_size):
     position = inputs.packing.query_key_position()
     ahead = selection.ids_per_head(inputs.packing, 4, 2) * unit > position[:, None, None]
     assert ahead.any()
-    _check(inputs, selection)
-    _check(inputs, replace(selection, own=False))
+    check_attend(inputs, selection)
+    check_attend(inputs, replace(selection, own=False))
 
 
 @pytest.mark.parametrize("impl", ["ref", "torch"])
@@ -415,7 +384,7 @@ def test_a_selection_by_hand_may_leave_out_the_own_block(impl, lengths):
     inputs = make_inputs(lengths, heads=2, dtype=torch.float64)
     own = inputs.packing.query_key_position() // 16
     ids = torch.where(own > 0, own - 1, -1).to(torch.int32)[:, None, None]
-    _check(inputs, Selection(ids, (ids >= 0).sum(-1, dtype=torch.int32), 16), impl)
+    check_attend(inputs, Selection(ids, (ids >= 0).sum(-1, dtype=torch.int32), 16), impl)
 
 
 @pytest.mark.parametrize("impl", ["ref", "torch"])
@@ -439,9 +408,9 @@ def test_tiny_probabilities_cost_no_accuracy(spread):
     inputs = make_inputs([300, 30], heads=2)
     with torch.no_grad():
         inputs.q.mul_(spread)
-    selection = _moba(inputs, 16, 3)
+    selection = moba_selection(inputs, 16, 3)
     (plain, _), (found, _) = (attend(*inputs, selection, impl=impl) for impl in ("ref", "torch"))
-    expected, _ = _expected(inputs, selection)
+    expected, _ = expected_attention(inputs, selection)
     assert rel_error(found, expected) <= 2 * rel_error(plain, expected) + 1e-6
 
 
@@ -496,7 +465,7 @@ def test_bad_selections_are_refused_with_what_is_allowed():
     refused("31 rows; packing and row_size=1 need 32", ids=good.ids[1:])
     refused("unit=0", unit=0)
     refused("must be integers", ids=good.ids.float())
-    with pytest.raises(ValueError, match="allowed are 'ref', 'torch'"):
-        attend(*inputs, good, impl="triton")
+    with pytest.raises(ValueError, match="allowed are 'ref', 'torch', 'triton'"):
+        attend(*inputs, good, impl="cuda")
     with pytest.raises(ValueError, match="k has 2 KV heads but v has 1"):
         attend(inputs.q, inputs.k, inputs.v[:, :1], inputs.packing, good)

@@ -16,11 +16,14 @@ from pithwood.ops.attend.ref import attend_ref
 from pithwood.ops.checks import check_impl, check_qkv, check_sink
 from pithwood.ops.merge import add_sink
 from pithwood.ops.packing import Packing, Selection
+from pithwood.ops.triton_support import triton_misfit
 
 __all__ = ["attend", "attention_mass"]
 
 SMALL_UNIT = 16
 """Units with fewer keys are gathered query by query; larger ones gather queries to them."""
+MAX_HEAD_DIM = 256
+"""Largest head dim of the Triton kernels."""
 
 
 def attend(
@@ -32,6 +35,7 @@ def attend(
     scale: float | None = None,
     sink_H: Tensor | None = None,
     *,
+    deterministic: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend each query to the units selected for it, causally if the packing is.
@@ -41,7 +45,10 @@ def attend(
                                         the ids of a row differ from each other, those past the query are not seen
     scale                               factor of the scores; None: K ** -0.5
     sink_H      [H] float               a logit per head that takes part in the softmax without a value (not scaled)
-    impl        "ref" | "torch"         None: "torch"
+    deterministic                       the backward pass repeats bit for bit; "triton" is slower then
+    impl        "ref" | "torch" | "triton"   None: "triton" where it fits: CUDA (or Triton's interpreter, see
+                                        `triton_misfit`), fp32, fp16 or bf16, head dims up to 256, units of 16 keys or
+                                        more; "torch" elsewhere, and by default on CPUs
     returns     (o [T_q, H, V] like q, lse [T_q, H] fp32 (fp64 for fp64), natural log, sink included)
     raises      ValueError on shapes, dtypes, devices or selections that do not fit
 
@@ -49,16 +56,29 @@ def attend(
     output, lse -inf (without sink) and no gradient. Softmax and sums are fp32 (fp64 for fp64).
     "torch" works with memory linear in tokens x k and a bounded workspace, is bitwise repeatable, and a document's
     digits do not depend on what it is packed with. It reads document offsets on the host (free on CPU).
-    Lu et al. 2025, arXiv 2502.13189, section 2.2; the schedule is that of attend/key_major.py and
-    attend/query_major.py.
+    "triton" reads nothing on the host. Its forward repeats bit for bit; a row whose ids break the promise `own` gets
+    NaN instead of an error.
+    Lu et al. 2025, arXiv 2502.13189, section 2.2; the schedules are those of attend/key_major.py,
+    attend/query_major.py and attend/triton.py.
     """
-    check_impl(impl, ("ref", "torch"))
+    check_impl(impl, ("ref", "torch", "triton"))
     check_qkv(q_THK, k_TGK, v_TGV, packing)
     check_sink(sink_H, q_THK.shape[1])
     check_selection(selection, packing, q_THK.shape[1], k_TGK.shape[1])
+    misfit = _triton_misfit(q_THK, v_TGV, selection.unit)
+    if impl == "triton" and misfit:
+        raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='torch'")
+    if impl is None and q_THK.is_cuda and not misfit:
+        impl = "triton"
+    if impl != "triton":
+        check_promise(selection, packing)
     scale = q_THK.shape[2] ** -0.5 if scale is None else scale
     if impl == "ref":
         o, lse = attend_ref(q_THK, k_TGK, v_TGV, packing, selection, scale)
+    elif impl == "triton":
+        from pithwood.ops.attend.triton import attend_triton  # imports triton, which not every machine has
+
+        o, lse = attend_triton(q_THK, k_TGK, v_TGV, packing, selection, scale, deterministic)
     elif selection.unit < SMALL_UNIT:
         o, lse = QueryMajorAttention.apply(q_THK, k_TGK, v_TGV, packing, selection, scale)
     else:
@@ -69,8 +89,7 @@ def attend(
 
 
 def check_selection(selection: Selection, packing: Packing, num_heads: int, num_kv_heads: int) -> None:
-    """ValueError unless the selection fits the packing and the heads and keeps its promise; reads one flag on the host
-    if it makes one."""
+    """ValueError unless the selection fits the packing and the heads."""
     ids = selection.ids
     if ids.dim() != 3 or ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"selection ids must be integers [rows, sets, k], got {tuple(ids.shape)} {ids.dtype}")
@@ -82,8 +101,13 @@ def check_selection(selection: Selection, packing: Packing, num_heads: int, num_
     rows = packing.num_rows_bound(selection.row_size)
     if ids.shape[0] != rows:
         raise ValueError(f"selection has {ids.shape[0]} rows; packing and row_size={selection.row_size} need {rows}")
+
+
+def check_promise(selection: Selection, packing: Packing) -> None:
+    """ValueError unless a selection that says own=True holds every query's own unit; reads one flag on the host."""
     if not selection.own:
         return
+    ids = selection.ids
     # Key-major attention gives such queries their own unit without looking it up, so a false promise is a wrong result.
     position_T = packing.query_key_position()
     own_T = position_T.div(selection.unit, rounding_mode="floor").to(ids.dtype)
@@ -95,3 +119,12 @@ def check_selection(selection: Selection, packing: Packing, num_heads: int, num_
             f"selection says own=True, but the ids of query {query} lack its own unit {int(own_T[query])}; add it to "
             "the ids or say own=False"
         )
+
+
+def _triton_misfit(q_THK: Tensor, v_TGV: Tensor, unit: int) -> str | None:
+    """Why the Triton kernels cannot take this call, or None."""
+    if unit < SMALL_UNIT:
+        return f"units of {unit} keys are too small for its matrix products, it takes {SMALL_UNIT} or more"
+    if max(q_THK.shape[2], v_TGV.shape[2]) > MAX_HEAD_DIM:
+        return f"it takes head dims up to {MAX_HEAD_DIM}, got {q_THK.shape[2]} and {v_TGV.shape[2]}"
+    return triton_misfit(q_THK, v_TGV)

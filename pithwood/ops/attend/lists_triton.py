@@ -1,0 +1,206 @@
+"""From query-major block ids to block-major lists of queries, without a sort and without a host sync.
+
+A list belongs to a KV head and a unit and holds the rows of all query heads of that KV head, so that keys and values
+are loaded once for all of them. Count with ranks, scan, scatter: three passes over the ids. Ranks come from atomic
+counters, so the order inside a list may differ from call to call; the ordered form sorts stably instead.
+
+Legend: T queries, H query heads, G KV heads of the slice at hand, U units, X = G * U lists, P pairs of a (query, head)
+and one of its slots.
+An entry of a list is `(t * RATIO + r) * SLOTS + slot`, r the query head within its KV head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pithwood.ops.attend.plan import BlockPlan
+
+QUERIES = 128
+"""Queries per program of the passes over ids."""
+LISTS = 256
+"""Lists per program that writes work items."""
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Block-major lists of one slice of heads."""
+
+    entry_P: Tensor
+    """int32; the entries of list x are entry_P[start_X[x] : start_X[x] + count_X[x]]."""
+    start_X: Tensor
+    """int64"""
+    count_X: Tensor
+    """int32"""
+    bound: int
+    """Most entries that there can be: the length of entry_P."""
+
+
+@triton.jit
+def _count_kernel(
+    ids, rank, count_X, first_unit_T, limit_T,
+    num_queries, stride_t, stride_h, num_units, rows_per_group,
+    RATIO: tl.constexpr, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Rank of every pair in its list; counters end at the lists' lengths. One program: QUERIES queries of one head."""
+    head = tl.program_id(1)
+    t = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    slot = tl.arange(0, SLOTS_PAD)
+    real = t < num_queries
+    first = tl.load(first_unit_T + t, mask=real, other=0)
+    limit = tl.load(limit_T + t, mask=real, other=0)
+    inside = real[:, None] & (slot < SLOTS)[None, :]
+    at = t.to(tl.int64)[:, None] * stride_t + head * stride_h + slot[None, :]
+    unit = tl.load(ids + at, mask=inside, other=-1)  # [QUERIES, SLOTS_PAD]
+    seen = inside & (unit >= 0) & (unit < limit[:, None])
+    group = head // RATIO
+    x = group.to(tl.int64) * num_units + first[:, None] + unit
+    place = tl.atomic_add(count_X + x, 1, mask=seen, sem="relaxed")
+    pair = (t[:, None] * RATIO + head % RATIO) * SLOTS + slot[None, :]
+    tl.store(rank + group.to(tl.int64) * rows_per_group + pair, tl.where(seen, place, -1), mask=inside)
+
+
+@triton.jit
+def _scatter_kernel(
+    ids, rank, start_X, entry_P, first_unit_T,
+    num_queries, stride_t, stride_h, num_units, rows_per_group,
+    RATIO: tl.constexpr, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Write every pair to its place in its list."""
+    head = tl.program_id(1)
+    t = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    slot = tl.arange(0, SLOTS_PAD)
+    real = t < num_queries
+    first = tl.load(first_unit_T + t, mask=real, other=0)
+    inside = real[:, None] & (slot < SLOTS)[None, :]
+    at = t.to(tl.int64)[:, None] * stride_t + head * stride_h + slot[None, :]
+    unit = tl.load(ids + at, mask=inside, other=-1)
+    group = head // RATIO
+    pair = (t[:, None] * RATIO + head % RATIO) * SLOTS + slot[None, :]
+    place = tl.load(rank + group.to(tl.int64) * rows_per_group + pair, mask=inside, other=-1)
+    seen = place >= 0
+    start = tl.load(start_X + group.to(tl.int64) * num_units + first[:, None] + unit, mask=seen, other=0)
+    tl.store(entry_P + start + place, pair, mask=seen)
+
+
+@triton.jit
+def _items_kernel(
+    count_X, first_item_X, key_count_U, item_list, item_chunk, num_lists, num_units,
+    CHUNK: tl.constexpr, AT_LEAST_ONE: tl.constexpr, LISTS: tl.constexpr,
+):  # fmt: skip
+    """Cut every list into chunks of CHUNK rows and write one work item for each."""
+    x = tl.program_id(0) * LISTS + tl.arange(0, LISTS)
+    real = x < num_lists
+    chunks = _num_chunks(count_X, key_count_U, x, real, num_units, CHUNK, AT_LEAST_ONE)
+    first = tl.load(first_item_X + x, mask=real, other=0)
+    most = tl.max(chunks, 0)
+    chunk = 0
+    while chunk < most:
+        inside = chunk < chunks
+        tl.store(item_list + first + chunk, x, mask=inside)
+        tl.store(item_chunk + first + chunk, tl.zeros_like(x) + chunk, mask=inside)
+        chunk += 1
+
+
+@triton.jit
+def _chunks_kernel(
+    count_X, key_count_U, chunks_X, num_lists, num_units,
+    CHUNK: tl.constexpr, AT_LEAST_ONE: tl.constexpr, LISTS: tl.constexpr,
+):  # fmt: skip
+    x = tl.program_id(0) * LISTS + tl.arange(0, LISTS)
+    real = x < num_lists
+    tl.store(chunks_X + x, _num_chunks(count_X, key_count_U, x, real, num_units, CHUNK, AT_LEAST_ONE), mask=real)
+
+
+@triton.jit
+def _num_chunks(
+    count_X, key_count_U, x, real, num_units, CHUNK: tl.constexpr, AT_LEAST_ONE: tl.constexpr
+):  # fmt: skip
+    count = tl.load(count_X + x, mask=real, other=0)
+    chunks = (count + CHUNK - 1) // CHUNK
+    if AT_LEAST_ONE:
+        keys = tl.load(key_count_U + x % num_units, mask=real, other=0)
+        chunks = tl.where(keys > 0, tl.maximum(chunks, 1), 0)
+    return chunks
+
+
+def build_lists(ids_THk: Tensor, plan: BlockPlan, num_groups: int, slots: int, ordered: bool) -> Lists:
+    """Lists of the heads in ids [T, H, k] (a slice of heads is fine), which belong to num_groups KV heads.
+
+    slots     leading ids of each row that can be past units: k, or k - 1 if the own unit is among them
+    ordered   entries ascend in every list, whatever ran when; slower
+    """
+    num_queries, heads, _ = ids_THk.shape
+    ratio = heads // num_groups
+    num_lists, bound = num_groups * plan.num_units, num_queries * heads * slots
+    rows_per_group = num_queries * ratio * slots
+    if rows_per_group >= 2**31:
+        raise ValueError(
+            f"{num_queries} queries x {ratio} query heads per KV head x {slots} selected blocks exceed 2^31 pairs; "
+            "use fewer tokens per call or a smaller top_k"
+        )
+    device = ids_THk.device
+    count_X = torch.zeros(num_lists, dtype=torch.int32, device=device)
+    rank = torch.empty(bound, dtype=torch.int32, device=device)
+    entry_P = torch.empty(bound, dtype=torch.int32, device=device)
+    grid = (triton.cdiv(num_queries, QUERIES), heads)
+    slots_pad = triton.next_power_of_2(slots)
+    sizes = (num_queries, ids_THk.stride(0), ids_THk.stride(1), plan.num_units, rows_per_group)
+    shape = {"RATIO": ratio, "SLOTS": slots, "SLOTS_PAD": slots_pad, "QUERIES": QUERIES}
+    _count_kernel[grid](ids_THk, rank, count_X, plan.first_unit_T, plan.limit_T, *sizes, **shape)
+    start_X = count_X.cumsum(0) - count_X
+    if ordered:
+        _sort_ranks(ids_THk, rank, start_X, plan, num_groups, slots)
+    _scatter_kernel[grid](ids_THk, rank, start_X, entry_P, plan.first_unit_T, *sizes, **shape)
+    return Lists(entry_P, start_X, count_X, bound)
+
+
+def _sort_ranks(ids_THk: Tensor, rank: Tensor, start_X: Tensor, plan: BlockPlan, num_groups: int, slots: int) -> None:
+    """Replace ranks given by atomic counters by those of the entries' own order."""
+    num_queries, heads, _ = ids_THk.shape
+    ratio = heads // num_groups
+    list_of_pair = plan.first_unit_T.long()[:, None, None] + ids_THk[..., :slots]
+    # [T, G, ratio, slots] -> [G, T, ratio, slots]: the order of ranks
+    list_of_pair = list_of_pair.view(num_queries, num_groups, ratio, slots).transpose(0, 1)
+    group = torch.arange(num_groups, device=rank.device)[:, None, None, None]
+    key = (list_of_pair + group * plan.num_units).reshape(-1)
+    seen = rank >= 0
+    # Pairs that are in no list go last.
+    key = torch.where(seen, key, num_groups * plan.num_units)
+    order = key.sort(stable=True).indices
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.shape[0], device=order.device)
+    start = start_X[key.clamp(max=start_X.shape[0] - 1)]
+    rank.copy_(torch.where(seen, place - start, -1))
+
+
+@dataclass(frozen=True)
+class Items:
+    """Work items: at most CHUNK rows of one list each. Items past the last one have list -1."""
+
+    list_I: Tensor
+    chunk_I: Tensor
+    bound: int
+
+
+def build_items(lists: Lists, plan: BlockPlan, chunk: int, at_least_one: bool) -> Items:
+    """One item per `chunk` rows of every list, in the order of lists; at_least_one: also for empty lists of units that
+    hold keys."""
+    num_lists = lists.count_X.shape[0]
+    bound = lists.bound // chunk + num_lists
+    device = lists.count_X.device
+    chunks_X = torch.empty(num_lists, dtype=torch.int32, device=device)
+    grid = (triton.cdiv(num_lists, LISTS),)
+    options = {"CHUNK": chunk, "AT_LEAST_ONE": at_least_one, "LISTS": LISTS}
+    _chunks_kernel[grid](lists.count_X, plan.key_count_U, chunks_X, num_lists, plan.num_units, **options)
+    first_item_X = chunks_X.cumsum(0) - chunks_X
+    list_I = torch.full((bound,), -1, dtype=torch.int32, device=device)
+    chunk_I = torch.empty(bound, dtype=torch.int32, device=device)
+    _items_kernel[grid](
+        lists.count_X, first_item_X, plan.key_count_U, list_I, chunk_I, num_lists, plan.num_units, **options
+    )
+    return Items(list_I, chunk_I, bound)

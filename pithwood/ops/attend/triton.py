@@ -1,0 +1,401 @@
+"""Block-sparse attention by Triton kernels: the schedule, and the custom ops that torch.compile treats as opaque.
+
+Forward: lists of queries per unit (`lists_triton.py`), partial results of every (query, unit) pair key-major, then the
+own unit and the merge query-major. Backward: the same lists, dK and dV key-major, dQ by fp32 row reductions, or, with
+deterministic=True, by parts that are summed in a fixed order. Heads are worked on in slices, so that what is gathered
+stays in the L2 cache and the workspace under WORKSPACE_BYTES. No size is read on the host: the ops can be captured in
+a CUDA graph.
+
+Legend: T queries, H query heads, G KV heads, K query/key head dim, V value head dim, k ids per query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from pithwood.ops.attend.backward_triton import (
+    _delta_kernel,
+    _hot_kernel,
+    _keys_kernel,
+    _own_dq_kernel,
+    _rows_dq_kernel,
+    _sum_dq_kernel,
+)
+from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
+from pithwood.ops.attend.lists_triton import Lists, build_items, build_lists
+from pithwood.ops.attend.plan import BlockPlan, block_plan
+from pithwood.ops.packing import Packing, Selection
+
+WORKSPACE_BYTES = 2 * 2**30
+"""Most bytes of partial results, and of fp32 dQ, held at a time, unless a single KV head needs more."""
+WHOLE_LISTS = 2**30
+"""A chunk that no list exceeds: its sums are formed in one order."""
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile shape and launch options of one kernel."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def forward_tiles(block: int, dim: int, element_size: int) -> Tiles:
+    """Of the key-major forward kernel: rows are gathered queries."""
+    keys = _tile(block, 128 if dim <= 128 else 64)
+    if element_size == 4:
+        return Tiles(32, min(keys, 32), 4, 1)
+    if block <= keys:
+        return Tiles(64, keys, 4, 2)
+    return Tiles(128, min(keys, 64 if dim <= 128 else 32), 8, 3)
+
+
+def own_tiles(block: int, dim: int, element_size: int) -> Tiles:
+    """Of the kernel that attends to the own unit and merges."""
+    if element_size == 4:
+        return Tiles(_tile(block, 32), _tile(block, 32), 4, 1)
+    return Tiles(_tile(block, 64), _tile(block, 64), 4, 2)
+
+
+def backward_tiles(block: int, dim: int, element_size: int) -> Tiles:
+    """Of the key-major backward kernel: keys stay, rows are gathered."""
+    if element_size == 4:
+        return Tiles(16, _tile(block, 16), 4, 1)
+    if dim > 128:
+        return Tiles(32, _tile(block, 64), 8, 1)
+    return Tiles(64, _tile(block, 128), 8, 2 if dim <= 64 else 1)
+
+
+def dq_tiles(block: int, dim: int, element_size: int) -> Tiles:
+    """Of the deterministic dQ kernels."""
+    if element_size == 4:
+        return Tiles(_tile(block, 16), _tile(block, 16), 4, 1)
+    return Tiles(_tile(block, 64), _tile(block, 64), 4, 1)
+
+
+def backward_chunk(pairs: int) -> int:
+    """Rows of a list that one program of the backward takes: enough items to balance a GPU's 132 multiprocessors, few
+    lists cut."""
+    return min(max(triton.next_power_of_2(pairs // (132 * 8)), 1024), 16384)
+
+
+def _tile(block: int, most: int) -> int:
+    return max(16, min(most, triton.next_power_of_2(block)))
+
+
+def attend_triton(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGV: Tensor,
+    packing: Packing,
+    selection: Selection,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """(o like q, lse [T, H] fp32) as `attend` promises; differentiable in q, k, v through both."""
+    ids_THk = selection.ids_per_head(packing, q_THK.shape[1], k_TGK.shape[1])
+    # The diagonal serves own units of causal packings; elsewhere they are units like any other.
+    own = selection.own and packing.causal
+    return attend_blocks(
+        q_THK, k_TGK, v_TGV, ids_THk.to(torch.int32), packing.cu_q, packing.cu_k, packing.max_q, packing.max_k,
+        packing.causal, packing.self_attention, selection.unit, own, scale, deterministic,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("pithwood::attend_blocks", mutates_args=())
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
+    causal: bool, self_attention: bool, unit: int, own: bool, scale: float, deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Forward of `attend_triton` on plain arguments."""
+    call = _Call.of(q, k, v, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own, scale)
+    return call.forward()
+
+
+@attend_blocks.register_fake
+def _(q, k, v, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own, scale, deterministic):
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("pithwood::attend_blocks_backward", mutates_args=())
+def attend_blocks_backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, ids: Tensor,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, self_attention: bool, unit: int, own: bool,
+    scale: float, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) of `attend_blocks`, from the merged o and lse and the same ids."""
+    call = _Call.of(q, k, v, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own, scale)
+    return call.backward(do, dlse, o, lse, deterministic)
+
+
+@attend_blocks_backward.register_fake
+def _(
+    do, dlse, q, k, v, o, lse, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own, scale, deterministic
+):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, ids, cu_q, cu_k, *rest = inputs
+    o, lse = output
+    ctx.save_for_backward(q, k, v, o, lse, ids, cu_q, cu_k)
+    ctx.rest = rest
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do, dlse):
+    q, k, v, o, lse, ids, cu_q, cu_k = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(o) if dlse is not None else None
+    if do is None:
+        return (None,) * 14
+    dq, dk, dv = attend_blocks_backward(do, dlse, q, k, v, o, lse, ids, cu_q, cu_k, *ctx.rest)
+    return dq, dk, dv, *(None,) * 11
+
+
+attend_blocks.register_autograd(_backward, setup_context=_save)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One attention call on plain tensors."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    ids: Tensor
+    packing: Packing
+    plan: BlockPlan
+    own: bool
+    scale: float
+
+    @staticmethod
+    def of(q, k, v, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own, scale) -> _Call:
+        q, k, v, ids = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, ids))
+        # The packing counts its queries by this column; kernels do not read it.
+        position_T = torch.empty(q.shape[0], dtype=torch.int64, device=q.device)
+        packing = Packing(cu_q, cu_q if self_attention else cu_k, max_q, max_k, position_T, causal)
+        return _Call(q, k, v, ids, packing, block_plan(packing, unit, k.shape[0], own), own, scale)
+
+    @property
+    def slots(self) -> int:
+        """Leading ids of a query that can be past units: ids ascend, so with an own unit never the last."""
+        return max(self.ids.shape[2] - (1 if self.own else 0), 1)
+
+    @property
+    def ratio(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    def head_slices(self, bytes_per_head: int, whole_groups: bool) -> Iterator[tuple[slice, slice]]:
+        """(query heads, KV heads) worked on together: some KV heads, or (not whole_groups) a part of one's heads."""
+        heads, ratio = self.q.shape[1], self.ratio
+        fit = max(WORKSPACE_BYTES // max(bytes_per_head, 1), 1)
+        if fit >= ratio or whole_groups:
+            step = max(fit // ratio, 1) * ratio
+            bounds = [(h, min(h + step, heads)) for h in range(0, heads, step)]
+        else:
+            step = max(n for n in range(1, ratio + 1) if ratio % n == 0 and n <= fit)
+            bounds = [(h, h + step) for h in range(0, heads, step)]
+        for h0, h1 in bounds:
+            yield slice(h0, h1), slice(h0 // ratio, (h1 - 1) // ratio + 1)
+
+    def constants(self, ratio: int) -> dict[str, object]:
+        """Compile-time constants that most kernels share."""
+        dim, value_dim = self.q.shape[2], self.v.shape[2]
+        return {
+            "K": dim,
+            "V": value_dim,
+            "K_PAD": max(16, triton.next_power_of_2(dim)),
+            "V_PAD": max(16, triton.next_power_of_2(value_dim)),
+            "RATIO": ratio,
+            "SLOTS": self.slots,
+            # Only fp32 has a choice: full precision, not tf32.
+            "PRECISION": "ieee",
+        }
+
+    def tiles(self, choose) -> tuple[Tiles, dict[str, int]]:
+        """A kernel's tiles, and its launch options."""
+        tiles = choose(self.plan.block_size, max(self.q.shape[2], self.v.shape[2]), self.q.element_size())
+        return tiles, {"num_warps": tiles.warps, "num_stages": tiles.stages}
+
+    # ---- forward
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        q, v = self.q, self.v
+        num_queries, heads, _ = q.shape
+        o = torch.empty(num_queries, heads, v.shape[2], dtype=q.dtype, device=q.device)
+        lse = torch.empty(num_queries, heads, dtype=torch.float32, device=q.device)
+        if num_queries == 0 or self.k.shape[0] == 0:
+            return o.zero_(), lse.fill_(float("-inf"))
+        if self.own and not self.packing.self_attention:
+            # Queries before their document's first key belong to no unit.
+            o.zero_()
+            lse.fill_(float("-inf"))
+        per_head = num_queries * self.slots * (v.shape[2] * q.element_size() + 4)
+        for hs, gs in self.head_slices(per_head, whole_groups=False):
+            self._forward_slice(hs, gs, o, lse)
+        return o, lse
+
+    def _forward_slice(self, hs: slice, gs: slice, o: Tensor, lse: Tensor) -> None:
+        q, k, v, ids, plan = self.q[:, hs], self.k[:, gs], self.v[:, gs], self.ids[:, hs], self.plan
+        num_queries, heads, _ = q.shape
+        groups = k.shape[1]
+        ratio = heads // groups
+        rows_per_group = num_queries * ratio * self.slots
+        partial_o = q.new_empty(groups * rows_per_group, v.shape[2])
+        partial_lse = torch.empty(groups * rows_per_group, dtype=torch.float32, device=q.device)
+        strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
+        shape = self.constants(ratio)
+        lists = build_lists(ids, plan, groups, self.slots, ordered=False)
+        tiles, launch = self.tiles(forward_tiles)
+        parts = triton.cdiv(plan.block_size, tiles.keys)
+        chunk = 16 * tiles.rows if parts == 1 else tiles.rows
+        items = build_items(lists, plan, chunk, at_least_one=False)
+        _rows_kernel[(items.bound,)](
+            q, k, v, partial_o, partial_lse, lists.entry_P, lists.start_X, lists.count_X, items.list_I,
+            items.chunk_I, plan.key_start_U, plan.key_count_U, plan.position_U, plan.position_T, *strides,
+            plan.num_units, rows_per_group, self.scale * LOG2_E, **shape, BLOCK=plan.block_size, CHUNK=chunk,
+            ROWS=tiles.rows, KEYS=tiles.keys, PARTS=parts, ALL_SEEN=self.own, CAUSAL=self.packing.causal, **launch,
+        )  # fmt: skip
+        o, lse = o[:, hs], lse[:, hs]
+        out = (o.stride(0), o.stride(1), lse.stride(0), ids.stride(0), ids.stride(1), num_queries)
+        if self.own:
+            tiles, launch = self.tiles(own_tiles)
+            tiles_per_unit = triton.cdiv(plan.block_size, tiles.rows)
+            shape["HEAD_RATIO"] = ratio
+            _own_kernel[(plan.num_units * tiles_per_unit, heads)](
+                q, k, v, o, lse, partial_o, partial_lse, ids, plan.key_start_U, plan.key_count_U, plan.position_U,
+                plan.query_start_U, plan.query_low_U, plan.query_high_U, *strides, *out, self.scale * LOG2_E, **shape,
+                TOP_K=ids.shape[2], TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), BLOCK=plan.block_size,
+                ROWS=tiles.rows, KEYS=tiles.keys, TILES=tiles_per_unit, **launch,
+            )  # fmt: skip
+        else:
+            rows = 32
+            _merge_kernel[(triton.cdiv(num_queries, rows), heads)](
+                o, lse, partial_o, partial_lse, ids, plan.limit_T, *out, V=shape["V"], V_PAD=shape["V_PAD"],
+                RATIO=ratio, SLOTS=self.slots, ROWS=rows,
+            )  # fmt: skip
+
+    # ---- backward
+
+    def backward(
+        self, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, deterministic: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.q, self.k, self.v
+        num_queries, heads, dim = q.shape
+        if num_queries == 0 or k.shape[0] == 0:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        do = do if do.stride(-1) == 1 else do.contiguous()
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        if deterministic and self.own and not self.packing.self_attention:
+            dq.zero_()
+        delta = torch.empty(num_queries, heads, dtype=torch.float32, device=q.device)
+        rows, value_dim = 32, v.shape[2]
+        dlse_ = delta if dlse is None else dlse
+        _delta_kernel[(triton.cdiv(num_queries * heads, rows),)](
+            o, do, dlse_, delta, num_queries * heads, heads, o.stride(0), o.stride(1), do.stride(0), do.stride(1),
+            dlse_.stride(0), dlse_.stride(1), V=value_dim, V_PAD=max(16, triton.next_power_of_2(value_dim)),
+            HAS_DLSE=dlse is not None, ROWS=rows,
+        )  # fmt: skip
+        per_head = num_queries * dim * 4 * (self.slots if deterministic else 1)
+        for hs, gs in self.head_slices(per_head, whole_groups=True):
+            self._backward_slice(hs, gs, do, lse, delta, dq, dk, dv, deterministic)
+        return dq, dk, dv
+
+    def _backward_slice(
+        self, hs: slice, gs: slice, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+        deterministic: bool,
+    ) -> None:  # fmt: skip
+        q, k, v, ids, plan = self.q[:, hs], self.k[:, gs], self.v[:, gs], self.ids[:, hs], self.plan
+        do, lse, delta, dq, dk, dv = do[:, hs], lse[:, hs], delta[:, hs], dq[:, hs], dk[:, gs], dv[:, gs]
+        num_queries, heads, dim = q.shape
+        groups = k.shape[1]
+        ratio = heads // groups
+        lists = build_lists(ids, plan, groups, self.slots, ordered=deterministic)
+        tiles, launch = self.tiles(backward_tiles)
+        parts = triton.cdiv(plan.block_size, tiles.keys)
+        chunk = WHOLE_LISTS if deterministic else backward_chunk(lists.bound)
+        items = build_items(lists, plan, chunk, at_least_one=True)
+        hot_X, hot_list, dk_hot, dv_hot = self._hot_lists(lists, chunk, dim, v.shape[2])
+        dq_rows = 0 if deterministic else num_queries
+        dq32 = torch.zeros(heads, dq_rows, dim, dtype=torch.float32, device=q.device)
+        shape = self.constants(ratio)
+        strides = (
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), do.stride(0), do.stride(1)
+        )  # fmt: skip
+        grad_strides = (dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1))
+        _keys_kernel[(items.bound * parts,)](
+            q, k, v, do, lse, delta, dq32, dk, dv, dk_hot, dv_hot, lists.entry_P, lists.start_X, lists.count_X, hot_X,
+            items.list_I, items.chunk_I, plan.key_start_U, plan.key_count_U, plan.position_U, plan.query_start_U,
+            plan.query_low_U, plan.query_high_U, plan.position_T, *strides, *grad_strides, lse.stride(0), num_queries,
+            plan.num_units, self.scale, self.scale * LOG2_E, **shape, BLOCK=plan.block_size, CHUNK=chunk,
+            ROWS=tiles.rows, KEYS=tiles.keys, PARTS=parts, OWN_TILES=triton.cdiv(plan.block_size, tiles.rows),
+            OWN=self.own, CAUSAL=self.packing.causal, ADD_DQ=not deterministic, **launch,
+        )  # fmt: skip
+        if hot_list.shape[0]:
+            _hot_kernel[(hot_list.shape[0] * parts,)](
+                dk, dv, dk_hot, dv_hot, hot_list, plan.key_start_U, plan.key_count_U, *grad_strides, plan.num_units,
+                **{name: shape[name] for name in ("K", "V", "K_PAD", "V_PAD")}, BLOCK=plan.block_size,
+                KEYS=tiles.keys, PARTS=parts,
+            )  # fmt: skip
+        if deterministic:
+            self._ordered_dq(q, k, v, ids, do, lse, delta, dq, lists, shape, strides)
+        else:
+            dq.copy_(dq32.transpose(0, 1))
+
+    def _hot_lists(self, lists: Lists, chunk: int, dim: int, value_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Lists of several chunks: their number in hot_X [X] (-1: one chunk), hot_list its inverse, fp32 sums."""
+        device = lists.count_X.device
+        bound = lists.bound // (chunk + 1)
+        hot = lists.count_X > chunk
+        number = hot.cumsum(0, dtype=torch.int32) - 1
+        hot_X = torch.where(hot, number, -1)
+        hot_list = torch.full((bound + 1,), -1, dtype=torch.int32, device=device)
+        every = torch.arange(hot.shape[0], device=device, dtype=torch.int32)
+        # Lists of one chunk all write to the spare place at the end.
+        hot_list.index_copy_(0, torch.where(hot, number, bound).long(), every)
+        size = bound * self.plan.block_size
+        dk_sum, dv_sum = (torch.zeros(size, d, dtype=torch.float32, device=device) for d in (dim, value_dim))
+        return hot_X, hot_list[:bound], dk_sum, dv_sum
+
+    def _ordered_dq(
+        self, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor,
+        lists: Lists, shape: dict[str, object], strides: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        """dQ without atomics."""
+        plan = self.plan
+        num_queries, heads, dim = q.shape
+        groups = k.shape[1]
+        rows_per_group = num_queries * (heads // groups) * self.slots
+        partial = torch.empty(groups * rows_per_group, dim, dtype=torch.float32, device=q.device)
+        tiles, launch = self.tiles(dq_tiles)
+        items = build_items(lists, plan, tiles.rows, at_least_one=False)
+        scales = (self.scale, self.scale * LOG2_E)
+        _rows_dq_kernel[(items.bound,)](
+            q, k, v, do, lse, delta, partial, lists.entry_P, lists.start_X, lists.count_X, items.list_I, items.chunk_I,
+            plan.key_start_U, plan.key_count_U, plan.position_U, plan.position_T, *strides, lse.stride(0),
+            plan.num_units, rows_per_group, *scales, **shape, ROWS=tiles.rows, KEYS=tiles.keys,
+            PARTS=triton.cdiv(plan.block_size, tiles.keys), MASKED=self.packing.causal and not self.own, **launch,
+        )  # fmt: skip
+        out = (dq.stride(0), dq.stride(1), ids.stride(0), ids.stride(1), num_queries)
+        if self.own:
+            tiles_per_unit = triton.cdiv(plan.block_size, tiles.rows)
+            _own_dq_kernel[(plan.num_units * tiles_per_unit, heads)](
+                q, k, v, do, lse, delta, partial, dq, ids, plan.key_start_U, plan.key_count_U, plan.position_U,
+                plan.query_start_U, plan.query_low_U, plan.query_high_U, *strides, lse.stride(0), *out, *scales,
+                **shape, BLOCK=plan.block_size, ROWS=tiles.rows, KEYS=tiles.keys, TILES=tiles_per_unit, **launch,
+            )  # fmt: skip
+        else:
+            rows = 32
+            _sum_dq_kernel[(triton.cdiv(num_queries, rows), heads)](
+                partial, dq, ids, plan.limit_T, *out, K=shape["K"], K_PAD=shape["K_PAD"], RATIO=shape["RATIO"],
+                SLOTS=self.slots, ROWS=rows,
+            )  # fmt: skip
