@@ -202,6 +202,21 @@ def _hot_kernel(
 
 
 @triton.jit
+def _cast_dq_kernel(
+    dq32, dq, num_queries, stride_dqt, stride_dqh,
+    K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dq in its own dtype and layout from the fp32 sums [head, T, K]."""
+    head = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    dim = tl.arange(0, K_PAD)
+    inside = (t < num_queries)[:, None] & (dim < K)[None, :]
+    sums = tl.load(dq32 + (head * num_queries + t)[:, None] * K + dim[None, :], mask=inside)
+    at = dq + t[:, None] * stride_dqt + head * stride_dqh + dim[None, :]
+    tl.store(at, sums.to(dq.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _ds_tile(
     q_tile, do_tile, k_tile, v_tile, lse2, delta, seen, dq, scale_log2, PRECISION: tl.constexpr, SEEN_ALL: tl.constexpr
 ):  # fmt: skip

@@ -125,7 +125,8 @@ def _own_kernel(
     stride_it, stride_ih, num_queries, scale_log2,
     K: tl.constexpr, V: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr,
     RATIO: tl.constexpr, HEAD_RATIO: tl.constexpr, SLOTS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Causal attention of a tile of queries to their own unit, merged with their SLOTS partial results.
 
@@ -177,19 +178,23 @@ def _own_kernel(
     promised = tl.max((id_tile == own).to(tl.int32), 1) > 0
     # Pairs lie as [G, T, RATIO, SLOTS]: the slots of a query head are neighbours.
     pair0 = (((head // RATIO).to(tl.int64) * num_queries + t) * RATIO + head % RATIO) * SLOTS
-    id_row = ids + t * stride_it + head.to(tl.int64) * stride_ih
-    for slot in range(SLOTS):
-        id_slot = tl.load(id_row + slot, mask=real, other=-1)
-        seen = (id_slot >= 0) & (id_slot < own)
-        piece = tl.load(partial_lse + pair0 + slot, mask=seen, other=float("-inf"))
+    seen = (slot_k < SLOTS)[None, :] & (id_tile >= 0) & (id_tile < own)
+    piece = tl.load(partial_lse + pair0[:, None] + slot_k[None, :], mask=seen, other=float("-inf"))
+    new_top = tl.maximum(top, tl.max(piece, 1))
+    shrink = tl.exp2(top - new_top)
+    weight = tl.exp2(piece - new_top[:, None])
+    total = total * shrink + tl.sum(weight, 1)
+    acc = acc * shrink[:, None]
+    # Rows that are not seen hold anything, NaN too: they are loaded, so that loads wait for nothing, but not used.
+    for slot in tl.range(SLOTS, num_stages=STAGES):
         o_ptr = partial_o + (pair0 + slot)[:, None] * V + dim_v[None, :]
-        o_piece = tl.load(o_ptr, mask=seen[:, None] & (dim_v < V)[None, :], other=0.0).to(tl.float32)
-        new_top = tl.maximum(top, piece)
-        shrink = tl.exp2(top - new_top)
-        weight = tl.exp2(piece - new_top)
-        total = total * shrink + weight
-        acc = acc * shrink[:, None] + o_piece * weight[:, None]
-        top = new_top
+        if V == V_PAD:
+            o_piece = tl.load(o_ptr)
+        else:
+            o_piece = tl.load(o_ptr, mask=(dim_v < V)[None, :], other=0.0)
+        w = tl.sum(tl.where((slot_k == slot)[None, :], weight, 0.0), 1)
+        acc += tl.where((w > 0)[:, None], o_piece.to(tl.float32) * w[:, None], 0.0)
+    top = new_top
     _store_rows(o, lse, acc, total, top, promised, t, head, real, stride_ot, stride_oh, stride_lt, dim_v, V)
 
 

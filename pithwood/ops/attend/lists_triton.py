@@ -28,7 +28,7 @@ LISTS = 256
 
 @dataclass(frozen=True)
 class Lists:
-    """Block-major lists of one slice of heads."""
+    """Block-major lists of some KV heads: list x = g * U + u."""
 
     entry_P: Tensor
     """int32; the entries of list x are entry_P[start_X[x] : start_X[x] + count_X[x]]."""
@@ -36,8 +36,6 @@ class Lists:
     """int64"""
     count_X: Tensor
     """int32"""
-    bound: int
-    """Most entries that there can be: the length of entry_P."""
 
 
 @triton.jit
@@ -47,8 +45,9 @@ def _count_kernel(
     RATIO: tl.constexpr, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Rank of every pair in its list; counters end at the lists' lengths. One program: QUERIES queries of one head."""
-    head = tl.program_id(1)
-    t = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    # Neighbouring programs count different heads: fewer meet at one counter.
+    head = tl.program_id(0)
+    t = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     slot = tl.arange(0, SLOTS_PAD)
     real = t < num_queries
     first = tl.load(first_unit_T + t, mask=real, other=0)
@@ -71,8 +70,9 @@ def _scatter_kernel(
     RATIO: tl.constexpr, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Write every pair to its place in its list."""
-    head = tl.program_id(1)
-    t = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    # Neighbouring programs count different heads: fewer meet at one counter.
+    head = tl.program_id(0)
+    t = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     slot = tl.arange(0, SLOTS_PAD)
     real = t < num_queries
     first = tl.load(first_unit_T + t, mask=real, other=0)
@@ -147,7 +147,7 @@ def build_lists(ids_THk: Tensor, plan: BlockPlan, num_groups: int, slots: int, o
     count_X = torch.zeros(num_lists, dtype=torch.int32, device=device)
     rank = torch.empty(bound, dtype=torch.int32, device=device)
     entry_P = torch.empty(bound, dtype=torch.int32, device=device)
-    grid = (triton.cdiv(num_queries, QUERIES), heads)
+    grid = (heads, triton.cdiv(num_queries, QUERIES))
     slots_pad = triton.next_power_of_2(slots)
     sizes = (num_queries, ids_THk.stride(0), ids_THk.stride(1), plan.num_units, rows_per_group)
     shape = {"RATIO": ratio, "SLOTS": slots, "SLOTS_PAD": slots_pad, "QUERIES": QUERIES}
@@ -156,7 +156,7 @@ def build_lists(ids_THk: Tensor, plan: BlockPlan, num_groups: int, slots: int, o
     if ordered:
         _sort_ranks(ids_THk, rank, start_X, plan, num_groups, slots)
     _scatter_kernel[grid](ids_THk, rank, start_X, entry_P, plan.first_unit_T, *sizes, **shape)
-    return Lists(entry_P, start_X, count_X, bound)
+    return Lists(entry_P, start_X, count_X)
 
 
 def _sort_ranks(ids_THk: Tensor, rank: Tensor, start_X: Tensor, plan: BlockPlan, num_groups: int, slots: int) -> None:
@@ -187,11 +187,11 @@ class Items:
     bound: int
 
 
-def build_items(lists: Lists, plan: BlockPlan, chunk: int, at_least_one: bool) -> Items:
+def build_items(lists: Lists, plan: BlockPlan, chunk: int, most: int, at_least_one: bool) -> Items:
     """One item per `chunk` rows of every list, in the order of lists; at_least_one: also for empty lists of units that
-    hold keys."""
+    hold keys. `most`: entries that the lists can have in all."""
     num_lists = lists.count_X.shape[0]
-    bound = lists.bound // chunk + num_lists
+    bound = most // chunk + num_lists
     device = lists.count_X.device
     chunks_X = torch.empty(num_lists, dtype=torch.int32, device=device)
     grid = (triton.cdiv(num_lists, LISTS),)

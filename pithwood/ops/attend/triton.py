@@ -18,7 +18,9 @@ import torch
 import triton
 from torch import Tensor
 
+from pithwood.ops.attend.backward_hopper import _keys_hopper_kernel
 from pithwood.ops.attend.backward_triton import (
+    _cast_dq_kernel,
     _delta_kernel,
     _hot_kernel,
     _keys_kernel,
@@ -36,6 +38,8 @@ WORKSPACE_BYTES = 2 * 2**30
 WHOLE_LISTS = 2**30
 """A chunk that no list exceeds: its sums are formed in one order."""
 LOG2_E = 1.4426950408889634
+HOPPER_KEYS = 128
+"""Keys per program of the Hopper backward kernel; smaller blocks go to the other kernel."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def forward_tiles(block: int, dim: int, element_size: int) -> Tiles:
     if element_size == 4:
         return Tiles(32, min(keys, 32), 4, 1)
     if block <= keys:
-        return Tiles(64, keys, 4, 2)
+        return Tiles(64, keys, 4, 3)
     return Tiles(128, min(keys, 64 if dim <= 128 else 32), 8, 3)
 
 
@@ -62,7 +66,7 @@ def own_tiles(block: int, dim: int, element_size: int) -> Tiles:
     """Of the kernel that attends to the own unit and merges."""
     if element_size == 4:
         return Tiles(_tile(block, 32), _tile(block, 32), 4, 1)
-    return Tiles(_tile(block, 64), _tile(block, 64), 4, 2)
+    return Tiles(_tile(block, 64), _tile(block, 64), 4, 3)
 
 
 def backward_tiles(block: int, dim: int, element_size: int) -> Tiles:
@@ -87,6 +91,20 @@ def backward_chunk(pairs: int) -> int:
     return min(max(triton.next_power_of_2(pairs // (132 * 8)), 1024), 16384)
 
 
+def hopper_tiles(dim: int) -> dict[str, int]:
+    """Tile shape and launch options of the Hopper backward kernel. Its warps' registers are divided anew at run time:
+    the gathering and adding warps keep WORKER_REGISTERS per thread, the multiplying warps get the rest."""
+    warps, workers = 8, 8 if dim > 64 else 4
+    registers = 65536 // (32 * (warps + workers)) // 8 * 8
+    shape = {"ROWS": 64, "STAGES": 3, "PIECE": 16, "GATHER_WARPS": workers // 2, "ADD_WARPS": workers // 2}
+    return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 80, "num_warps": warps, "maxnreg": registers}
+
+
+def num_slots(top_k: int, own: bool) -> int:
+    """Leading ids of a query that can be past units: ids ascend, so with an own unit never the last."""
+    return max(top_k - (1 if own else 0), 1)
+
+
 def _tile(block: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(block)))
 
@@ -104,60 +122,71 @@ def attend_triton(
     ids_THk = selection.ids_per_head(packing, q_THK.shape[1], k_TGK.shape[1])
     # The diagonal serves own units of causal packings; elsewhere they are units like any other.
     own = selection.own and packing.causal
-    return attend_blocks(
+    o, lse, *_ = attend_blocks(
         q_THK, k_TGK, v_TGV, ids_THk.to(torch.int32), packing.cu_q, packing.cu_k, packing.max_q, packing.max_k,
         packing.causal, packing.self_attention, selection.unit, own, scale, deterministic,
     )  # fmt: skip
+    return o, lse
 
 
 @torch.library.custom_op("pithwood::attend_blocks", mutates_args=())
 def attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, ids: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
     causal: bool, self_attention: bool, unit: int, own: bool, scale: float, deterministic: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Forward of `attend_triton` on plain arguments."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Forward of `attend_triton` on plain arguments: o, lse and, for the backward, entries, starts, counts of lists."""
     call = _Call.of(q, k, v, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own, scale)
-    return call.forward()
+    o, lse, lists = call.forward(deterministic)
+    return o, lse, lists.entry_P, lists.start_X, lists.count_X
 
 
 @attend_blocks.register_fake
 def _(q, k, v, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own, scale, deterministic):
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)
+    num_queries, heads, _ = q.shape
+    num_lists = k.shape[1] * (k.shape[0] // unit + min(cu_k.shape[0] - 1, k.shape[0]))
+    slots = num_slots(ids.shape[2], own)
+    return (
+        q.new_empty(num_queries, heads, v.shape[2]),
+        q.new_empty(num_queries, heads, dtype=torch.float32),
+        q.new_empty(num_queries * heads * slots, dtype=torch.int32),
+        q.new_empty(num_lists, dtype=torch.int64),
+        q.new_empty(num_lists, dtype=torch.int32),
+    )
 
 
 @torch.library.custom_op("pithwood::attend_blocks_backward", mutates_args=())
 def attend_blocks_backward(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, ids: Tensor,
-    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, self_attention: bool, unit: int, own: bool,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, entry_P: Tensor,
+    start_X: Tensor, count_X: Tensor, ids: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool,
+    self_attention: bool, unit: int, own: bool,
     scale: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv) of `attend_blocks`, from the merged o and lse and the same ids."""
+    """(dq, dk, dv) of `attend_blocks`, from what it returned and the same ids."""
     call = _Call.of(q, k, v, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own, scale)
-    return call.backward(do, dlse, o, lse, deterministic)
+    return call.backward(do, dlse, o, lse, Lists(entry_P, start_X, count_X), deterministic)
 
 
 @attend_blocks_backward.register_fake
 def _(
-    do, dlse, q, k, v, o, lse, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own, scale, deterministic
-):
+    do, dlse, q, k, v, o, lse, entry_P, start_X, count_X, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit,
+    own, scale, deterministic,
+):  # fmt: skip
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output):
     q, k, v, ids, cu_q, cu_k, *rest = inputs
-    o, lse = output
-    ctx.save_for_backward(q, k, v, o, lse, ids, cu_q, cu_k)
+    ctx.save_for_backward(q, k, v, *output, ids, cu_q, cu_k)
     ctx.rest = rest
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, dlse):
-    q, k, v, o, lse, ids, cu_q, cu_k = ctx.saved_tensors
-    if do is None:
-        do = torch.zeros_like(o) if dlse is not None else None
-    if do is None:
+def _backward(ctx, do, dlse, *_):
+    q, k, v, o, lse, *lists_and_ids = ctx.saved_tensors
+    if do is None and dlse is None:
         return (None,) * 14
-    dq, dk, dv = attend_blocks_backward(do, dlse, q, k, v, o, lse, ids, cu_q, cu_k, *ctx.rest)
+    do = torch.zeros_like(o) if do is None else do
+    dq, dk, dv = attend_blocks_backward(do, dlse, q, k, v, o, lse, *lists_and_ids, *ctx.rest)
     return dq, dk, dv, *(None,) * 11
 
 
@@ -187,25 +216,28 @@ class _Call:
 
     @property
     def slots(self) -> int:
-        """Leading ids of a query that can be past units: ids ascend, so with an own unit never the last."""
-        return max(self.ids.shape[2] - (1 if self.own else 0), 1)
+        return num_slots(self.ids.shape[2], self.own)
 
     @property
     def ratio(self) -> int:
         return self.q.shape[1] // self.k.shape[1]
 
-    def head_slices(self, bytes_per_head: int, whole_groups: bool) -> Iterator[tuple[slice, slice]]:
-        """(query heads, KV heads) worked on together: some KV heads, or (not whole_groups) a part of one's heads."""
+    def head_slices(self, bytes_per_head: int) -> Iterator[tuple[slice, slice]]:
+        """(query heads, KV heads) worked on together: as many KV heads as fit the workspace, at least one."""
         heads, ratio = self.q.shape[1], self.ratio
-        fit = max(WORKSPACE_BYTES // max(bytes_per_head, 1), 1)
-        if fit >= ratio or whole_groups:
-            step = max(fit // ratio, 1) * ratio
-            bounds = [(h, min(h + step, heads)) for h in range(0, heads, step)]
-        else:
-            step = max(n for n in range(1, ratio + 1) if ratio % n == 0 and n <= fit)
-            bounds = [(h, h + step) for h in range(0, heads, step)]
-        for h0, h1 in bounds:
-            yield slice(h0, h1), slice(h0 // ratio, (h1 - 1) // ratio + 1)
+        step = max(WORKSPACE_BYTES // max(bytes_per_head * ratio, 1), 1) * ratio
+        for h0 in range(0, heads, step):
+            h1 = min(h0 + step, heads)
+            yield slice(h0, h1), slice(h0 // ratio, h1 // ratio)
+
+    def lists_of(self, lists: Lists, gs: slice) -> Lists:
+        """The lists of some KV heads."""
+        units = slice(gs.start * self.plan.num_units, gs.stop * self.plan.num_units)
+        return Lists(lists.entry_P, lists.start_X[units], lists.count_X[units])
+
+    def most_entries(self, gs: slice) -> int:
+        """Most entries that the lists of some KV heads can have."""
+        return self.q.shape[0] * self.ratio * self.slots * (gs.stop - gs.start)
 
     def constants(self, ratio: int) -> dict[str, object]:
         """Compile-time constants that most kernels share."""
@@ -226,25 +258,40 @@ class _Call:
         tiles = choose(self.plan.block_size, max(self.q.shape[2], self.v.shape[2]), self.q.element_size())
         return tiles, {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
+    def fits_hopper(self) -> bool:
+        """Whether the backward has a kernel of its own on this GPU."""
+        q, dim = self.q, self.q.shape[2]
+        return (
+            q.is_cuda
+            and torch.cuda.get_device_capability(q.device) == (9, 0)
+            and q.element_size() == 2
+            and dim == self.v.shape[2]
+            and dim in (64, 128)
+            and self.own
+            and self.plan.block_size >= HOPPER_KEYS
+        )
+
     # ---- forward
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def forward(self, ordered: bool) -> tuple[Tensor, Tensor, Lists]:
+        """(o, lse, lists); ordered: the lists are the same in every run."""
         q, v = self.q, self.v
         num_queries, heads, _ = q.shape
         o = torch.empty(num_queries, heads, v.shape[2], dtype=q.dtype, device=q.device)
         lse = torch.empty(num_queries, heads, dtype=torch.float32, device=q.device)
+        lists = build_lists(self.ids, self.plan, self.k.shape[1], self.slots, ordered)
         if num_queries == 0 or self.k.shape[0] == 0:
-            return o.zero_(), lse.fill_(float("-inf"))
+            return o.zero_(), lse.fill_(float("-inf")), lists
         if self.own and not self.packing.self_attention:
             # Queries before their document's first key belong to no unit.
             o.zero_()
             lse.fill_(float("-inf"))
         per_head = num_queries * self.slots * (v.shape[2] * q.element_size() + 4)
-        for hs, gs in self.head_slices(per_head, whole_groups=False):
-            self._forward_slice(hs, gs, o, lse)
-        return o, lse
+        for hs, gs in self.head_slices(per_head):
+            self._forward_slice(hs, gs, o, lse, self.lists_of(lists, gs))
+        return o, lse, lists
 
-    def _forward_slice(self, hs: slice, gs: slice, o: Tensor, lse: Tensor) -> None:
+    def _forward_slice(self, hs: slice, gs: slice, o: Tensor, lse: Tensor, lists: Lists) -> None:
         q, k, v, ids, plan = self.q[:, hs], self.k[:, gs], self.v[:, gs], self.ids[:, hs], self.plan
         num_queries, heads, _ = q.shape
         groups = k.shape[1]
@@ -254,11 +301,10 @@ class _Call:
         partial_lse = torch.empty(groups * rows_per_group, dtype=torch.float32, device=q.device)
         strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
         shape = self.constants(ratio)
-        lists = build_lists(ids, plan, groups, self.slots, ordered=False)
         tiles, launch = self.tiles(forward_tiles)
         parts = triton.cdiv(plan.block_size, tiles.keys)
         chunk = 16 * tiles.rows if parts == 1 else tiles.rows
-        items = build_items(lists, plan, chunk, at_least_one=False)
+        items = build_items(lists, plan, chunk, self.most_entries(gs), at_least_one=False)
         _rows_kernel[(items.bound,)](
             q, k, v, partial_o, partial_lse, lists.entry_P, lists.start_X, lists.count_X, items.list_I,
             items.chunk_I, plan.key_start_U, plan.key_count_U, plan.position_U, plan.position_T, *strides,
@@ -268,14 +314,15 @@ class _Call:
         o, lse = o[:, hs], lse[:, hs]
         out = (o.stride(0), o.stride(1), lse.stride(0), ids.stride(0), ids.stride(1), num_queries)
         if self.own:
-            tiles, launch = self.tiles(own_tiles)
+            tiles, _ = self.tiles(own_tiles)
             tiles_per_unit = triton.cdiv(plan.block_size, tiles.rows)
             shape["HEAD_RATIO"] = ratio
             _own_kernel[(plan.num_units * tiles_per_unit, heads)](
                 q, k, v, o, lse, partial_o, partial_lse, ids, plan.key_start_U, plan.key_count_U, plan.position_U,
                 plan.query_start_U, plan.query_low_U, plan.query_high_U, *strides, *out, self.scale * LOG2_E, **shape,
                 TOP_K=ids.shape[2], TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), BLOCK=plan.block_size,
-                ROWS=tiles.rows, KEYS=tiles.keys, TILES=tiles_per_unit, **launch,
+                ROWS=tiles.rows, KEYS=tiles.keys, TILES=tiles_per_unit, STAGES=tiles.stages, num_warps=tiles.warps,
+                num_stages=1,
             )  # fmt: skip
         else:
             rows = 32
@@ -287,7 +334,7 @@ class _Call:
     # ---- backward
 
     def backward(
-        self, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, deterministic: bool
+        self, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, lists: Lists, deterministic: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.q, self.k, self.v
         num_queries, heads, dim = q.shape
@@ -306,25 +353,23 @@ class _Call:
             HAS_DLSE=dlse is not None, ROWS=rows,
         )  # fmt: skip
         per_head = num_queries * dim * 4 * (self.slots if deterministic else 1)
-        for hs, gs in self.head_slices(per_head, whole_groups=True):
-            self._backward_slice(hs, gs, do, lse, delta, dq, dk, dv, deterministic)
+        for hs, gs in self.head_slices(per_head):
+            self._backward_slice(hs, gs, do, lse, delta, dq, dk, dv, self.lists_of(lists, gs), deterministic)
         return dq, dk, dv
 
     def _backward_slice(
         self, hs: slice, gs: slice, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-        deterministic: bool,
+        lists: Lists, deterministic: bool,
     ) -> None:  # fmt: skip
         q, k, v, ids, plan = self.q[:, hs], self.k[:, gs], self.v[:, gs], self.ids[:, hs], self.plan
         do, lse, delta, dq, dk, dv = do[:, hs], lse[:, hs], delta[:, hs], dq[:, hs], dk[:, gs], dv[:, gs]
         num_queries, heads, dim = q.shape
         groups = k.shape[1]
         ratio = heads // groups
-        lists = build_lists(ids, plan, groups, self.slots, ordered=deterministic)
-        tiles, launch = self.tiles(backward_tiles)
-        parts = triton.cdiv(plan.block_size, tiles.keys)
-        chunk = WHOLE_LISTS if deterministic else backward_chunk(lists.bound)
-        items = build_items(lists, plan, chunk, at_least_one=True)
-        hot_X, hot_list, dk_hot, dv_hot = self._hot_lists(lists, chunk, dim, v.shape[2])
+        most = self.most_entries(gs)
+        chunk = WHOLE_LISTS if deterministic else backward_chunk(most)
+        items = build_items(lists, plan, chunk, most, at_least_one=True)
+        hot_X, hot_list, dk_hot, dv_hot = self._hot_lists(lists, chunk, most, dim, v.shape[2])
         dq_rows = 0 if deterministic else num_queries
         dq32 = torch.zeros(heads, dq_rows, dim, dtype=torch.float32, device=q.device)
         shape = self.constants(ratio)
@@ -332,29 +377,51 @@ class _Call:
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), do.stride(0), do.stride(1)
         )  # fmt: skip
         grad_strides = (dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1))
-        _keys_kernel[(items.bound * parts,)](
-            q, k, v, do, lse, delta, dq32, dk, dv, dk_hot, dv_hot, lists.entry_P, lists.start_X, lists.count_X, hot_X,
-            items.list_I, items.chunk_I, plan.key_start_U, plan.key_count_U, plan.position_U, plan.query_start_U,
-            plan.query_low_U, plan.query_high_U, plan.position_T, *strides, *grad_strides, lse.stride(0), num_queries,
-            plan.num_units, self.scale, self.scale * LOG2_E, **shape, BLOCK=plan.block_size, CHUNK=chunk,
-            ROWS=tiles.rows, KEYS=tiles.keys, PARTS=parts, OWN_TILES=triton.cdiv(plan.block_size, tiles.rows),
-            OWN=self.own, CAUSAL=self.packing.causal, ADD_DQ=not deterministic, **launch,
-        )  # fmt: skip
+        if self.fits_hopper() and not deterministic:
+            keys = HOPPER_KEYS
+            parts = triton.cdiv(plan.block_size, keys)
+            options = hopper_tiles(dim)
+            _keys_hopper_kernel[(items.bound * parts,)](
+                q, k, v, do, lse, delta, dq32, dk, dv, dk_hot, dv_hot, lists.entry_P, lists.start_X, lists.count_X,
+                hot_X, items.list_I, items.chunk_I, plan.key_start_U, plan.key_count_U, plan.query_start_U,
+                plan.query_low_U, plan.query_high_U, *strides, *grad_strides, lse.stride(0), num_queries,
+                plan.num_units, self.scale, self.scale * LOG2_E, K=dim, RATIO=ratio, SLOTS=self.slots,
+                BLOCK=plan.block_size, CHUNK=chunk, KEYS=keys, PARTS=parts,
+                OWN_TILES=triton.cdiv(plan.block_size, options["ROWS"]), **options,
+            )  # fmt: skip
+        else:
+            tiles, launch = self.tiles(backward_tiles)
+            keys = tiles.keys
+            parts = triton.cdiv(plan.block_size, keys)
+            _keys_kernel[(items.bound * parts,)](
+                q, k, v, do, lse, delta, dq32, dk, dv, dk_hot, dv_hot, lists.entry_P, lists.start_X, lists.count_X,
+                hot_X, items.list_I, items.chunk_I, plan.key_start_U, plan.key_count_U, plan.position_U,
+                plan.query_start_U, plan.query_low_U, plan.query_high_U, plan.position_T, *strides, *grad_strides,
+                lse.stride(0), num_queries, plan.num_units, self.scale, self.scale * LOG2_E, **shape,
+                BLOCK=plan.block_size, CHUNK=chunk, ROWS=tiles.rows, KEYS=keys, PARTS=parts,
+                OWN_TILES=triton.cdiv(plan.block_size, tiles.rows), OWN=self.own, CAUSAL=self.packing.causal,
+                ADD_DQ=not deterministic, **launch,
+            )  # fmt: skip
         if hot_list.shape[0]:
             _hot_kernel[(hot_list.shape[0] * parts,)](
                 dk, dv, dk_hot, dv_hot, hot_list, plan.key_start_U, plan.key_count_U, *grad_strides, plan.num_units,
                 **{name: shape[name] for name in ("K", "V", "K_PAD", "V_PAD")}, BLOCK=plan.block_size,
-                KEYS=tiles.keys, PARTS=parts,
+                KEYS=keys, PARTS=parts,
             )  # fmt: skip
         if deterministic:
             self._ordered_dq(q, k, v, ids, do, lse, delta, dq, lists, shape, strides)
         else:
-            dq.copy_(dq32.transpose(0, 1))
+            rows = 32
+            _cast_dq_kernel[(triton.cdiv(num_queries, rows), heads)](
+                dq32, dq, num_queries, dq.stride(0), dq.stride(1), K=dim, K_PAD=shape["K_PAD"], ROWS=rows
+            )
 
-    def _hot_lists(self, lists: Lists, chunk: int, dim: int, value_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _hot_lists(
+        self, lists: Lists, chunk: int, most: int, dim: int, value_dim: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Lists of several chunks: their number in hot_X [X] (-1: one chunk), hot_list its inverse, fp32 sums."""
         device = lists.count_X.device
-        bound = lists.bound // (chunk + 1)
+        bound = most // (chunk + 1)
         hot = lists.count_X > chunk
         number = hot.cumsum(0, dtype=torch.int32) - 1
         hot_X = torch.where(hot, number, -1)
@@ -377,7 +444,7 @@ class _Call:
         rows_per_group = num_queries * (heads // groups) * self.slots
         partial = torch.empty(groups * rows_per_group, dim, dtype=torch.float32, device=q.device)
         tiles, launch = self.tiles(dq_tiles)
-        items = build_items(lists, plan, tiles.rows, at_least_one=False)
+        items = build_items(lists, plan, tiles.rows, rows_per_group * groups, at_least_one=False)
         scales = (self.scale, self.scale * LOG2_E)
         _rows_dq_kernel[(items.bound,)](
             q, k, v, do, lse, delta, partial, lists.entry_P, lists.start_X, lists.count_X, items.list_I, items.chunk_I,
