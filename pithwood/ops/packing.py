@@ -8,8 +8,9 @@ selections per row, k ids per selection, H query heads, G KV heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class Packing:
     queries are the last Lq positions (decode, chunked prefill); with Lk < Lq the first Lq - Lk queries see nothing.
     Documents of zero length are legal anywhere. Nothing here reads the offsets on the host: sizes come from tensor
     shapes and from the bounds `max_q`, `max_k`. Ops in plain torch may read them, and then wait for the device; kernels
-    must not.
+    must not. Outside CUDA graphs the tensors never change once the packing is made: what is derived from them is remembered.
     """
 
     cu_q: Tensor
@@ -38,6 +39,7 @@ class Packing:
     """[T_q] int64, position of each query in its document, for RoPE and for loss by position."""
     causal: bool = True
     """False lets every query see all keys of its document."""
+    _remembered: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_docs(self) -> int:
@@ -85,6 +87,15 @@ class Packing:
         cu_q = self.cu_q.to(device, non_blocking=True)
         cu_k = cu_q if self.self_attention else self.cu_k.to(device, non_blocking=True)
         return replace(self, cu_q=cu_q, cu_k=cu_k, position_T=self.position_T.to(device, non_blocking=True))
+
+    def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once per packing and key (say, once for all layers of a step)."""
+        # A CUDA graph may be replayed with other offsets in the same tensors; a compiled one keeps to its trace.
+        if torch.compiler.is_compiling() or (self.cu_q.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return make()
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        return self._remembered[key]
 
     def query_doc(self) -> Tensor:
         """[T_q] int64: document of each query."""

@@ -9,6 +9,7 @@ import torch
 
 from pithwood.ops import Packing, Selection, attend
 from pithwood.ops.attend import triton as schedule
+from pithwood.ops.attend.plan import block_plan
 from tests.numerics import assert_close
 from tests.ops.attending import CROSS, SELF, check_attend, moba_selection
 from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS
@@ -59,7 +60,7 @@ def test_head_dims_and_dtypes(dim, value_dim, dtype):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_list_of_many_chunks_adds_up(monkeypatch, deterministic):
-    monkeypatch.setattr(schedule, "backward_chunk", lambda pairs: 16)
+    monkeypatch.setattr(schedule, "backward_chunk", lambda pairs, parts: 16)
     inputs = make_inputs([150, 60], heads=2)
     selection = moba_selection(inputs, 16, 3)
     with torch.no_grad():
@@ -106,8 +107,8 @@ def test_views_with_strides_of_their_own_are_read_in_place():
 def test_the_ops_keep_the_rules_of_custom_ops():
     inputs = make_inputs([40, 10], heads=2)
     (q, k, v), packing, ids = _to_device(inputs, moba_selection(inputs, 16, 2))
-    sizes = (packing.max_q, packing.max_k, True, True, 16, True, 0.25, True)
-    args = (q, k, v, ids.ids_per_head(packing, 2, 1), packing.cu_q, packing.cu_k, *sizes)
+    plan = block_plan(packing, 16, 50, own=True)
+    args = (q, k, v, ids.ids_per_head(packing, 2, 1), plan.units, plan.queries, True, True, 16, True, 0.25, True)
     torch.library.opcheck(schedule.attend_blocks, args)
 
 

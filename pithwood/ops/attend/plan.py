@@ -19,34 +19,73 @@ from pithwood.ops.units import unit_table
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Tables of one packing cut into units of `block_size` keys; all int32."""
+    """Tables of one packing cut into units of `block_size` keys."""
 
     block_size: int
-    num_units: int
-    """U: a bound that needs no host sync; units past the last one are empty."""
-    key_start_U: Tensor
-    """Packed index of the unit's first key."""
-    key_count_U: Tensor
-    """Keys of the unit: block_size, less in a document's last unit, 0 past the last one."""
-    position_U: Tensor
-    """Position of the unit's first key in its document."""
-    query_start_U: Tensor
-    """Packed index that a query at the unit's first key position has; below query_low_U if there is none."""
-    query_low_U: Tensor
-    """First query of the unit's document."""
-    query_high_U: Tensor
-    """One past the last query of the unit's document."""
-    position_T: Tensor
-    """Position of each query among its document's keys; negative before the first."""
-    first_unit_T: Tensor
-    """The first unit of each query's document."""
-    limit_T: Tensor
-    """Selected ids below this are attended to key-major: the past units (own=True), all that begin at or before the
-    query (causal), or all units of the document."""
+    units: Tensor
+    """[6, U] int32: a row per property below. U is a bound that needs no host sync; units past the last are empty."""
+    queries: Tensor
+    """[3, T] int32: a row per property below."""
+
+    @property
+    def num_units(self) -> int:
+        """U"""
+        return self.units.shape[1]
+
+    @property
+    def key_start_U(self) -> Tensor:
+        """Packed index of the unit's first key."""
+        return self.units[0]
+
+    @property
+    def key_count_U(self) -> Tensor:
+        """Keys of the unit: block_size, less in a document's last unit, 0 past the last one."""
+        return self.units[1]
+
+    @property
+    def position_U(self) -> Tensor:
+        """Position of the unit's first key in its document."""
+        return self.units[2]
+
+    @property
+    def query_start_U(self) -> Tensor:
+        """Packed index that a query at the unit's first key position has; below query_low_U if there is none."""
+        return self.units[3]
+
+    @property
+    def query_low_U(self) -> Tensor:
+        """First query of the unit's document."""
+        return self.units[4]
+
+    @property
+    def query_high_U(self) -> Tensor:
+        """One past the last query of the unit's document."""
+        return self.units[5]
+
+    @property
+    def position_T(self) -> Tensor:
+        """Position of each query among its document's keys; negative before the first."""
+        return self.queries[0]
+
+    @property
+    def first_unit_T(self) -> Tensor:
+        """The first unit of each query's document."""
+        return self.queries[1]
+
+    @property
+    def limit_T(self) -> Tensor:
+        """Selected ids below this are attended to key-major: the past units (own=True), all that begin at or before the
+        query (causal), or all units of the document."""
+        return self.queries[2]
 
 
 def block_plan(packing: Packing, block_size: int, num_keys: int, own: bool) -> BlockPlan:
     """The plan of a packing. `own`: every query's own unit is attended to apart from the selected past ones."""
+    key = ("block_plan", block_size, num_keys, own)
+    return packing.remember(key, lambda: _make_plan(packing, block_size, num_keys, own))
+
+
+def _make_plan(packing: Packing, block_size: int, num_keys: int, own: bool) -> BlockPlan:
     units = unit_table(packing, block_size, num_keys)
     offsets_N = packing.unit_offsets(block_size)
     cu_q, cu_k = packing.cu_q.long(), packing.cu_k.long()
@@ -62,15 +101,13 @@ def block_plan(packing: Packing, block_size: int, num_keys: int, own: bool) -> B
     else:
         own_T = position_T.div(block_size, rounding_mode="floor")
         limit_T = (own_T if own else own_T + 1).clamp_(min=0)
-    tables = (
+    units_6U = (
         units.start_U,
         units.length_U,
         position_U,
         cu_q[doc_U] + position_U - shift_N[doc_U],
         cu_q[doc_U],
         cu_q[doc_U + 1],
-        position_T,
-        offsets_N[doc_T],
-        limit_T,
     )
-    return BlockPlan(block_size, num_units, *(x.to(torch.int32) for x in tables))
+    queries_3T = position_T, offsets_N[doc_T], limit_T
+    return BlockPlan(block_size, torch.stack(units_6U).to(torch.int32), torch.stack(queries_3T).to(torch.int32))

@@ -85,10 +85,10 @@ def dq_tiles(block: int, dim: int, element_size: int) -> Tiles:
     return Tiles(_tile(block, 64), _tile(block, 64), 4, 1)
 
 
-def backward_chunk(pairs: int) -> int:
-    """Rows of a list that one program of the backward takes: enough items to balance a GPU's 132 multiprocessors, few
-    lists cut."""
-    return min(max(triton.next_power_of_2(pairs // (132 * 8)), 1024), 16384)
+def backward_chunk(pairs: int, parts: int) -> int:
+    """Rows of a list that one program of the backward takes, when each list is worked on in `parts` of its unit's keys:
+    enough programs to balance a GPU's 132 multiprocessors, few lists cut."""
+    return min(max(triton.next_power_of_2(pairs * parts // (132 * 8)), 1024), 16384 * parts)
 
 
 def hopper_tiles(dim: int) -> dict[str, int]:
@@ -122,28 +122,29 @@ def attend_triton(
     ids_THk = selection.ids_per_head(packing, q_THK.shape[1], k_TGK.shape[1])
     # The diagonal serves own units of causal packings; elsewhere they are units like any other.
     own = selection.own and packing.causal
+    plan = block_plan(packing, selection.unit, k_TGK.shape[0], own)
     o, lse, *_ = attend_blocks(
-        q_THK, k_TGK, v_TGV, ids_THk.to(torch.int32), packing.cu_q, packing.cu_k, packing.max_q, packing.max_k,
-        packing.causal, packing.self_attention, selection.unit, own, scale, deterministic,
+        q_THK, k_TGK, v_TGV, ids_THk.to(torch.int32), plan.units, plan.queries, packing.causal, packing.self_attention,
+        selection.unit, own, scale, deterministic,
     )  # fmt: skip
     return o, lse
 
 
 @torch.library.custom_op("pithwood::attend_blocks", mutates_args=())
 def attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
-    causal: bool, self_attention: bool, unit: int, own: bool, scale: float, deterministic: bool,
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, units: Tensor, queries: Tensor, causal: bool, self_attention: bool,
+    unit: int, own: bool, scale: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Forward of `attend_triton` on plain arguments: o, lse and, for the backward, entries, starts, counts of lists."""
-    call = _Call.of(q, k, v, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own, scale)
+    call = _Call.of(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale)
     o, lse, lists = call.forward(deterministic)
     return o, lse, lists.entry_P, lists.start_X, lists.count_X
 
 
 @attend_blocks.register_fake
-def _(q, k, v, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own, scale, deterministic):
+def _(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale, deterministic):
     num_queries, heads, _ = q.shape
-    num_lists = k.shape[1] * (k.shape[0] // unit + min(cu_k.shape[0] - 1, k.shape[0]))
+    num_lists = k.shape[1] * units.shape[1]
     slots = num_slots(ids.shape[2], own)
     return (
         q.new_empty(num_queries, heads, v.shape[2]),
@@ -157,26 +158,25 @@ def _(q, k, v, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own,
 @torch.library.custom_op("pithwood::attend_blocks_backward", mutates_args=())
 def attend_blocks_backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, entry_P: Tensor,
-    start_X: Tensor, count_X: Tensor, ids: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool,
-    self_attention: bool, unit: int, own: bool,
-    scale: float, deterministic: bool,
+    start_X: Tensor, count_X: Tensor, ids: Tensor, units: Tensor, queries: Tensor, causal: bool, self_attention: bool,
+    unit: int, own: bool, scale: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) of `attend_blocks`, from what it returned and the same ids."""
-    call = _Call.of(q, k, v, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own, scale)
+    call = _Call.of(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale)
     return call.backward(do, dlse, o, lse, Lists(entry_P, start_X, count_X), deterministic)
 
 
 @attend_blocks_backward.register_fake
 def _(
-    do, dlse, q, k, v, o, lse, entry_P, start_X, count_X, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit,
-    own, scale, deterministic,
+    do, dlse, q, k, v, o, lse, entry_P, start_X, count_X, ids, units, queries, causal, self_attention, unit, own, scale,
+    deterministic,
 ):  # fmt: skip
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, ids, cu_q, cu_k, *rest = inputs
-    ctx.save_for_backward(q, k, v, *output, ids, cu_q, cu_k)
+    q, k, v, ids, units, queries, *rest = inputs
+    ctx.save_for_backward(q, k, v, *output, ids, units, queries)
     ctx.rest = rest
     ctx.set_materialize_grads(False)
 
@@ -184,10 +184,10 @@ def _save(ctx, inputs, output):
 def _backward(ctx, do, dlse, *_):
     q, k, v, o, lse, *lists_and_ids = ctx.saved_tensors
     if do is None and dlse is None:
-        return (None,) * 14
+        return (None,) * 12
     do = torch.zeros_like(o) if do is None else do
     dq, dk, dv = attend_blocks_backward(do, dlse, q, k, v, o, lse, *lists_and_ids, *ctx.rest)
-    return dq, dk, dv, *(None,) * 11
+    return dq, dk, dv, *(None,) * 9
 
 
 attend_blocks.register_autograd(_backward, setup_context=_save)
@@ -201,18 +201,16 @@ class _Call:
     k: Tensor
     v: Tensor
     ids: Tensor
-    packing: Packing
     plan: BlockPlan
+    causal: bool
+    self_attention: bool
     own: bool
     scale: float
 
     @staticmethod
-    def of(q, k, v, ids, cu_q, cu_k, max_q, max_k, causal, self_attention, unit, own, scale) -> _Call:
+    def of(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale) -> _Call:
         q, k, v, ids = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, ids))
-        # The packing counts its queries by this column; kernels do not read it.
-        position_T = torch.empty(q.shape[0], dtype=torch.int64, device=q.device)
-        packing = Packing(cu_q, cu_q if self_attention else cu_k, max_q, max_k, position_T, causal)
-        return _Call(q, k, v, ids, packing, block_plan(packing, unit, k.shape[0], own), own, scale)
+        return _Call(q, k, v, ids, BlockPlan(unit, units, queries), causal, self_attention, own, scale)
 
     @property
     def slots(self) -> int:
@@ -282,7 +280,7 @@ class _Call:
         lists = build_lists(self.ids, self.plan, self.k.shape[1], self.slots, ordered)
         if num_queries == 0 or self.k.shape[0] == 0:
             return o.zero_(), lse.fill_(float("-inf")), lists
-        if self.own and not self.packing.self_attention:
+        if self.own and not self.self_attention:
             # Queries before their document's first key belong to no unit.
             o.zero_()
             lse.fill_(float("-inf"))
@@ -309,7 +307,7 @@ class _Call:
             q, k, v, partial_o, partial_lse, lists.entry_P, lists.start_X, lists.count_X, items.list_I,
             items.chunk_I, plan.key_start_U, plan.key_count_U, plan.position_U, plan.position_T, *strides,
             plan.num_units, rows_per_group, self.scale * LOG2_E, **shape, BLOCK=plan.block_size, CHUNK=chunk,
-            ROWS=tiles.rows, KEYS=tiles.keys, PARTS=parts, ALL_SEEN=self.own, CAUSAL=self.packing.causal, **launch,
+            ROWS=tiles.rows, KEYS=tiles.keys, PARTS=parts, ALL_SEEN=self.own, CAUSAL=self.causal, **launch,
         )  # fmt: skip
         o, lse = o[:, hs], lse[:, hs]
         out = (o.stride(0), o.stride(1), lse.stride(0), ids.stride(0), ids.stride(1), num_queries)
@@ -342,7 +340,7 @@ class _Call:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         do = do if do.stride(-1) == 1 else do.contiguous()
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        if deterministic and self.own and not self.packing.self_attention:
+        if deterministic and self.own and not self.self_attention:
             dq.zero_()
         delta = torch.empty(num_queries, heads, dtype=torch.float32, device=q.device)
         rows, value_dim = 32, v.shape[2]
@@ -367,7 +365,11 @@ class _Call:
         groups = k.shape[1]
         ratio = heads // groups
         most = self.most_entries(gs)
-        chunk = WHOLE_LISTS if deterministic else backward_chunk(most)
+        tiles, launch = self.tiles(backward_tiles)
+        hopper = self.fits_hopper() and not deterministic
+        keys = HOPPER_KEYS if hopper else tiles.keys
+        parts = triton.cdiv(plan.block_size, keys)
+        chunk = WHOLE_LISTS if deterministic else backward_chunk(most, parts)
         items = build_items(lists, plan, chunk, most, at_least_one=True)
         hot_X, hot_list, dk_hot, dv_hot = self._hot_lists(lists, chunk, most, dim, v.shape[2])
         dq_rows = 0 if deterministic else num_queries
@@ -377,9 +379,7 @@ class _Call:
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), do.stride(0), do.stride(1)
         )  # fmt: skip
         grad_strides = (dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1))
-        if self.fits_hopper() and not deterministic:
-            keys = HOPPER_KEYS
-            parts = triton.cdiv(plan.block_size, keys)
+        if hopper:
             options = hopper_tiles(dim)
             _keys_hopper_kernel[(items.bound * parts,)](
                 q, k, v, do, lse, delta, dq32, dk, dv, dk_hot, dv_hot, lists.entry_P, lists.start_X, lists.count_X,
@@ -390,16 +390,13 @@ class _Call:
                 OWN_TILES=triton.cdiv(plan.block_size, options["ROWS"]), **options,
             )  # fmt: skip
         else:
-            tiles, launch = self.tiles(backward_tiles)
-            keys = tiles.keys
-            parts = triton.cdiv(plan.block_size, keys)
             _keys_kernel[(items.bound * parts,)](
                 q, k, v, do, lse, delta, dq32, dk, dv, dk_hot, dv_hot, lists.entry_P, lists.start_X, lists.count_X,
                 hot_X, items.list_I, items.chunk_I, plan.key_start_U, plan.key_count_U, plan.position_U,
                 plan.query_start_U, plan.query_low_U, plan.query_high_U, plan.position_T, *strides, *grad_strides,
                 lse.stride(0), num_queries, plan.num_units, self.scale, self.scale * LOG2_E, **shape,
                 BLOCK=plan.block_size, CHUNK=chunk, ROWS=tiles.rows, KEYS=keys, PARTS=parts,
-                OWN_TILES=triton.cdiv(plan.block_size, tiles.rows), OWN=self.own, CAUSAL=self.packing.causal,
+                OWN_TILES=triton.cdiv(plan.block_size, tiles.rows), OWN=self.own, CAUSAL=self.causal,
                 ADD_DQ=not deterministic, **launch,
             )  # fmt: skip
         if hot_list.shape[0]:
@@ -421,7 +418,11 @@ class _Call:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Lists of several chunks: their number in hot_X [X] (-1: one chunk), hot_list its inverse, fp32 sums."""
         device = lists.count_X.device
-        bound = most // (chunk + 1)
+        # A row is in a list once at most, so short sequences have none of several chunks.
+        bound = most // (chunk + 1) if self.q.shape[0] * self.ratio > chunk else 0
+        if bound == 0:
+            none = torch.empty(0, dtype=torch.float32, device=device)
+            return torch.full_like(lists.count_X, -1), torch.empty(0, dtype=torch.int32, device=device), none, none
         hot = lists.count_X > chunk
         number = hot.cumsum(0, dtype=torch.int32) - 1
         hot_X = torch.where(hot, number, -1)
@@ -450,7 +451,7 @@ class _Call:
             q, k, v, do, lse, delta, partial, lists.entry_P, lists.start_X, lists.count_X, items.list_I, items.chunk_I,
             plan.key_start_U, plan.key_count_U, plan.position_U, plan.position_T, *strides, lse.stride(0),
             plan.num_units, rows_per_group, *scales, **shape, ROWS=tiles.rows, KEYS=tiles.keys,
-            PARTS=triton.cdiv(plan.block_size, tiles.keys), MASKED=self.packing.causal and not self.own, **launch,
+            PARTS=triton.cdiv(plan.block_size, tiles.keys), MASKED=self.causal and not self.own, **launch,
         )  # fmt: skip
         out = (dq.stride(0), dq.stride(1), ids.stride(0), ids.stride(1), num_queries)
         if self.own:
