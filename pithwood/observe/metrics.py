@@ -27,6 +27,9 @@ HOPPER_PEAK_FLOPS = 989e12
 HOPPER_MEASURED_FLOPS = 790e12
 """Best 8192-cubed bf16 matmul measured on an H200; a second denominator for MFU."""
 
+HOPPER_COPY_BYTES = 4.27e12
+"""Bytes per second, read and written, of a large copy measured on an H200."""
+
 
 def selection_stats(ids_TSk: Tensor, packing: Packing, block_size: int) -> dict[str, Tensor]:
     """How queries spread their block choices: own share, entropy, union per 128 rows.
