@@ -47,6 +47,8 @@ class Bench:
     options: Options
     tell: Callable[[str], None]
     make_inputs: Callable[[Shape], Inputs]
+    save: Callable[[list[Row]], None] = lambda rows: None
+    """Called with all rows so far after each one: a benchmark that is cut off loses only the row it was at."""
     timer: Timer = field(init=False)
     started: float = field(default_factory=time.monotonic)
     checks: dict[tuple[str, Case], tuple[Row, str | None]] = field(default_factory=dict)
@@ -58,14 +60,18 @@ class Bench:
         return self.options.budget_s - (time.monotonic() - self.started)
 
     def run(self, cases: list[Case]) -> list[Row]:
-        """The peaks of the device, then a row for every case and implementation, in that order."""
+        """The peaks of the device, then a row for every case and implementation.
+
+        Shapes go from cheap to dear by their MoBA floors, so that a budget ends among the dear ones; a shape's MoBA
+        rows come before its dense ones.
+        """
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         peaks = self.timer.peaks(dtype)
         rows = peak_rows(peaks, dtype)
         flops, copied = peaks.flops_per_s / 1e12, peaks.bytes_per_s / 1e12
         self.tell(f"peaks: matmul {flops:.3g} TFLOP/s ({rows[0]['dtype']}), copy {copied:.3g} TB/s")
         # Inputs are made once for a shape: its MoBA cases first, then the dense ones.
-        for shape in dict.fromkeys(case.shape for case in cases):
+        for shape in by_cost(cases, peaks):
             inputs: Inputs | None = None
             base = allocated(self.device)
             for case, name in self._of_shape([case for case in cases if case.shape == shape]):
@@ -83,6 +89,7 @@ class Bench:
                     self._forget()
                 rows.append({**row, "commit": COMMIT})
                 self.tell(line_of(rows[-1]))
+                self.save(rows)
             del inputs
             self._forget()
         return rows
@@ -163,6 +170,15 @@ class Bench:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def by_cost(cases: list[Case], peaks: Peaks) -> list[Shape]:
+    """The shapes of the cases, those of the cheapest MoBA first; equals stay in order."""
+    cost: dict[Shape, float] = {}
+    for case in cases:
+        floor_ms = work_of(case).floor_ms(peaks.flops_per_s, peaks.bytes_per_s)
+        cost[case.shape] = max(cost.get(case.shape, 0.0), floor_ms)
+    return sorted(cost, key=lambda shape: cost[shape])
 
 
 def check(case: Case, name: str, inputs: Inputs) -> tuple[Row, str | None]:

@@ -182,7 +182,14 @@ def mixed_lengths(tokens: int, longest: int, seed: int) -> tuple[int, ...]:
 
 
 def preset(name: str) -> list[Case]:
-    """The MoBA cases of a preset; every shape among them is also measured dense."""
+    """The MoBA cases of a preset, or of one row of the issue's; every shape among them is also measured dense.
+
+    name    one of PRESETS, or as 128K-128x8: length, block size and top k of a row of "issue"
+    """
+    single = {row_name(length, block): (length, sequences, block) for length, sequences, block in ISSUE_TABLE}
+    if name in single:
+        length, sequences, block = single[name]
+        return _cases([Shape((length,) * sequences)], [block])
     if name == "issue":
         rows = [(Shape((length,) * sequences), block) for length, sequences, block in ISSUE_TABLE]
         return [case for shape, block in rows for case in _cases([shape], [block])]
@@ -196,11 +203,17 @@ def preset(name: str) -> list[Case]:
         return [case for shape, block in rows for case in _cases([shape], [block])]
     if name == "packed":
         lengths = mixed_lengths(PACKED_TOKENS, PACKED_LONGEST, seed=0)
-        shapes = Shape(lengths), Shape(lengths, 32, 4), Shape(lengths, head_dim=64)
+        shapes = Shape(lengths), Shape(lengths, 32, 4), Shape(lengths, head_dim=64), Shape(lengths, 32, 4, 64)
         return _cases(shapes, ((128, 8), (512, 3)))
     if name == "smoke":
         return _cases([Shape((1024, 1024), 4, 2, 64), Shape((700, 1, 324), 4, 2, 64)], ((64, 3),))
-    raise ValueError(f"--rows {name} is not known; choose one of {', '.join(PRESETS)}")
+    raise ValueError(f"--rows {name} is not known; choose among {', '.join((*PRESETS, *single))}")
+
+
+def row_name(length: int, block: tuple[int, int]) -> str:
+    """What --rows calls a row of the issue's table: 8K-128x8, ..., 1M-128x8."""
+    size = f"{length >> 20}M" if length >= 1 << 20 else f"{length >> 10}K"
+    return f"{size}-{block[0]}x{block[1]}"
 
 
 PRESETS = ("issue", "gqa", "d64", "packed", "smoke")

@@ -5,11 +5,13 @@ Legend: T packed tokens, H query heads, G KV heads, K head dim.
 
 from __future__ import annotations
 
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -147,3 +149,52 @@ def trained_inputs(shape: Shape, qkv: tuple[Tensor, Tensor, Tensor], device: tor
     generator = torch.Generator(device).manual_seed(shape.layer or 0)
     grad_o = torch.randn(q.shape, generator=generator, device=device, dtype=q.dtype)
     return Inputs(q, k, v, grad_o, Packing.from_lengths(shape.lengths, device=device))
+
+
+def save_qkv(path: Path, trained: TrainedRun, layer: int, qkv: tuple[Tensor, ...]) -> Path:
+    """Write a layer's q, k, v on the longest document of the batch as .npz; returns the path.
+
+    The file holds q [L, H, K], k [L, G, K], v [L, G, K] as bf16 in uint16 words, the source's name and the layer.
+    """
+    cu = trained.batch.packing.cu_q.tolist()
+    longest = max(range(len(cu) - 1), key=lambda n: cu[n + 1] - cu[n])
+    rows = slice(cu[longest], cu[longest + 1])
+    words = [x[rows].to(torch.bfloat16).contiguous().view(torch.uint16).cpu().numpy() for x in qkv]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, q=words[0], k=words[1], v=words[2], source=np.array(trained.name), layer=np.array(layer))
+    return path
+
+
+@dataclass(frozen=True)
+class SavedQKV:
+    """One document's q, k, v of a layer of a trained model, in bf16 on the CPU."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    source: str
+    layer: int
+
+    def shape(self, length: int, sequences: int, dtype: str = "bf16") -> Shape:
+        """`sequences` copies of the first `length` tokens; ValueError if the document is shorter."""
+        tokens, heads, dim = self.q.shape
+        if length > tokens:
+            raise ValueError(f"--length {length} is more than the {tokens} tokens that the file of --trained holds")
+        lengths = (length,) * sequences
+        return Shape(lengths, heads, self.k.shape[1], dim, dtype, "trained", self.source, self.layer)
+
+    def inputs(self, shape: Shape, device: torch.device) -> Inputs:
+        """The tensors of a shape that this made, with a random gradient of the output."""
+        dtype, copies = DTYPES[shape.dtype], len(shape.lengths)
+        taken = [x[: shape.length].to(device, dtype).repeat(copies, 1, 1) for x in (self.q, self.k, self.v)]
+        return trained_inputs(shape, (taken[0], taken[1], taken[2]), device)
+
+
+def load_qkv(path: Path) -> SavedQKV:
+    """What `save_qkv` wrote; ValueError if the file is missing or something else."""
+    try:
+        with np.load(path) as file:
+            q, k, v = (torch.from_numpy(file[name]).view(torch.bfloat16) for name in ("q", "k", "v"))
+            return SavedQKV(q, k, v, str(file["source"]), int(file["layer"]))
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} does not hold saved q, k, v ({error}); bench/routing.py writes such files") from None

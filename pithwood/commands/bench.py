@@ -14,12 +14,15 @@ HELP = """examples:
   pithwood bench attention
   pithwood bench attention --rows issue --dry-run
   pithwood bench attention --length 8192,32768 --blocks 128x8,512x3 --heads 32 --kv-heads 4
-  pithwood bench attention --rows issue --length 131072 --impls pithwood,fa4 --pass fwd+bwd --append --budget-s 500
-  pithwood bench attention --inputs lm_100m --layer 0,6 --breakdown
+  pithwood bench attention --rows 32K-128x8 128K-128x8 --impls pithwood,fa4 --pass fwd+bwd --append --budget-s 500
+  pithwood bench attention --rows gqa d64 packed --budget-s 550 --append
+  pithwood bench attention --trained lm_100m --layer 0,6 --breakdown
+  pithwood bench attention --trained qkv.npz --length 2048,4096,8192 --blocks 128x8
 
 Without --rows, --length, --blocks and the like say what to measure (every combination); with --rows they choose among
 the preset's rows: issue (8K to 1M tokens), gqa (32 query and 4 KV heads), d64, packed (documents of 1 to 32K tokens),
-smoke (seconds). Dense attention is measured at the same shapes in the same run. Each implementation is compared with
+smoke (seconds), or single rows of issue such as 128K-512x8. Cheap shapes come first, and the file is written after
+every row. Dense attention is measured at the same shapes in the same run. Each implementation is compared with
 fp64 first and gets no numbers if it disagrees. Where the code is no checkout, PITHWOOD_COMMIT names its commit."""
 
 
@@ -27,7 +30,9 @@ def add(commands: Any) -> None:
     """Add the command to the command line."""
     parser = add_command(commands, "bench", "measure attention, correctness first, and write a results file", HELP)
     parser.add_argument("subject", metavar="SUBJECT", choices=("attention",), help="what to measure: attention")
-    parser.add_argument("--rows", metavar="NAME", help="a preset: issue, gqa, d64, packed, smoke (default: smoke)")
+    parser.add_argument(
+        "--rows", metavar="NAME", nargs="+", help="issue, gqa, d64, packed, smoke, or as 128K-128x8 (default: smoke)"
+    )
     parser.add_argument("--length", metavar="N[,N]", help="tokens per sequence (default: 8192)")
     parser.add_argument("--documents", metavar="N,N", help="lengths of packed documents, instead of --length")
     parser.add_argument("--sequences", metavar="N", help="sequences of --length tokens each (default: 2)")
@@ -43,7 +48,9 @@ def add(commands: Any) -> None:
         "(default: all that suit the device)",
     )  # fmt: skip
     parser.add_argument(
-        "--inputs", metavar="random|RUN", default="random", help="normal values, or a trained run's queries and keys"
+        "--trained",
+        metavar="RUN|FILE",
+        help="queries, keys and values of a trained run, or of an .npz of bench/routing.py",
     )
     parser.add_argument("--layer", metavar="N[,N]", help="layers of a trained run (default: the middle one)")
     parser.add_argument("--breakdown", action="store_true", help="also time MoBA's stages, and on a GPU each kernel")
@@ -62,15 +69,17 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> tuple[int, str]:
     """The measured rows, one line each or as JSON; exit code 1 if Pithwood's own attention failed somewhere."""
     wanted = _wanted(args)
-    if args.inputs != "random":
-        clash = [name for name in ("rows", "length", "documents", "heads", "kv_heads", "head_dim", "dtype")
-                 if getattr(args, name) is not None]  # fmt: skip
-        if clash:
-            raise ValueError(
-                f"--{clash[0].replace('_', '-')} does not go with --inputs {args.inputs}: shapes are the run's"
-            )
+    saved = args.trained is not None and args.trained.endswith(".npz")
+    if args.trained is not None:
+        fixed = ("rows", "documents", "heads", "kv_heads", "head_dim", *(("layer",) if saved else ("length", "dtype")))
+        for name in fixed:
+            if getattr(args, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} does not go with --trained {args.trained}: it says so itself")
+        if saved and args.blocks is None:
+            raise ValueError(f"--trained {args.trained} needs --blocks: the file holds no block size")
     elif args.layer is not None:
-        raise ValueError("--layer chooses layers of a trained run; add --inputs RUN")
+        raise ValueError("--layer chooses layers of a trained run; add --trained RUN")
     if args.documents is not None and (args.length is not None or args.sequences is not None or args.rows is not None):
         raise ValueError("--documents says all about lengths; drop --length, --sequences and --rows")
     if args.budget_s is not None and not args.budget_s > 0:
@@ -94,12 +103,17 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
         print(line, file=sys.stderr, flush=True)
 
     make_inputs: Any = lambda shape: inputs.random_inputs(shape, device)  # noqa: E731
-    if args.inputs != "random":
-        trained = inputs.load_trained(args.inputs, args.runs_dir, device, (wanted.get("sequences") or [2])[0], tell)
+    if saved:
+        qkv = inputs.load_qkv(Path(args.trained))
+        cases = _saved_cases(qkv, wanted)
+        make_inputs = lambda shape: qkv.inputs(shape, device)  # noqa: E731
+    elif args.trained is not None:
+        trained = inputs.load_trained(args.trained, args.runs_dir, device, (wanted.get("sequences") or [2])[0], tell)
         cases, kept = _trained_cases(trained, args, wanted)
         make_inputs = lambda shape: inputs.trained_inputs(shape, kept[shape.layer], device)  # noqa: E731
     elif args.rows is not None or not wanted.keys() - {"pass"}:
-        cases = narrowed(preset(args.rows or "smoke"), wanted)
+        chosen = [case for name in args.rows or ["smoke"] for case in preset(name)]
+        cases = narrowed(list(dict.fromkeys(chosen)), wanted)
     else:
         cases = grid(wanted)
     if args.dry_run:
@@ -108,10 +122,16 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     folder = args.out or Path("bench") / "results" / device_name()
     old = (read_results(folder / "attention.json") or {}) if args.append else {}
     options = attention.Options(impls, args.budget_s or float("inf"), args.breakdown)
-    rows = attention.Bench(device, options, tell, make_inputs).run(cases)
-    merged = merge_rows(old.get("rows", []), rows, row_key, attention.measured)
     commands = [*old.get("command", "").split(" && "), args.command_line]
-    path = write_results("attention", merged, folder, " && ".join(dict.fromkeys(filter(None, commands))))
+    command = " && ".join(dict.fromkeys(filter(None, commands)))
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        merged = merge_rows(old.get("rows", []), rows, row_key, attention.measured)
+        write_results("attention", merged, folder, command)
+
+    rows = attention.Bench(device, options, tell, make_inputs, save).run(cases)
+    merged = merge_rows(old.get("rows", []), rows, row_key, attention.measured)
+    path = write_results("attention", merged, folder, command)
     picture = folder / "attention.png"
     drawn = plot_attention(merged, picture)
     bad = [row for row in rows if row["impl"].startswith("pithwood") and row["status"].startswith("fail")]
@@ -128,8 +148,8 @@ def _wanted(args: argparse.Namespace) -> dict[str, list[Any]]:
         if text is not None:
             least = 0 if option == "layer" else 1
             wanted[option] = [_integer(word, option, least) for word in text.split(",")]
-    if args.inputs != "random" and len(wanted.get("sequences", [])) > 1:
-        raise ValueError("--sequences takes one number with --inputs RUN: the samples to take from its text")
+    if args.trained is not None and len(wanted.get("sequences", [])) > 1:
+        raise ValueError("--sequences takes one number with --trained: the samples of a run, the copies of a file")
     if args.blocks is not None:
         for word in args.blocks.split(","):
             match = re.fullmatch(r"(\d+)x(\d+)", word)
@@ -170,6 +190,19 @@ def _trained_cases(trained: Any, args: argparse.Namespace, wanted: dict[str, lis
         shape = trained_shape(trained, layer)
         cases += [Case(shape, p, *block) for block in blocks for p in wanted.get("pass", PASSES)]
     return cases, kept
+
+
+def _saved_cases(qkv: Any, wanted: dict[str, list[Any]]) -> list[Any]:
+    from pithwood.bench.cases import PASSES, Case
+
+    copies = (wanted.get("sequences") or [2])[0]
+    return [
+        Case(qkv.shape(length, copies, dtype), p, *block)
+        for length in wanted.get("length", [qkv.q.shape[0]])
+        for dtype in wanted.get("dtype", ["bf16"])
+        for block in wanted["blocks"]
+        for p in wanted.get("pass", PASSES)
+    ]
 
 
 def _plan(cases: list[Any], impls: tuple[str, ...], as_json: bool) -> str:

@@ -280,7 +280,7 @@ def test_a_dry_run_measures_nothing(tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rows", "all"], "--rows all is not known; choose one of issue, gqa, d64, packed, smoke"),
+        (["--rows", "all"], "--rows all is not known; choose among issue, gqa, d64, packed, smoke, 8K-128x8"),
         (["--blocks", "128"], "--blocks 128 is not block size x top k"),
         (["--blocks", "0x8"], "--blocks 0x8 is not block size x top k"),
         (["--length", "8k"], "--length 8k is not a whole number of at least 1"),
@@ -291,7 +291,9 @@ def test_a_dry_run_measures_nothing(tmp_path: Path, capsys):
         (["--impls", "fa5"], "--impls fa5 is not known; choose among pithwood"),
         (["--rows", "issue", "--length", "5"], "no row has length in [5]"),
         (["--layer", "0"], "--layer chooses layers of a trained run"),
-        (["--inputs", "x", "--heads", "4"], "--heads does not go with --inputs x"),
+        (["--trained", "x", "--heads", "4"], "--heads does not go with --trained x"),
+        (["--trained", "x.npz"], "--trained x.npz needs --blocks"),
+        (["--trained", "x.npz", "--blocks", "16x2"], "x.npz does not hold saved q, k, v"),
         (["--documents", "5", "--length", "5"], "--documents says all about lengths"),
         (["--budget-s", "0"], "--budget-s=0.0 must be above 0"),
     ],
