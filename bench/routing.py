@@ -47,7 +47,7 @@ class PackageFolders(Source):
     """Python source of the installed packages, one document per folder: its files one after another, so that documents
     are long enough for a choice among blocks."""
 
-    max_bytes: int = 24_000_000
+    max_bytes: int = 40_000_000
     """Bytes of text at most, at least 1; folders are taken in the order of their names."""
     document_bytes: int = 400_000
     """A folder's text is cut off at the file that would pass this size; at least 1."""
@@ -58,7 +58,7 @@ class PackageFolders(Source):
         for path in sorted(root.glob("*/**/*.py")):
             folders.setdefault(path.parent.relative_to(root).as_posix(), []).append(path)
         documents, total = [], 0
-        for name, paths in folders.items():
+        for name, paths in sorted(folders.items()):
             content = self._folder_text(paths)
             if content and total + len(content) <= self.max_bytes:
                 documents.append(Document(name, content))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pithwood.bench.breakdown import stages
-from pithwood.bench.cases import Case, Shape, check_case, dense_cases, work_of
+from pithwood.bench.cases import KEY_COLUMNS, Case, Shape, check_case, dense_cases, work_of
 from pithwood.bench.implementations import DENSE, MEAN_DTYPE, MOBA, forced_impl, implementation, misfit, route
 from pithwood.bench.inputs import Inputs, random_inputs
 from pithwood.bench.reference import masked_attention, selection_errors
@@ -47,7 +47,7 @@ class Bench:
     options: Options
     tell: Callable[[str], None]
     make_inputs: Callable[[Shape], Inputs]
-    save: Callable[[list[Row]], None] = lambda rows: None
+    save: Callable[[list[Row]], object] = lambda rows: None
     """Called with all rows so far after each one: a benchmark that is cut off loses only the row it was at."""
     timer: Timer = field(init=False)
     started: float = field(default_factory=time.monotonic)
@@ -225,6 +225,36 @@ def peak_rows(peaks: Peaks, dtype: torch.dtype) -> list[Row]:
     return [{**row, "status": MEASURED, "commit": COMMIT} for row in (matmul, copy)]
 
 
+def beside_dense(rows: list[Row]) -> list[Row]:
+    """The rows, those of MoBA with how they compare with the fastest dense row of the same shape and pass, if there is.
+
+    over_dense         median time / that of the dense row `dense_impl`
+    memory_over_dense  peak memory / that row's
+    length_over_kb     longest document / (block size x top k): dense attention is exact up to 1
+    """
+    dense: dict[str, Row] = {}
+    for row in rows:
+        if row["op"] == "dense" and measured(row):
+            key = _same_inputs(row)
+            if key not in dense or row["median_ms"] < dense[key]["median_ms"]:
+                dense[key] = row
+    result = []
+    for row in rows:
+        if row["op"] == "moba":
+            row = {**row, "length_over_kb": row["length"] / (row["block_size"] * row["top_k"])}
+            best = dense.get(_same_inputs(row))
+            if best is not None and measured(row):
+                ratio = row["median_ms"] / best["median_ms"]
+                memory = row["peak_gb"] / best["peak_gb"] if row.get("peak_gb") and best.get("peak_gb") else None
+                row |= {"dense_impl": best["impl"], "over_dense": ratio, "memory_over_dense": memory}
+        result.append(row)
+    return result
+
+
+def _same_inputs(row: Row) -> str:
+    return str([row.get(column) for column in KEY_COLUMNS if column not in ("op", "impl", "block_size", "top_k")])
+
+
 def measured(row: Row) -> bool:
     """True for a row with numbers."""
     return row.get("status") == MEASURED
@@ -240,9 +270,12 @@ def line_of(row: Row) -> str:
     if not measured(row):
         return f"{head} {row['status']}"
     memory = "" if row["peak_gb"] is None else f" {row['peak_gb']:7.2f} GB"
+    dense = f" {row['over_dense']:6.2f} x {row['dense_impl']}" if "over_dense" in row else ""
+    if row.get("memory_over_dense"):
+        dense += f", memory {row['memory_over_dense']:.2f} x"
     return (
         f"{head} {row['median_ms']:10.3f} ms (iqr {row['spread']:.3f}) {row['tflops']:7.3g} TFLOP/s "
-        f"{row['over_floor']:6.1f} x floor{memory}"
+        f"{row['over_floor']:6.1f} x floor{memory}{dense}"
     )
 
 

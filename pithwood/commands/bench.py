@@ -125,13 +125,16 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     commands = [*old.get("command", "").split(" && "), args.command_line]
     command = " && ".join(dict.fromkeys(filter(None, commands)))
 
-    def save(rows: list[dict[str, Any]]) -> None:
-        merged = merge_rows(old.get("rows", []), rows, row_key, attention.measured)
+    def save(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        both = merge_rows(old.get("rows", []), rows, row_key, attention.measured)
+        merged = attention.beside_dense(both)
         write_results("attention", merged, folder, command)
+        return merged
 
-    rows = attention.Bench(device, options, tell, make_inputs, save).run(cases)
-    merged = merge_rows(old.get("rows", []), rows, row_key, attention.measured)
-    path = write_results("attention", merged, folder, command)
+    new = attention.Bench(device, options, tell, make_inputs, save).run(cases)
+    merged, path = save(new), folder / "attention.json"
+    keys = {row_key(row) for row in new}
+    rows = [row for row in merged if row_key(row) in keys]
     picture = folder / "attention.png"
     drawn = plot_attention(merged, picture)
     bad = [row for row in rows if row["impl"].startswith("pithwood") and row["status"].startswith("fail")]

@@ -14,7 +14,7 @@ from pithwood.bench import attention
 from pithwood.bench.attention import Bench, Options, check, measured, relative_error
 from pithwood.bench.cases import Case, Shape, dense_cases, grid, preset, row_key
 from pithwood.bench.implementations import flex_attention_of, moba, route
-from pithwood.bench.inputs import random_inputs
+from pithwood.bench.inputs import TrainedRun, load_qkv, random_inputs, save_qkv
 from pithwood.bench.plot import plot_attention
 from pithwood.bench.reference import masked_attention, selection_errors
 from pithwood.bench.results import merge_rows, read_results, write_results
@@ -225,6 +225,62 @@ def test_the_picture_shows_every_shape_and_pass(tmp_path: Path):
     skipped = [{**row, "status": "out of memory"} for row in rows]
     assert not plot_attention(skipped, tmp_path / "b.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.quick
+def test_rows_stand_beside_the_fastest_dense_attention_of_the_same_shape():
+    cases = [c for c in preset("issue") if c.shape.length <= 32768]
+    rows = [{**row, "peak_gb": 2.0 if row["op"] == "moba" else 1.6} for row in made_rows(cases)]
+    fast = next(row for row in rows if row["impl"] == "cudnn" and row["length"] == 8192 and row["pass"] == "fwd")
+    fast["median_ms"] = 1e-3
+    beside = [row for row in attention.beside_dense(rows) if row["op"] == "moba" and row["impl"] == "pithwood"]
+    assert len(beside) == len(cases)
+    for row in beside:
+        dense = [r for r in rows if r["op"] == "dense" and all(r[c] == row[c] for c in ("length", "pass"))]
+        best = min(dense, key=lambda r: r["median_ms"])
+        assert row["dense_impl"] == best["impl"]
+        assert row["over_dense"] == pytest.approx(row["median_ms"] / best["median_ms"])
+        assert row["memory_over_dense"] == pytest.approx(1.25)
+        assert row["length_over_kb"] == row["length"] / (row["block_size"] * row["top_k"])
+    only_moba = [row for row in rows if row["op"] == "moba"]
+    assert not any("over_dense" in row for row in attention.beside_dense(only_moba))
+
+
+@pytest.mark.quick
+def test_cheap_shapes_come_first_and_every_row_is_saved(monkeypatch):
+    saved: list[int] = []
+    cases = grid({"length": [96, 32], "heads": [2], "head_dim": [16], "dtype": ["fp32"], "blocks": [(16, 2)]})
+    bench = Bench(
+        CPU, Options(("pithwood", "sdpa"), budget_s=60), lambda line: None, lambda shape: random_inputs(shape, CPU),
+        lambda rows: saved.append(len(rows)),
+    )  # fmt: skip
+    rows = bench.run(cases)
+    assert [row["length"] for row in rows[2:]] == [32] * 4 + [96] * 4
+    assert saved == list(range(3, 11))  # after the two peaks
+
+
+def test_saved_queries_and_keys_are_measured_at_the_lengths_asked_for(tmp_path: Path, capsys):
+    from types import SimpleNamespace
+    from typing import Any, cast
+
+    q, k, v = (torch.randn(150, heads, 16).bfloat16() for heads in (4, 2, 2))
+    batch: Any = SimpleNamespace(packing=Packing.from_lengths([10, 100, 40]))
+    trained = TrainedRun("run@7", cast(Any, None), cast(Any, None), batch, torch.float32)
+    path = save_qkv(tmp_path / "qkv.npz", trained, 3, (q, k, v))
+    found = load_qkv(path)
+    assert (found.source, found.layer) == ("run@7", 3)
+    assert torch.equal(found.q, q[10:110])
+    inputs = found.inputs(found.shape(64, 2), CPU)
+    assert torch.equal(inputs.v, v[10:74].repeat(2, 1, 1))
+    words = ["bench", "attention", "--trained", str(path), "--blocks", "16x2", "--dtype", "fp32", "--json"]
+    assert main([*words, "--length", "64,100", "--pass", "fwd", "--out", str(tmp_path)]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"][2:]
+    assert [(row["length"], row["op"], row["layer"], row["source"]) for row in rows] == [
+        (n, op, 3, "run@7") for n in (64, 100) for op in ("moba", "dense")
+    ]
+    assert rows[0]["over_dense"] == pytest.approx(rows[0]["median_ms"] / rows[1]["median_ms"])
+    assert main([*words, "--length", "101", "--out", str(tmp_path)]) == 2
+    assert "--length 101 is more than the 100 tokens" in capsys.readouterr().err
 
 
 TINY = ["--documents", "70,1,90", "--heads", "2", "--head-dim", "16", "--dtype", "fp32", "--blocks", "16x2"]
