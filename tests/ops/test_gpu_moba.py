@@ -450,7 +450,7 @@ def test_a_million_tokens_with_routing():
 
 
 def _check_sums(found: dict[str, Tensor], grad_o: Tensor) -> None:
-    """Each query's weights sum to 1, so dv sums to the sum of grad_o: a few queries lost or counted twice would show."""
+    """Each query's weights sum to 1, so dv sums to what grad_o sums to: a few queries lost or doubled would show."""
     assert all(torch.isfinite(value).all() for value in found.values())
     error = (found["dv"].double().sum((0, 1)) - grad_o.double().sum((0, 1))).norm()
     # bf16 rounds every weight and every dv by up to 2^-9 of it, independently; a lost query adds about 1 to each column
