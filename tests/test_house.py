@@ -38,7 +38,7 @@ LAYERS: tuple[set[str], ...] = (
     {"run_folder", "recipes"},
     {"generate"},
     {"finish"},
-    {"train"},
+    {"train", "bench"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -27,6 +27,9 @@ HOPPER_PEAK_FLOPS = 989e12
 HOPPER_MEASURED_FLOPS = 790e12
 """Best 8192-cubed bf16 matmul measured on an H200; a second denominator for MFU."""
 
+HOPPER_COPY_BYTES = 4.27e12
+"""Bytes per second, read and written, of a large copy measured on an H200."""
+
 
 def selection_stats(ids_TSk: Tensor, packing: Packing, block_size: int) -> dict[str, Tensor]:
     """How queries spread their block choices: own share, entropy, union per 128 rows.
@@ -96,13 +99,25 @@ def _past_entropy(ids_TSk: Tensor, past_TSk: Tensor, packing: Packing, block_siz
 
 
 def _tile_union(ids_TSk: Tensor, past_TSk: Tensor, packing: Packing, block_size: int) -> Tensor:
-    _, sets, k = ids_TSk.shape
+    k = ids_TSk.shape[2]
     if k < 2:
         return torch.full((), math.nan, device=ids_TSk.device)
-    tile_T = packing.row_of_query(UNION_ROWS)
-    num_tiles = packing.num_rows_bound(UNION_ROWS)
+    union_RS, measured_RS = tile_unions(ids_TSk, past_TSk, packing, block_size, UNION_ROWS)
+    return union_RS.where(measured_RS, 0).sum() / ((k - 1) * measured_RS.sum())
+
+
+def tile_unions(
+    ids_TSk: Tensor, past_TSk: Tensor, packing: Packing, block_size: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """([R, S] int64 distinct past blocks of each tile of `rows` queries, [R, S] bool whether it can be measured).
+
+    A tile can be measured if it has `rows` queries that all chose k - 1 past blocks; past_TSk marks these in ids_TSk.
+    """
+    _, sets, k = ids_TSk.shape
+    tile_T = packing.row_of_query(rows)
+    num_tiles = packing.num_rows_bound(rows)
     full_TS = (past_TSk.sum(-1) == k - 1).long()
-    measured_RS = full_TS.new_zeros(num_tiles, sets).index_add_(0, tile_T, full_TS) == UNION_ROWS
+    measured_RS = full_TS.new_zeros(num_tiles, sets).index_add_(0, tile_T, full_TS) == rows
 
     # Distinct (tile, set, block) triples: sort their numbers and count where the number changes. A bitmap of tiles x
     # blocks would be quadratic in the length, and torch.unique would synchronise.
@@ -113,8 +128,7 @@ def _tile_union(ids_TSk: Tensor, past_TSk: Tensor, packing: Packing, block_size:
     is_new = torch.ones_like(number)
     is_new[1:] = (number[1:] != number[:-1]).long()
     union = number.new_zeros(num_tiles * sets + 1).scatter_add_(0, number // blocks, is_new)
-    union_RS = union[:-1].view(num_tiles, sets)
-    return union_RS.where(measured_RS, 0).sum() / ((k - 1) * measured_RS.sum())
+    return union[:-1].view(num_tiles, sets), measured_RS
 
 
 def block_fields(decisions: Mapping[str, Any], packing: Packing) -> dict[str, Tensor]:

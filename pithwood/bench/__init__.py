@@ -1,0 +1,1 @@
+"""Benchmarks that the command line runs, and the results files that all benchmarks write."""

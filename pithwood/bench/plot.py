@@ -1,0 +1,106 @@
+"""Pictures of benchmark results: time against length."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pithwood.bench.attention import measured
+from pithwood.bench.cases import PASSES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MOBA = ("#d1495b", "#2f6db3", "#2a9d6f", "#8e5bb5", "#c98a1b")
+_DENSE = {"fa4": "#111827", "cudnn": "#4b5563", "flash": "#9ca3af", "varlen": "#6b7280", "sdpa": "#4b5563"}
+_INK = "#1f2937"
+
+
+def plot_attention(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Draw median time against length, both logarithmic; one panel per shape of heads and pass; False if no row fits.
+
+    rows    of attention.json; what was not measured and packed documents of mixed lengths are left out
+    path    PNG file, replaced atomically
+
+    MoBA is drawn per (block size, top k) in colours, FlexAttention dotted, dense attention in greys.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = [row for row in rows if measured(row) and row["op"] in ("moba", "dense") and row["lengths"] is None]
+    shapes = list(dict.fromkeys(_shape(row) for row in drawn))
+    passes = [p for p in PASSES if any(row["pass"] == p for row in drawn)]
+    if not drawn:
+        return False
+    blocks = sorted({(row["block_size"], row["top_k"]) for row in drawn if row["op"] == "moba"})
+    colours = {block: _MOBA[i % len(_MOBA)] for i, block in enumerate(blocks)}
+    size = (5.6 * len(passes) + 0.6, 4.4 * len(shapes))
+    fig = Figure(figsize=size, layout="constrained", dpi=130)
+    axes = fig.subplots(len(shapes), len(passes), squeeze=False)
+    for i, shape in enumerate(shapes):
+        for j, pass_ in enumerate(passes):
+            here = [row for row in drawn if _shape(row) == shape and row["pass"] == pass_]
+            _panel(axes[i][j], here, colours)
+            what = "forward + backward" if pass_ == "fwd+bwd" else "forward"
+            axes[i][j].set_title(f"{what}\n{_title(shape)}", loc="left", fontsize=9.5, color=_INK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    fig.savefig(temporary, format="png")
+    os.replace(temporary, path)
+    return True
+
+
+def _shape(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[c] for c in ("heads", "kv_heads", "head_dim", "dtype", "inputs"))
+
+
+def _title(shape: tuple[Any, ...]) -> str:
+    heads, kv_heads, dim, dtype, inputs = shape
+    return f"{heads} query and {kv_heads} KV heads of {dim}, {dtype}, {inputs} inputs"
+
+
+def _panel(ax: Axes, rows: list[dict[str, Any]], colours: dict[tuple[int, int], str]) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    lines: dict[tuple[str, int | None, int | None], list[tuple[int, int, float]]] = {}
+    for row in rows:
+        name = (row["impl"], row["block_size"], row["top_k"])
+        lines.setdefault(name, []).append((row["length"], row["sequences"], row["median_ms"]))
+    for (impl, block, k), points in sorted(lines.items(), key=lambda item: -max(ms for *_, ms in item[1])):
+        points.sort()
+        moba = block is not None and k is not None
+        label = impl if not moba else f"{'MoBA' if impl == 'pithwood' else impl} ({block}, {k})"
+        colour = colours[block, k] if block is not None and k is not None else _DENSE.get(impl, "#6b7280")
+        style = ":" if impl == "flex" else "-" if moba else "--"
+        ax.plot(
+            [length for length, _, _ in points], [ms for *_, ms in points], style, label=label, color=colour,
+            marker="o" if moba else "s", markersize=5 if moba else 3.5, linewidth=1.8 if moba else 1.2,
+        )  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    lengths = sorted({row["length"] for row in rows})
+    ax.set_xticks(lengths, [_tokens(length) for length in lengths])
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    times = [ms for points in lines.values() for *_, ms in points]
+    if times:
+        # whole decades, so that at least two of them are labelled
+        ax.set_ylim(10 ** math.floor(math.log10(min(times))), 10 ** math.ceil(math.log10(max(times) * 1.05)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    sequences = sorted({row["sequences"] for row in rows})
+    docs = f"{sequences[0]}" if len(sequences) == 1 else f"{sequences[0]} to {sequences[-1]}"
+    ax.set_xlabel(f"tokens per sequence ({docs} sequence{'s' if docs != '1' else ''})")
+    ax.set_ylabel("median ms")
+    ax.grid(which="major", color="#e5e7eb", linewidth=0.8)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    if lines:
+        ax.legend(fontsize=8, frameon=False)
+
+
+def _tokens(length: int) -> str:
+    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
+        if length >= unit:
+            return f"{length / unit:g}{name}"
+    return str(length)
