@@ -24,7 +24,7 @@ class Packing:
     queries are the last Lq positions (decode, chunked prefill); with Lk < Lq the first Lq - Lk queries see nothing.
     Documents of zero length are legal anywhere. Nothing here reads the offsets on the host: sizes come from tensor
     shapes and from the bounds `max_q`, `max_k`. Ops in plain torch may read them, and then wait for the device; kernels
-    must not. Outside CUDA graphs the tensors never change once the packing is made: what is derived from them is remembered.
+    must not. Outside CUDA graphs the tensors never change once the packing is made; what derives from them is kept.
     """
 
     cu_q: Tensor
