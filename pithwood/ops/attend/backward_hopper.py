@@ -64,41 +64,36 @@ def _gather(
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [WARPS, 1], [1, 0])
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     ROW_SLOTS: gl.constexpr = row_ring.shape[0]
-    # A tile is announced when the next LAG tiles have been asked for. With one more the multiplying warps would wait
-    # for a tile that is asked for only when they are done with the one before.
-    LAG: gl.constexpr = STAGES - 2
     dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, LAYOUT)), 0)
     # Row numbers are read a tile ahead, log-sums when the tile before is on its way.
     q_row = _rows_of_tile(0, work, entry_P, RATIO, SLOTS, BLOCK, ROWS, LINE)
     lse2, d = _sums_of_rows(lse, delta, q_row, stride_lt, RATIO)
-    for tile in range(num_tiles + LAG):
-        if tile < num_tiles:
-            slot = tile % STAGES
-            next_row = _rows_of_tile(tile + 1, work, entry_P, RATIO, SLOTS, BLOCK, ROWS, LINE)
-            mbarrier.wait(empty.index(slot), (tile // STAGES & 1) ^ 1)
-            rows = row_ring.index(tile % ROW_SLOTS)
-            rows.store(q_row)
-            lse_ring.index(slot).store(lse2)
-            delta_ring.index(slot).store(d)
-            for piece in gl.static_range(ROWS // PIECE):
-                row = rows.slice(piece * PIECE, PIECE).load(gl.SliceLayout(1, LAYOUT))
-                mask = gl.expand_dims(row >= 0, 1)
-                t = (row // RATIO).to(gl.int64)
-                head = row % RATIO
-                q_at = q + (gl.expand_dims(t * stride_qt + head * stride_qh, 1) + dim)
-                do_at = do + (gl.expand_dims(t * stride_dt + head * stride_dh, 1) + dim)
-                q_part = q_ring.index(slot).slice(piece * PIECE, PIECE)
-                do_part = do_ring.index(slot).slice(piece * PIECE, PIECE)
-                async_copy.async_copy_global_to_shared(q_part, q_at, mask=mask)
-                async_copy.async_copy_global_to_shared(do_part, do_at, mask=mask)
-            q_row = next_row
-            lse2, d = _sums_of_rows(lse, delta, q_row, stride_lt, RATIO)
+    for tile in range(num_tiles):
+        slot = tile % STAGES
+        next_row = _rows_of_tile(tile + 1, work, entry_P, RATIO, SLOTS, BLOCK, ROWS, LINE)
+        mbarrier.wait(empty.index(slot), (tile // STAGES & 1) ^ 1)
+        rows = row_ring.index(tile % ROW_SLOTS)
+        rows.store(q_row)
+        lse_ring.index(slot).store(lse2)
+        delta_ring.index(slot).store(d)
+        for piece in gl.static_range(ROWS // PIECE):
+            row = rows.slice(piece * PIECE, PIECE).load(gl.SliceLayout(1, LAYOUT))
+            mask = gl.expand_dims(row >= 0, 1)
+            t = (row // RATIO).to(gl.int64)
+            head = row % RATIO
+            q_at = q + (gl.expand_dims(t * stride_qt + head * stride_qh, 1) + dim)
+            do_at = do + (gl.expand_dims(t * stride_dt + head * stride_dh, 1) + dim)
+            q_part = q_ring.index(slot).slice(piece * PIECE, PIECE)
+            do_part = do_ring.index(slot).slice(piece * PIECE, PIECE)
+            async_copy.async_copy_global_to_shared(q_part, q_at, mask=mask)
+            async_copy.async_copy_global_to_shared(do_part, do_at, mask=mask)
+        q_row = next_row
+        lse2, d = _sums_of_rows(lse, delta, q_row, stride_lt, RATIO)
         async_copy.commit_group()
-        async_copy.wait_group(LAG)
-        if tile >= LAG:
-            fence_async_shared()
-            gl.thread_barrier()
-            mbarrier.arrive(full.index((tile - LAG) % STAGES), count=1)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(full.index(slot), count=1)
 
 
 @gluon.jit
