@@ -15,6 +15,7 @@ from pithwood.ops.select.means import rounded_means, routing_queries
 from pithwood.ops.select.ref import select_ref
 from pithwood.ops.select.scores import scores_at
 from pithwood.ops.select.topk import select_topk
+from pithwood.ops.triton_support import triton_misfit
 
 __all__ = ["scores_at", "select"]
 
@@ -46,9 +47,11 @@ def select(
     mean_dtype  "input" | "fp32" | "centered"   round the means to the key dtype; keep them; or subtract the mean of the
                                         document's block 0 first and then round. The subtracted vector is common to all
                                         blocks of a document, so exact ranking is invariant and rounding hurts less
-    impl        "ref" | "torch"         None: "torch"
+    impl        "ref" | "torch" | "triton"   None: "triton" where it fits on CUDA (fp32, fp16 and bf16, K <= 256, top_k
+                                        <= 64), "torch" elsewhere
     returns     Selection               ids [T_q, S, top_k], unit = block_size, row_size = 1
-    raises      ValueError on unknown switches, top_k < 1, H % G, shapes that do not fit the packing
+    raises      ValueError on unknown switches, top_k < 1, H % G, shapes that do not fit the packing, "triton" where it
+                                        does not fit
 
     Causal: candidates are the blocks strictly before the query's own, which are complete. Otherwise all blocks of the
     document are. With more keys than queries the own block is that of the query's key position; queries before the
@@ -57,7 +60,7 @@ def select(
     breaks ties. Lu et al. 2025, "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv 2502.13189, section
     2.2.
     """
-    check_impl(impl, ("ref", "torch"))
+    check_impl(impl, ("ref", "torch", "triton"))
     forced = ("own" if packing.causal else "none") if forced is None else forced
     check_choice("forced", forced, ("own", "none"))
     check_choice("tie", tie, ("later", "earlier"))
@@ -70,9 +73,36 @@ def select(
     check_heads(q_THK.shape[1], s_UGK.shape[1])
     if q_THK.shape[2] != s_UGK.shape[2]:
         raise ValueError(f"q has head dim {q_THK.shape[2]} but the summaries have {s_UGK.shape[2]}; they must agree")
+    own = forced == "own"
+    misfit = triton_misfit(q_THK, s_UGK) or select_misfit(q_THK.shape[2], top_k)
+    if impl == "triton" and misfit:
+        raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='torch'")
+    if impl == "triton" or (impl is None and not misfit and q_THK.is_cuda):
+        from pithwood.ops.select.triton import select_blocks
+
+        ids_TSk, count_TS = select_blocks(
+            q_THK,
+            s_UGK,
+            packing.cu_q,
+            packing.cu_k,
+            packing.causal,
+            top_k,
+            block_size,
+            own,
+            tie,
+            route_per == "kv_group",
+            mean_dtype,
+        )
+        return Selection(ids_TSk, count_TS, block_size, 1, own)
     means = rounded_means(s_UGK, packing, block_size, mean_dtype, q_THK.dtype)
     queries = routing_queries(q_THK, s_UGK.shape[1], route_per)
     run = select_ref if impl == "ref" else select_topk
-    own = forced == "own"
     ids_TSk = run(queries, means, packing, top_k, block_size, own, tie)
     return Selection(ids_TSk, (ids_TSk >= 0).sum(-1, dtype=torch.int32), block_size, 1, own)
+
+
+def select_misfit(head_dim: int, top_k: int) -> str | None:
+    """Why the kernel cannot take these sizes, or None if it can: it keeps a row's list in registers."""
+    if head_dim > 256:
+        return f"the kernel takes head dims up to 256, got {head_dim}"
+    return f"the kernel takes top_k up to 64, got {top_k}" if top_k > 64 else None

@@ -1,0 +1,101 @@
+"""Block summaries on a GPU: one program adds up the keys of one block and KV head in fp32.
+
+Every key is read once, in rows of K contiguous elements, so the kernel runs at the speed of memory. Programs are
+ordered with the heads fastest: the programs that run together read neighbouring addresses.
+
+Legend: T packed tokens, N documents, U units (blocks), G KV heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pithwood.ops.offsets_triton import block_offsets, doc_of_row
+from pithwood.ops.packing import Packing
+
+TILE_ELEMENTS = 8192
+"""Most elements of k that a program loads at a time: 16 KiB of bf16, 64 of them a thread in four warps."""
+MEAN_WARPS = 4
+
+
+def summarise_triton(k_TGK: Tensor, packing: Packing, block_size: int) -> Tensor:
+    """As summarise_ref, for fp32, fp16 and bf16 keys. A block's digits do not depend on what it is packed with."""
+    num_units = packing.num_units_bound(k_TGK.shape[0], block_size)
+    return torch.ops.pithwood.summarise_mean(k_TGK, packing.cu_k, block_size, num_units)
+
+
+@torch.library.custom_op("pithwood::summarise_mean", mutates_args=())
+def summarise_mean(k_TGK: Tensor, cu_k: Tensor, block_size: int, num_units: int) -> Tensor:
+    """[num_units, G, K] fp32 block means; rows beyond the last block are zero. One launch more counts the blocks."""
+    _, num_kv_heads, dim = k_TGK.shape
+    s_UGK = torch.empty(num_units, num_kv_heads, dim, dtype=torch.float32, device=k_TGK.device)
+    if s_UGK.numel() == 0:
+        return s_UGK
+    offsets_N = block_offsets(cu_k, block_size)
+    padded_dim = triton.next_power_of_2(dim)
+    rows = min(triton.next_power_of_2(block_size), max(TILE_ELEMENTS // padded_dim, 1))
+    _summarise_mean[(num_units * num_kv_heads,)](
+        k_TGK,
+        s_UGK,
+        cu_k,
+        offsets_N,
+        cu_k.shape[0] - 1,
+        num_kv_heads,
+        block_size,
+        k_TGK.stride(0),
+        k_TGK.stride(1),
+        k_TGK.stride(2),
+        DIM=dim,
+        PADDED_DIM=padded_dim,
+        ROWS=rows,
+        num_warps=MEAN_WARPS,
+    )
+    return s_UGK
+
+
+@summarise_mean.register_fake
+def _(k_TGK: Tensor, cu_k: Tensor, block_size: int, num_units: int) -> Tensor:
+    return k_TGK.new_empty(num_units, *k_TGK.shape[1:], dtype=torch.float32)
+
+
+@triton.jit
+def _summarise_mean(
+    k_ptr,
+    s_ptr,
+    cu_ptr,
+    offsets_ptr,
+    num_docs,
+    num_kv_heads,
+    block_size,
+    stride_t,
+    stride_g,
+    stride_k,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    unit = tl.program_id(0) // num_kv_heads
+    head = tl.program_id(0) % num_kv_heads
+    doc = doc_of_row(offsets_ptr, num_docs, unit)
+    begin = tl.load(cu_ptr + doc)
+    inside = (unit - tl.load(offsets_ptr + doc)).to(tl.int64) * block_size
+    # Beyond the last block there is nothing to add: its start lies past the document's end.
+    left = tl.load(cu_ptr + doc + 1) - begin - inside
+    length = tl.minimum(tl.maximum(left, 0), block_size).to(tl.int32)
+
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, PADDED_DIM)
+    base = k_ptr + (begin + inside) * stride_t + head.to(tl.int64) * stride_g
+    total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    for first in range(0, length, ROWS):
+        at_row = (first + row)[:, None]
+        real = (at_row < length) & (dim < DIM)[None, :]
+        at = base + at_row.to(tl.int64) * stride_t + dim[None, :].to(tl.int64) * stride_k
+        k = tl.load(at, mask=real, other=0.0)  # [ROWS, PADDED_DIM]
+        total += k.to(tl.float32)
+    mean = tl.sum(total, 0) / tl.maximum(length, 1).to(tl.float32)
+    to = s_ptr + tl.program_id(0).to(tl.int64) * DIM
+    tl.store(to + dim, mean, mask=dim < DIM)
