@@ -131,7 +131,7 @@ def test_bad_arguments_are_refused_with_what_is_allowed():
         ),
         ({"top_k": 0}, "top_k=0"),
         ({"block_size": 0}, "block_size=0"),
-        ({"impl": "triton"}, "'ref', 'torch'"),
+        ({"impl": "cuda"}, "'ref', 'torch', 'triton'"),
         ({"tie": "none"}, "'later', 'earlier'"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -7,6 +7,7 @@ V value head dim.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -51,15 +52,15 @@ def moba_attention(
     causal          False: all blocks of the document are candidates and the own block is not forced
     softmax_scale   None: K ** -0.5
     return_lse      also return the log-sum [.., T_q, H] in fp32
-    deterministic   accepted for kernels that have a faster way; plain torch always repeats bit for bit
-    impl            "ref" | "torch"; None: "torch"
+    deterministic   the backward repeats bit for bit; True is slower with "triton", the others always do
+    impl            "ref" | "torch" | "triton"; None: for each step "triton" where it fits on CUDA, "torch" elsewhere
     returns         o shaped like q with V in place of K, or (o, lse)
     raises          ValueError on shapes, offsets or switches that do not fit
 
     Gradients flow to q, k, v through the selected blocks only; the choice itself has none.
     Lu et al. 2025, "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv 2502.13189.
     """
-    check_impl(impl, ("ref", "torch"))
+    check_impl(impl, ("ref", "torch", "triton"))
     check_positive("top_k", top_k)
     batch_shape = q.shape[:-2]
     if q.dim() == 4:
@@ -67,12 +68,8 @@ def moba_attention(
             raise ValueError("cu_seqlens goes with packed 3-D inputs [T, H, K]; drop it or pack the batch")
         if k.dim() != 4 or v.dim() != 4 or not q.shape[0] == k.shape[0] == v.shape[0]:
             raise ValueError(f"q, k, v must share the batch, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-        packing = Packing.from_lengths(
-            [q.shape[1]] * q.shape[0],
-            None if k.shape[1] == q.shape[1] else [k.shape[1]] * q.shape[0],
-            causal=causal,
-            device=q.device,
-        )
+        keys = None if k.shape[1] == q.shape[1] else k.shape[1]
+        packing = _uniform_packing(q.shape[0], q.shape[1], keys, causal, q.device, torch.is_inference_mode_enabled())
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     elif q.dim() == 3 and k.dim() == 3 and v.dim() == 3:
         packing = _packing(q, k, cu_seqlens, cu_seqlens_k, causal)
@@ -94,9 +91,19 @@ def moba_attention(
         mean_dtype=mean_dtype,
         impl=impl,
     )
-    o, lse = attend(q, k, v, packing, selection, softmax_scale, impl=impl)
+    o, lse = attend(q, k, v, packing, selection, softmax_scale, deterministic=deterministic, impl=impl)
     o, lse = o.view(*batch_shape, *o.shape[1:]), lse.view(*batch_shape, lse.shape[1])
     return (o, lse) if return_lse else o
+
+
+@lru_cache(maxsize=4)
+def _uniform_packing(
+    batch: int, length: int, key_length: int | None, causal: bool, device: torch.device, inference: bool
+) -> Packing:
+    """The packing of a batch of equal sequences, kept for calls of the same shape (apart by inference mode, whose
+    tensors cannot be saved for a backward pass)."""
+    keys = None if key_length is None else [key_length] * batch
+    return Packing.from_lengths([length] * batch, keys, causal=causal, device=device)
 
 
 def _packing(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool) -> Packing:
