@@ -56,8 +56,9 @@ def apply_overrides(run: T, overrides: Iterable[str], types: Iterable[type] = ()
     Paths go through fields, tuple indices (`attention.0.block_size=64`, `*` for all entries) and dict keys. Values are
     read by the field's annotation: 4096, 4_096 or 1e6 for an int, true or false, none, bare text for a string, `1,2,3`
     or JSON for a tuple, a class name or JSON with a "type" key for a dataclass (which replaces it whole; its other
-    fields take that class's defaults). A dataclass is validated after all overrides below it; of two for one path the
-    later wins.
+    fields take that class's defaults, or the values of overrides that follow). A class with a `from_text` method reads
+    any other text itself: `data.source=notes` is a folder. A dataclass is validated after all overrides below it; of
+    two for one path the later wins.
 
     raises  ValueError in the words of the config: the path, what was given, what is allowed, the nearest known key
     """
@@ -407,8 +408,10 @@ def _rebuild(value: Any, hint: Any, edits: list[_Edit], path: str, types: tuple[
     """`value` with the edits applied in their order, dataclasses constructed anew from the leaves up."""
     whole = [i for i, (parts, _) in enumerate(edits) if not parts]
     if whole:
-        value = _from_text(edits[whole[-1]][1], hint, path, types)
-        edits = edits[whole[-1] + 1 :]
+        text, edits = edits[whole[-1]][1], edits[whole[-1] + 1 :]
+        value = _class_with_fields(text, hint, edits, path, types)
+        if value is None:
+            value = _from_text(text, hint, path, types)
     keys = [parts[0] for parts, _ in edits]
 
     def child(item: Any, item_hint: Any, key: object, *names: str) -> Any:
@@ -445,6 +448,28 @@ def _rebuild(value: Any, hint: Any, edits: list[_Edit], path: str, types: tuple[
     return value
 
 
+def _class_with_fields(text: str, hint: Any, edits: list[_Edit], path: str, types: tuple[type, ...]) -> Any:
+    """The class that a bare name chooses, its required fields taken from the edits below it; None for other texts.
+
+    It is not yet validated: the edits of its other fields come first.
+    """
+    classes = tuple(member for member in union_members(hint) if is_config_class(member))
+    if not classes or not edits or not re.fullmatch(r"[A-Za-z_][\w.]*", text):
+        return None
+    if any(_is_short_text(text, member, types) for member in classes):
+        return None
+    cls = _class_called(text, classes, path, types)
+    values = {}
+    for field in dataclasses.fields(cls):
+        texts = [value for parts, value in edits if parts == [field.name]]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and texts:
+            values[field.name] = _from_text(texts[-1], field_hints(cls)[field.name], join_path(path, field.name), types)
+        elif required:
+            return None
+    return cls(**values)
+
+
 def _from_text(text: str, hint: Any, path: str, types: tuple[type, ...]) -> Any:
     """The value that an override's text stands for, read by the field's annotation."""
     members = union_members(hint)
@@ -468,6 +493,8 @@ def _from_text(text: str, hint: Any, path: str, types: tuple[type, ...]) -> Any:
                 ]
                 return items if origin is list else tuple(items)
         elif origin in (tuple, list, dict) or member in classes or member is Any:
+            if member in classes and _is_short_text(text, member, types):
+                return member.from_text(text)
             if member in classes and re.fullmatch(r"[A-Za-z_][\w.]*", text) and str not in members:
                 return _decode_class({"type": text}, classes, path, types)
             try:
@@ -479,6 +506,11 @@ def _from_text(text: str, hint: Any, path: str, types: tuple[type, ...]) -> Any:
             if _fits(data, member):
                 return _decode(data, hint, path, types)
     raise refusal
+
+
+def _is_short_text(text: str, cls: Any, types: tuple[type, ...]) -> bool:
+    """Whether a text is one that the class reads by a `from_text` of its own: no JSON, nor the name of a class."""
+    return hasattr(cls, "from_text") and not text.lstrip().startswith("{") and text not in class_names((cls,), types)
 
 
 _NO_VALUE = object()

@@ -13,7 +13,6 @@ import torch
 
 from pithwood.data.batches import Batch, sequential_batches
 from pithwood.data.corpus import Corpus
-from pithwood.data.tokenizer import END_OF_TEXT_ID
 from pithwood.evaluate.loss import evaluate_loss
 from pithwood.generate.sample import generate
 from pithwood.models.qwen3_moe import Qwen3MoE
@@ -104,7 +103,7 @@ def _samples(run: Run, model: Qwen3MoE, corpus: Corpus) -> str:
         return ""
     tokenizer = corpus.tokenizer
     # every document of the corpus begins with the end-of-text token, so a prompt does too
-    prompts = [[END_OF_TEXT_ID, *tokenizer.encode(prompt)] for prompt in run.sample_prompts]
+    prompts = [[tokenizer.end_of_text_id, *tokenizer.encode(prompt)] for prompt in run.sample_prompts]
     continued = generate(
         model,
         prompts,
@@ -112,7 +111,7 @@ def _samples(run: Run, model: Qwen3MoE, corpus: Corpus) -> str:
         temperature=0.7,
         top_p=0.95,
         seed=run.seed,
-        eos_id=END_OF_TEXT_ID,
+        eos_id=tokenizer.end_of_text_id,
         num_tokens=tokenizer.vocab_size,
     )
     parts = [

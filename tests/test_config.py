@@ -67,6 +67,22 @@ class Adam:
     warm: Warm = field(default_factory=lambda: Warm(10))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Read from a short text of its own."""
+
+    city: str
+    street: str = "none"
+
+    @classmethod
+    def from_text(cls, text: str) -> Place:
+        return Place(*text.split("/"))
+
+    def validate(self) -> None:
+        if not self.city:
+            raise ValueError("city is empty")
+
+
 @dataclass
 class Tree:
     """A small run."""
@@ -90,6 +106,7 @@ class Tree:
     extra: Any = None
     heads: int = 4
     groups: int = 2
+    place: Place | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.groups:
@@ -212,6 +229,23 @@ def test_replacing_a_class_and_setting_its_fields_go_together():
     new = over(f"optim={HERE}.Adam", "optim.lr=0.25", "optim.warm.steps=7", "optim.warm.shape=none")
     assert new.optim == Adam(lr=0.25, warm=Warm(7, None))
     assert over("optim.lr=9", f"optim={HERE}.Adam").optim == Adam()
+
+
+def test_required_fields_of_a_class_chosen_by_name_are_taken_from_the_overrides_that_follow():
+    assert over(f"place={HERE}.Place", "place.street=b", "place.city=a").place == Place("a", "b")
+    with pytest.raises(ValueError, match=r"^place\.city is missing; Place needs a string$"):
+        over(f"place={HERE}.Place", "place.street=b")
+    with pytest.raises(ValueError, match=r"^place: city is empty$"):
+        over(f"place={HERE}.Place", "place.city=")
+
+
+def test_a_class_with_from_text_reads_its_own_short_form():
+    assert over("place=a/b").place == Place("a", "b")
+    assert over("place=a", "place.street=c").place == Place("a", "c")
+    assert over("place=none").place is None
+    assert over('place={"city": "x"}').place == Place("x")
+    with pytest.raises(ValueError, match=r"^place: city is empty$"):
+        over("place=/b")
 
 
 def test_fields_that_only_fit_together_are_validated_together():

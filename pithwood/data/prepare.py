@@ -37,7 +37,14 @@ from pithwood.data.corpus import (
 )
 from pithwood.data.dedup import near_duplicates
 from pithwood.data.sources import Document, Source, SourceText, StdlibSource
-from pithwood.data.tokenizer import END_OF_TEXT_ID, MIN_VOCAB_SIZE, Tokenizer, train_tokenizer
+from pithwood.data.tokenizer import (
+    MIN_VOCAB_SIZE,
+    Tokenizer,
+    TokenizerConfig,
+    TokenizerFile,
+    TrainBPE,
+    train_tokenizer,
+)
 
 Progress = Callable[[str], None]
 
@@ -48,8 +55,11 @@ class CorpusConfig:
 
     source: Source = field(default_factory=StdlibSource)
     """Where documents come from: StdlibSource(), TextFolder(path, pattern), or a Source of your own."""
+    tokenizer: TokenizerConfig = field(default_factory=TrainBPE)
+    """TrainBPE() trains one on the training documents; TokenizerFile(path) takes a tokenizer.json that exists."""
     vocab_size: int = 4096
-    """Tokens of the byte-level BPE, the 256 bytes and the end-of-text token included; at least 257."""
+    """Tokens that a BPE is trained to, the 256 bytes and the end-of-text token included, or the most that a loaded
+    tokenizer may have; at least 257."""
     validation_fraction: float = 0.05
     """Share of the text, in bytes, held out by whole documents; in (0, 1)."""
     seed: int = 0
@@ -64,6 +74,7 @@ class CorpusConfig:
     def validate(self) -> None:
         """Raise ValueError, in the words of the config, if a field is out of range; touches no files."""
         self.source.validate()
+        self.tokenizer.validate()
         if self.vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(f"data.vocab_size={self.vocab_size} must be at least {MIN_VOCAB_SIZE} (256 bytes + 1)")
         if not 0.0 < self.validation_fraction < 1.0:
@@ -90,10 +101,11 @@ def prepare(cfg: CorpusConfig, cache_dir: Path, progress: Progress = lambda line
     the whole text in memory.
     """
     cfg.validate()
+    loaded = _load_tokenizer(cfg)
     source = cfg.source.read()
     progress(f"corpus: {_size(source.documents)} of {source.description}{_left_out(source)}")
     documents = _choose(source.documents, cfg)
-    key = _cache_key(cfg, documents)
+    key = _cache_key(cfg, loaded, documents)
     cache_dir.mkdir(parents=True, exist_ok=True)
     final = cache_dir / key
     with _lock(cache_dir / f".{key}.lock"):
@@ -108,7 +120,7 @@ def prepare(cfg: CorpusConfig, cache_dir: Path, progress: Progress = lambda line
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         try:
-            _build(building, cfg, source, documents, key, progress)
+            _build(building, cfg, loaded, source, documents, key, progress)
             progress("corpus: complete")
             _sync(building)
             building.rename(final)
@@ -119,7 +131,13 @@ def prepare(cfg: CorpusConfig, cache_dir: Path, progress: Progress = lambda line
 
 
 def _build(
-    folder: Path, cfg: CorpusConfig, source: SourceText, documents: list[Document], key: str, progress: Progress
+    folder: Path,
+    cfg: CorpusConfig,
+    loaded: Tokenizer | None,
+    source: SourceText,
+    documents: list[Document],
+    key: str,
+    progress: Progress,
 ) -> None:
     """Write a whole corpus into an empty folder, the manifest last."""
     unique, num_duplicates = _drop_duplicates(documents, cfg.dedup_threshold)
@@ -128,8 +146,7 @@ def _build(
     for split, members in splits.items():
         progress(f"corpus: {split} {_size(members)}")
 
-    progress(f"tokenizer: training {cfg.vocab_size} tokens")
-    tokenizer = train_tokenizer((document.text for document in splits["train"]), cfg.vocab_size)
+    tokenizer = loaded or _train_tokenizer(cfg, splits["train"], progress)
     tokenizer.save(folder / TOKENIZER)
 
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
@@ -160,6 +177,8 @@ def _build(
         },
         "tokenizer": {
             "vocab_size": tokenizer.vocab_size,
+            "end_of_text": tokenizer.end_of_text,
+            "end_of_text_id": tokenizer.end_of_text_id,
             "fingerprint": tokenizer.fingerprint(),
             "library": f"tokenizers {tokenizers.__version__}",
         },
@@ -174,6 +193,33 @@ def _build(
     progress("corpus: writing the manifest")
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     _sync(folder / MANIFEST)
+
+
+def _load_tokenizer(cfg: CorpusConfig) -> Tokenizer | None:
+    """The tokenizer that the configuration names, None if one is to be trained."""
+    if not isinstance(cfg.tokenizer, TokenizerFile):
+        return None
+    tokenizer = cfg.tokenizer.load()
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise ValueError(
+            f"data.vocab_size={cfg.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
+            f"data.tokenizer.path={cfg.tokenizer.path!r}; set data.vocab_size={tokenizer.vocab_size} "
+            f"(and model.vocab_size no lower)"
+        )
+    return tokenizer
+
+
+def _train_tokenizer(cfg: CorpusConfig, documents: list[Document], progress: Progress) -> Tokenizer:
+    assert isinstance(cfg.tokenizer, TrainBPE)
+    taken: list[Document] = []
+    num_bytes = 0
+    for document in documents:
+        if taken and num_bytes + len(document.content) > cfg.tokenizer.sample_bytes:
+            break
+        taken.append(document)
+        num_bytes += len(document.content)
+    progress(f"tokenizer: training {cfg.vocab_size} tokens on {_size(taken)}")
+    return train_tokenizer((document.text for document in taken), cfg.vocab_size)
 
 
 def _choose(documents: Sequence[Document], cfg: CorpusConfig) -> list[Document]:
@@ -267,7 +313,7 @@ def _write_split(
         encoded = tokenizer.encode_batch([document.text for document in documents])
         for document, ids in zip(documents, encoded, strict=True):
             starts.append(num_tokens)
-            pending.append(np.array([END_OF_TEXT_ID, *ids], dtype=dtype))
+            pending.append(np.array([tokenizer.end_of_text_id, *ids], dtype=dtype))
             pending_tokens += len(ids) + 1
             num_tokens += len(ids) + 1
             done_bytes += len(document.content)
@@ -295,9 +341,13 @@ def _write_split(
     }
 
 
-def _cache_key(cfg: CorpusConfig, documents: Sequence[Document]) -> str:
+def _cache_key(cfg: CorpusConfig, loaded: Tokenizer | None, documents: Sequence[Document]) -> str:
     """Hash of everything that the prepared corpus depends on."""
-    state = blake2b(_hash_json({"format_version": FORMAT_VERSION, **_plain(cfg)}).encode(), digest_size=12)
+    settings = {"format_version": FORMAT_VERSION, **_plain(cfg)}
+    if loaded is not None:
+        # What the file says counts, not where it lies; the bound on its size changes nothing.
+        settings |= {"tokenizer": loaded.fingerprint(), "vocab_size": loaded.vocab_size}
+    state = blake2b(_hash_json(settings).encode(), digest_size=12)
     for document in documents:
         state.update(f"{document.name}\0{len(document.content)}\0".encode())
         state.update(document.content)
@@ -305,8 +355,12 @@ def _cache_key(cfg: CorpusConfig, documents: Sequence[Document]) -> str:
 
 
 def _plain(cfg: CorpusConfig) -> dict[str, Any]:
-    """The configuration as JSON values, the source with its type."""
-    return {**asdict(cfg), "source": {"type": type(cfg.source).__qualname__, **asdict(cfg.source)}}
+    """The configuration as JSON values, source and tokenizer with their types."""
+    typed = {name: getattr(cfg, name) for name in ("source", "tokenizer")}
+    return {
+        **asdict(cfg),
+        **{name: {"type": type(part).__qualname__, **asdict(part)} for name, part in typed.items()},
+    }
 
 
 def _hash_json(value: Any) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pithwood.checkpoint.load import load_checkpoint
-from pithwood.data.tokenizer import END_OF_TEXT_ID
 from pithwood.generate.sample import generate
 from pithwood.run_folder import find_checkpoint, load_run, load_tokenizer, model_of
 
@@ -39,7 +38,7 @@ def generate_from_run(
     tensors, state = load_checkpoint(path)
     model = model_of(run, int(state["step"]), tensors, averaged=True)
     # every document of the corpus begins with the end-of-text token, so a prompt does too
-    tokens = [END_OF_TEXT_ID, *tokenizer.encode(prompt)]
+    tokens = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
     started = time.perf_counter()
     new = generate(
         model,
@@ -49,7 +48,7 @@ def generate_from_run(
         top_k=top_k or None,
         top_p=top_p,
         seed=seed,
-        eos_id=END_OF_TEXT_ID,
+        eos_id=tokenizer.end_of_text_id,
         attention=attention,
         num_tokens=tokenizer.vocab_size,
     )[0]

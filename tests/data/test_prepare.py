@@ -15,7 +15,7 @@ import pytest
 from pithwood.data.corpus import SPLITS, Corpus, Split, open_corpus
 from pithwood.data.prepare import CorpusConfig, prepare
 from pithwood.data.sources import TextFolder
-from pithwood.data.tokenizer import END_OF_TEXT_ID, train_tokenizer
+from pithwood.data.tokenizer import END_OF_TEXT_ID, TokenizerFile, TrainBPE, train_tokenizer
 from tests.data.texts import prose
 
 
@@ -347,3 +347,35 @@ def test_large_vocabularies_are_stored_in_32_bits(tmp_path):
     assert made.tokenizer.decode_bytes(tokens.tolist()) == b"".join(
         (texts / r["name"]).read_bytes() for r in records(made) if r["split"] == "train"
     )
+
+
+def test_a_loaded_tokenizer_is_used_as_it_is_wherever_it_lies(cfg, corpus, tmp_path):
+    made = [
+        prepare(replace(cfg, tokenizer=TokenizerFile(str(path)), vocab_size=5000), tmp_path / "cache")
+        for path in (corpus.folder, shutil.copy(corpus.folder / "tokenizer.json", tmp_path / "copy.json"))
+    ]
+    assert made[0].folder == made[1].folder
+    assert made[0].fingerprint == corpus.fingerprint
+    with pytest.raises(ValueError, match=r"data\.vocab_size=299 is less than the 300 tokens of data\.tokenizer\.path"):
+        prepare(replace(cfg, tokenizer=TokenizerFile(str(corpus.folder)), vocab_size=299), tmp_path)
+
+
+def test_documents_begin_with_the_end_of_text_of_their_tokenizer(cfg, corpus, tmp_path):
+    parts = json.loads(corpus.tokenizer.to_json())
+    parts["added_tokens"].append({**parts["added_tokens"][0], "id": 300, "content": "<stop>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    tokenizer = TokenizerFile(str(tmp_path / "tokenizer.json"), end_of_text="<stop>")
+    made = open_corpus(prepare(replace(cfg, tokenizer=tokenizer, vocab_size=301), tmp_path / "cache").folder)
+    stream = made.stream("train")
+    tokens = stream.read(0, len(stream))
+    assert made.tokenizer.end_of_text_id == 300
+    assert np.flatnonzero(tokens == 300).tolist() == stream.starts.tolist()
+    assert END_OF_TEXT_ID not in tokens
+
+
+def test_a_tokenizer_is_trained_on_at_most_the_bytes_asked_for(cfg, tmp_path):
+    made = prepare(replace(cfg, tokenizer=TrainBPE(sample_bytes=3000)), tmp_path)
+    texts = [made.tokenizer.decode(ids) for ids in documents_of(made, "train")]
+    assert len(texts[0]) + len(texts[1]) + len(texts[2]) > 3000
+    taken = texts[:2] if len(texts[0]) + len(texts[1]) <= 3000 else texts[:1]
+    assert train_tokenizer(taken, made.vocab_size).fingerprint() == made.tokenizer.fingerprint()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,18 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from pithwood.data.sources import StdlibSource
-from pithwood.data.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, Tokenizer, load_tokenizer, train_tokenizer
+from pithwood.data.tokenizer import (
+    END_OF_TEXT,
+    END_OF_TEXT_ID,
+    Tokenizer,
+    TokenizerFile,
+    TrainBPE,
+    load_tokenizer,
+    train_tokenizer,
+)
 from tests.data.texts import AWKWARD, prose
 
 
@@ -113,14 +122,132 @@ def test_unusable_tokenizer_files_are_refused(tokenizer, tmp_path):
             setattr(backend, name, part)
         return backend
 
+    def smallest(**more: object) -> tokenizers.Tokenizer:
+        """All bytes and nothing else, with parts of the model changed."""
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, [], **more))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return backend
+
+    def special(backend: tokenizers.Tokenizer, *names: str) -> tokenizers.Tokenizer:
+        backend.add_special_tokens(list(names))
+        return backend
+
+    underscores = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.ByteLevel(False)])
+    swallowing = special(smallest(), END_OF_TEXT)
+    swallowing.add_tokens([tokenizers.AddedToken("<mask>", lstrip=True)])
     for backend, message in [
-        (changed(normalizer=normalizers.Lowercase()), "normalizer"),
+        (changed(normalizer=normalizers.Lowercase()), "the normalizer Lowercase changes the bytes"),
+        (changed(normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])), "NFC, Strip changes"),
         (changed(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)), "add_prefix_space"),
-        (tokenizers.Tokenizer(tokenizers.models.BPE({END_OF_TEXT: 0, "a": 1}, [])), "256 single bytes"),
-        (tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, END_OF_TEXT: 1}, [])), "must be token 0"),
-        (tokenizers.Tokenizer(tokenizers.models.BPE({END_OF_TEXT: 0, "\u6771": 1}, [])), "byte-level alphabet"),
-        (tokenizers.Tokenizer(tokenizers.models.BPE({END_OF_TEXT: 0, "a": 7}, [])), "not contiguous"),
+        (changed(pre_tokenizer=pre_tokenizers.Whitespace()), "not byte-level"),
+        (changed(pre_tokenizer=underscores), "Metaspace may take bytes"),
+        (special(smallest(dropout=0.1), END_OF_TEXT), "dropout"),
+        (special(smallest(byte_fallback=True), END_OF_TEXT), "byte_fallback"),
+        (special(smallest(end_of_word_suffix="</w>"), END_OF_TEXT), "end_of_word_suffix"),
+        (swallowing, "'<mask>' swallows"),
+        (special(smallest(), "<a>", "<b>"), "name one with data.tokenizer.end_of_text, among these: <a>, <b>"),
+        (smallest(), "it has none"),
+        (tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "the model is WordLevel"),
+        (without_bytes(tokenizer, {END_OF_TEXT: 0, "a": 1}), "256 single bytes"),
+        (without_bytes(tokenizer, {END_OF_TEXT: 0, "\u6771": 1}), "byte-level alphabet"),
+        (without_bytes(tokenizer, {END_OF_TEXT: 0, "a": 7}), "not contiguous"),
     ]:
         path.write_text(backend.to_str())
         with pytest.raises(ValueError, match=message):
             load_tokenizer(path)
+
+
+def without_bytes(tokenizer: Tokenizer, vocab: dict[str, int]) -> tokenizers.Tokenizer:
+    parts = json.loads(tokenizer.to_json())
+    parts["model"] |= {"vocab": vocab, "merges": []}
+    return tokenizers.Tokenizer.from_str(json.dumps(parts))
+
+
+def foreign(
+    end_of_text: str, *, more: tuple[str, ...] = (), normalizer=None, pre_tokenizer=None
+) -> tokenizers.Tokenizer:
+    """A byte-level BPE as others publish them: merges first, special tokens after them."""
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator([prose(seed, 300) for seed in range(10)], trainer)
+    backend.add_special_tokens([*more, end_of_text])
+    backend.enable_truncation(8)
+    backend.enable_padding()
+    return backend
+
+
+GPT4_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+SPLIT = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(tokenizers.Regex(GPT4_PIECES), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("end_of_text", "parts"),
+    [
+        ("<|endoftext|>", {}),  # GPT-2
+        ("<|end_of_text|>", {"more": ("<|begin_of_text|>",), "pre_tokenizer": SPLIT}),  # Llama 3
+        ("<|endoftext|>", {"more": ("<|im_start|>",), "normalizer": normalizers.NFC(), "pre_tokenizer": SPLIT}),  # Qwen
+    ],
+)
+def test_foreign_tokenizers_spell_the_text_byte_for_byte(tmp_path, end_of_text, parts):
+    backend = foreign(end_of_text, **parts)
+    backend.add_tokens(["<think>"])
+    path = tmp_path / "tokenizer.json"
+    backend.save(str(path))
+    loaded = TokenizerFile(str(tmp_path)).load()
+    assert loaded.end_of_text == end_of_text
+    assert loaded.end_of_text_id == backend.token_to_id(end_of_text) > 256
+    assert loaded.bytes_per_token()[loaded.end_of_text_id] == 0
+    assert loaded.bytes_per_token()[backend.token_to_id("<think>")] == len("<think>")
+    for text in [*AWKWARD, f"a{end_of_text}b<|im_start|><think>c", prose(99, 50)]:
+        ids = loaded.encode(text)
+        assert loaded.decode_bytes(ids) == text.encode()
+        assert loaded.end_of_text_id not in ids
+    plain = foreign(end_of_text, **parts)
+    plain.no_truncation()
+    plain.no_padding()
+    assert loaded.encode(prose(99, 50)) == plain.encode(prose(99, 50)).ids
+
+
+def test_a_saved_foreign_tokenizer_remembers_its_end_of_text(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    foreign("<stop>", more=("<|endoftext|>",)).save(str(path))
+    loaded = TokenizerFile(str(path), end_of_text="<stop>").load()
+    loaded.save(path)
+    again = load_tokenizer(path)
+    assert (again.end_of_text, again.end_of_text_id) == ("<stop>", loaded.end_of_text_id)
+    assert again.fingerprint() == loaded.fingerprint()
+    assert tokenizers.Tokenizer.from_file(str(path)).encode("x").ids == [loaded.end_of_text_id, *loaded.encode("x")]
+
+
+def test_the_end_of_text_may_be_named_by_the_model_folder(tmp_path):
+    foreign("<stop>").save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.end_of_text, among these: <stop>"):
+        TokenizerFile(str(tmp_path)).load()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<stop>"}}))
+    assert TokenizerFile(str(tmp_path)).load().end_of_text == "<stop>"
+    with pytest.raises(ValueError, match="'<other>' is not a special token"):
+        TokenizerFile(str(tmp_path), "<other>").load()
+
+
+def test_a_missing_tokenizer_is_named_in_the_words_of_the_config(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.path='.*' is not a tokenizer\.json nor a folder"):
+        TokenizerFile(str(tmp_path)).load()
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.path is empty"):
+        TokenizerFile("").validate()
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.sample_bytes=0"):
+        TrainBPE(sample_bytes=0).validate()
