@@ -4,7 +4,8 @@ The dataclasses themselves live beside the code that reads them; this file knows
 A field's annotation says all there is to know: None, bool, int, float, str, Path, Literal, tuples, lists, dicts, other
 dataclasses, and unions of these; Any holds plain JSON. Where an annotation leaves the class open (a base class, or a
 union of several classes) the JSON form carries a "type" key: the short name for classes of pithwood, `module.Class` for
-all others. Infinite and undefined floats are written as the strings "inf", "-inf" and "nan", which JSON can hold.
+all others; only the class that another one of a union names as its `json_default` goes without. Infinite and undefined
+floats are written as the strings "inf", "-inf" and "nan", which JSON can hold.
 `pithwood.schema` turns the same annotations into a JSON schema.
 """
 
@@ -75,7 +76,7 @@ def apply_overrides(run: T, overrides: Iterable[str], types: Iterable[type] = ()
 def config_hash(obj: Any, exclude: Iterable[str] = ()) -> str:
     """Twelve hex digits that change with any field outside `exclude`; the same in every process and on every machine.
 
-    exclude  paths such as "steps" or "optim.schedule.decay_steps" (`*` for all entries of a tuple), with all below them
+    exclude  paths such as "steps" or "optim.schedule.decay_steps" (`*` for all entries), with all below them
     raises   ValueError if the first part of an excluded path is not a field of obj
     """
     data = to_dict(obj)
@@ -263,6 +264,16 @@ def class_names(classes: tuple[type, ...], types: tuple[type, ...]) -> dict[str,
     return {type_name(cls): cls for cls in candidates if not (cls in classes and _is_open(cls, candidates))}
 
 
+def untyped_class(classes: tuple[type, ...]) -> type | None:
+    """The class of a JSON object without a "type" key: the only one, or what one of several has as `json_default`.
+
+    So a union may take in further classes without changing what was written before, nor its hash.
+    """
+    if len(classes) == 1:
+        return classes[0]
+    return next((cls for cls in classes if any(getattr(other, "json_default", None) is cls for other in classes)), None)
+
+
 def _class_called(name: Any, classes: tuple[type, ...], path: str, types: tuple[type, ...]) -> type:
     where = join_path(path, "type")
     if not isinstance(name, str):
@@ -315,7 +326,7 @@ def encode(value: Any, hint: Any, path: str) -> Any:
         classes = tuple(member for member in union_members(hint) if is_config_class(member))
         if not isinstance(value, classes):
             raise ValueError(f"{path} is a {type_name(type(value))}; give {describe(hint)}")
-        return _encode_dataclass(value, path, tagged=len(classes) > 1 or type(value) is not classes[0])
+        return _encode_dataclass(value, path, tagged=type(value) is not untyped_class(classes))
     chosen, classes = _pick(value, hint, path)
     origin = origin_of(chosen)
     if classes:
@@ -350,13 +361,11 @@ def _decode_class(data: Any, classes: tuple[type, ...], path: str, types: tuple[
     if not isinstance(data, dict):
         names = " or ".join(sorted(class_names(classes, types)))
         raise ValueError(f"{path or 'the configuration'}={_show(data)} is not allowed; give an object of type {names}")
-    if "type" in data:
-        cls = _class_called(data["type"], classes, path, types)
-    elif len(classes) > 1 or _is_open(classes[0], _candidates(classes, types)):
+    named = "type" in data
+    cls = _class_called(data["type"], classes, path, types) if named else untyped_class(classes)
+    if cls is None or (not named and _is_open(cls, _candidates(classes, types))):
         names = ", ".join(sorted(class_names(classes, types)))
         raise ValueError(f"{join_path(path, 'type')} is missing; add one of {names}")
-    else:
-        cls = classes[0]
     hints = field_hints(cls)
     for key in data:
         if key not in hints and key != "type":
@@ -564,6 +573,9 @@ def _remove(data: Any, parts: list[str]) -> None:
         for i, item in enumerate(data):
             if head in ("*", str(i)) and rest:
                 _remove(item, rest)
+    elif isinstance(data, dict) and head == "*" and rest:
+        for item in data.values():
+            _remove(item, rest)
     elif isinstance(data, dict) and head in data:
         if rest:
             _remove(data[head], rest)

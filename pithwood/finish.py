@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 
 from pithwood.data.batches import Batch, sequential_batches
 from pithwood.data.corpus import Corpus
-from pithwood.evaluate.loss import evaluate_loss
+from pithwood.data.mixture import Mixture, corpora_of
+from pithwood.evaluate.parts import evaluate_data, losses
 from pithwood.generate.sample import generate
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.observe.events import EventLog, read_events
@@ -26,25 +26,27 @@ from pithwood.run import Run
 def finish(
     run: Run,
     model: Qwen3MoE,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     folder: Path,
     events: EventLog,
     averaged_weights: AbstractContextManager[Any],
     dtype: torch.dtype,
     tokens: int,
+    epochs: dict[str, float],
 ) -> dict[str, Any]:
-    """Validate on everything, sample, draw loss.png and blocks.png, write summary.json; returns the summary."""
+    """Validate on everything, sample, draw loss.png and blocks.png, write summary.json; returns the summary.
+
+    epochs  passes over each part's training text, for the summary
+    """
     started = time.monotonic()
     with averaged_weights:
-        batches = partial(
-            sequential_batches, corpus, "validation", seq_len=run.seq_len, samples_per_batch=run.samples_per_micro_batch
-        )
-        result = evaluate_loss(model, batches(), dtype)
-        events.emit(
-            "validation", run.steps, tokens=tokens, **{name: result[name] for name in ("loss", "bits_per_byte")}
-        )
+        sizes = {"seq_len": run.seq_len, "samples_per_batch": run.samples_per_micro_batch}
+        result = evaluate_data(model, corpus, dtype=dtype, **sizes)
+        events.emit("validation", run.steps, tokens=tokens, **losses(result))
         (folder / "sample.txt").write_text(_samples(run, model, corpus), encoding="utf-8")
-        selections = chosen_blocks(model, next(iter(batches(max_samples=1))), dtype)
+        first = next(iter(corpora_of(corpus).values()))
+        sample = next(iter(sequential_batches(first, "validation", max_samples=1, **sizes)))
+        selections = chosen_blocks(model, sample, dtype)
     events.flush()
     log = read_events(folder / "events.jsonl")
     gzip = corpus.gzip_bits_per_byte
@@ -65,6 +67,8 @@ def finish(
         "validation_bits_per_byte": result["bits_per_byte"],
         "validation_tokens": result["tokens"],
         "validation_bytes": result["bytes"],
+        **{f"validation_{name}": value for name, value in result.items() if "/" in name},
+        "epochs": epochs,
         "gzip_bits_per_byte": gzip,
         "below_gzip": result["bits_per_byte"] < gzip,
         "train_loss": trained[-1]["loss"],
@@ -98,7 +102,7 @@ def chosen_blocks(model: Qwen3MoE, batch: Batch, dtype: torch.dtype) -> dict[str
     return found
 
 
-def _samples(run: Run, model: Qwen3MoE, corpus: Corpus) -> str:
+def _samples(run: Run, model: Qwen3MoE, corpus: Corpus | Mixture) -> str:
     if not run.sample_prompts:
         return ""
     tokenizer = corpus.tokenizer

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Literal
 
 from pithwood.attention.base import MixerConfig
+from pithwood.data.curriculum import Stage, check_lengths
+from pithwood.data.mixture import MixtureConfig
 from pithwood.data.prepare import CorpusConfig
 from pithwood.models.qwen3_moe import Qwen3MoEConfig
 from pithwood.objectives import NextToken, Objective
@@ -31,11 +34,17 @@ class Phase:
     """Learning-rate factors by glob of parameter names."""
     objective: Objective | None = None
     """What this phase minimises; null keeps the run's objective."""
+    seq_len: int | None = None
+    """Tokens per sample during this phase; null keeps the run's. The tokens of a step and of a micro-batch stay what
+    they are: half the length, twice the samples. It divides the longest seq_len of the run."""
+    weights: dict[str, float] | None = None
+    """Shares of the samples by part of the mixture during this phase, one for every part, 0 or more; null keeps those
+    of `data`."""
 
 
 @dataclass(frozen=True)
 class ActivePhase:
-    """A phase with nothing left open."""
+    """The settings of model and optimizer in a phase, nothing left open; those of the data are a `Stage`."""
 
     attention: MixerConfig | tuple[MixerConfig, ...]
     trainable: tuple[str, ...]
@@ -51,8 +60,8 @@ class Run:
     """Recipe name; first part of the run folder's name."""
     model: Qwen3MoEConfig
     """Architecture."""
-    data: CorpusConfig
-    """Corpus and tokenizer."""
+    data: CorpusConfig | MixtureConfig
+    """Corpus and tokenizer, or a mixture of corpora under one tokenizer."""
     optim: MuonConfig | AdamWConfig
     """Optimizer, schedule, clipping and weight averaging."""
     steps: int
@@ -123,6 +132,27 @@ class Run:
             raise ValueError(f"phases must have rising until_step of at least 1, given {ends}")
         if ends and ends[-1] < self.steps:
             raise ValueError(f"the last phase ends at step {ends[-1]} but steps={self.steps}; raise its until_step")
+        for number in range(len(self.phases)):
+            self._check_phase_data(number)
+        check_lengths([stage.seq_len for stage in self.stages()])
+
+    def _check_phase_data(self, number: int) -> None:
+        """What a phase changes about the samples."""
+        phase = self.phases[number]
+        tokens = self.samples_per_micro_batch * self.seq_len
+        if phase.seq_len is not None and phase.seq_len < 1:
+            raise ValueError(f"phases.{number}.seq_len={phase.seq_len} must be at least 1")
+        if phase.seq_len is not None and tokens % phase.seq_len:
+            raise ValueError(
+                f"phases.{number}.seq_len={phase.seq_len} does not divide the {tokens} tokens of a micro-batch "
+                f"(samples_per_micro_batch={self.samples_per_micro_batch} of seq_len={self.seq_len}); "
+                "change one of the three"
+            )
+        if phase.weights is not None:
+            where = f"phases.{number}.weights"
+            if not isinstance(self.data, MixtureConfig):
+                raise ValueError(f"{where} needs parts, but data is one corpus; make it a MixtureConfig")
+            self.data.shares(phase.weights, where)
 
     def phase_index(self, step: int) -> int:
         """Which phase a step belongs to; 0 in a run without phases."""
@@ -138,6 +168,23 @@ class Run:
             self.objective if phase.objective is None else phase.objective,
         )
 
+    def stages(self) -> tuple[Stage, ...]:
+        """The stretches of steps with one length and one mixture; phases that differ in neither are one stage."""
+        stages: list[Stage] = []
+        for phase in self.phases or (Phase(self.steps),):
+            seq_len = self.seq_len if phase.seq_len is None else phase.seq_len
+            stage = Stage(
+                phase.until_step,
+                seq_len,
+                self.samples_per_step * self.seq_len // seq_len,
+                self.samples_per_micro_batch * self.seq_len // seq_len,
+                self.data.shares(phase.weights) if isinstance(self.data, MixtureConfig) else (Fraction(1),),
+            )
+            if stages and replace(stages[-1], until_step=stage.until_step) == stage:
+                stages.pop()
+            stages.append(stage)
+        return tuple(stages)
+
 
 LENGTH_AND_LOGGING = (
     "steps",
@@ -149,5 +196,6 @@ LENGTH_AND_LOGGING = (
     "max_skipped_steps",
     "sample_prompts",
     "sample_tokens",
+    "data.parts.*.max_epochs",
 )
 """Fields that do not change what a step computes: a run keeps its folder when they change."""

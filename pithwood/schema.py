@@ -22,6 +22,7 @@ from pithwood.config import (
     origin_of,
     type_name,
     union_members,
+    untyped_class,
 )
 
 
@@ -88,7 +89,7 @@ def _schema_hint(hint: Any, defs: dict[str, Any]) -> dict[str, Any]:
     for cls in class_names(classes, ()).values():
         _schema_class(cls, defs)
         ref = {"$ref": f"#/$defs/{type_name(cls)}"}
-        options.append(ref if classes == (cls,) else {**ref, "required": ["type"]})
+        options.append(ref if cls is untyped_class(classes) else {**ref, "required": ["type"]})
     plain: dict[Any, dict[str, Any]] = {
         type(None): {"type": "null"},
         bool: {"type": "boolean"},

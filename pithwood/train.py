@@ -27,10 +27,11 @@ from pithwood.checkpoint.rng import capture_rng, restore_rng
 from pithwood.checkpoint.save import clean_leftovers, save_checkpoint
 from pithwood.checkpoint.signals import StopRequest
 from pithwood.config import config_hash
-from pithwood.data.batches import Batch, BatchSource, sequential_batches
+from pithwood.data.batches import Batch, TrainingBatches
 from pithwood.data.corpus import Corpus
-from pithwood.data.prepare import prepare
-from pithwood.evaluate.loss import evaluate_loss
+from pithwood.data.mixture import Mixture, find_data, open_data
+from pithwood.data.usage import data_plan, epochs_read, training_batches
+from pithwood.evaluate.parts import evaluate_data, losses
 from pithwood.finish import finish
 from pithwood.losses import LossLedger
 from pithwood.models.qwen3_moe import Qwen3MoE
@@ -101,22 +102,16 @@ def train(
             tell(f"{folder} is complete ({run.steps} steps); raise steps to train on, or start over with --new")
             return done
         clean_leftovers(folder)
-        corpus = prepare(run.data, runs_dir / "corpora", tell)
+        corpus = open_data(run.data, runs_dir / "corpora", tell)
         if stop.requested:
             return _interrupted(run, folder, 0, 0, stop, command)
-        source = BatchSource(
-            corpus,
-            "train",
-            seq_len=run.seq_len,
-            samples_per_batch=run.samples_per_micro_batch,
-            samples_per_step=run.samples_per_step,
-            seed=run.seed,
-        )
+        source = training_batches(corpus, run.stages(), seed=run.seed, steps=run.steps)
+        epochs = epochs_read(corpus, source.curriculum, run.steps)
         trainer = Trainer(run, device, corpus)
         start = trainer.resume(folder, origin)
         write_config(folder, run, command, branch_from or begun_from)
         corpus.tokenizer.save(folder / "tokenizer.json")
-        for line in trainer.describe(folder, start):
+        for line in trainer.describe(folder, start, epochs):
             tell(line)
         screen: list[Sink] = []
         if console:
@@ -131,12 +126,12 @@ def train(
             )
         events = EventLog(folder, screen, log_every=run.log_every, resume_step=start if start else -1)
         try:
-            events.emit("resume" if start else "run", start, **trainer.origin_fields(corpus))
+            events.emit("resume" if start else "run", start, **trainer.origin_fields(corpus), epochs=epochs)
             _loop(trainer, source, corpus, folder, events, start, stop)
             if trainer.step < run.steps:
                 return _interrupted(run, folder, trainer.step, trainer.tokens, stop, command)
             average = trainer.averaged_weights()
-            return finish(run, trainer.model, corpus, folder, events, average, trainer.dtype, trainer.tokens)
+            return finish(run, trainer.model, corpus, folder, events, average, trainer.dtype, trainer.tokens, epochs)
         finally:
             events.close()
 
@@ -155,8 +150,8 @@ def _interrupted(run: Run, folder: Path, steps: int, tokens: int, stop: StopRequ
 
 def _loop(
     trainer: Trainer,
-    source: BatchSource,
-    corpus: Corpus,
+    source: TrainingBatches,
+    corpus: Corpus | Mixture,
     folder: Path,
     events: EventLog,
     start: int,
@@ -172,8 +167,7 @@ def _loop(
         done, last = step + 1, step + 1 == run.steps
         logged = done % run.log_every == 0 or last
         clock.restart()
-        batches = [source.batch(step, micro) for micro in range(source.batches_per_step)]
-        values, flops = trainer.train_step(step, batches, statistics=logged)
+        values, flops = trainer.train_step(step, source.step(step), statistics=logged)
         speed = speed_fields(clock.lap(), run.samples_per_step * run.seq_len, flops, trainer.peaks)
         watch(events.emit("train", done, tokens=trainer.tokens, training_flops=flops, **values, **speed))
         if logged:
@@ -197,7 +191,7 @@ def _loop(
 class Trainer:
     """Model, optimizer and the counters of one run on one device."""
 
-    def __init__(self, run: Run, device: torch.device, corpus: Corpus) -> None:
+    def __init__(self, run: Run, device: torch.device, corpus: Corpus | Mixture) -> None:
         self.run, self.device, self.dtype = run, device, DTYPES[run.precision]
         self.step = 0
         """Optimizer steps done."""
@@ -310,18 +304,20 @@ class Trainer:
         """Whether the loss of the present mixers is a perplexity; a leaky selection's is not, and is not validated."""
         return all(block.self_attn.causality == "strict" for block in self.model.blocks)
 
-    def validate(self, corpus: Corpus, max_samples: int) -> dict[str, float]:
-        """Loss and bits per byte on the first validation samples (0: all), averaged weights if the run has any."""
-        batches = sequential_batches(
-            corpus,
-            "validation",
-            seq_len=self.run.seq_len,
-            samples_per_batch=self.run.samples_per_micro_batch,
-            max_samples=max_samples or None,
-        )
+    def validate(self, corpus: Corpus | Mixture, max_samples: int) -> dict[str, float]:
+        """Losses and bits per byte on the first validation samples (0: all) of each part, averaged weights if the run
+        has any.
+        """
         with self.averaged_weights():
-            result = evaluate_loss(self.model, batches, self.dtype)
-        return {"loss": result["loss"], "bits_per_byte": result["bits_per_byte"]}
+            result = evaluate_data(
+                self.model,
+                corpus,
+                seq_len=self.run.seq_len,
+                samples_per_batch=self.run.samples_per_micro_batch,
+                max_samples=max_samples or None,
+                dtype=self.dtype,
+            )
+        return losses(result)
 
     def averaged_weights(self) -> AbstractContextManager[Any]:
         """Context in which the model holds the averaged weights (its own if no average is kept)."""
@@ -394,21 +390,22 @@ class Trainer:
         restore_rng(state["rng"])
         return self.step
 
-    def describe(self, folder: Path, start: int) -> list[str]:
-        """What is about to run, a line each: model, back ends, where it starts."""
+    def describe(self, folder: Path, start: int, epochs: dict[str, float]) -> list[str]:
+        """What is about to run, a line each: model, data, back ends, where it starts."""
         counts, run = self.model.num_params(), self.run
         mixers = {type(mixer).__name__.removesuffix("Config") for mixer in self.model.cfg.mixers()}
         tokens = run.steps * run.samples_per_step * run.seq_len
         return [
             f"model: {counts['total'] / 1e6:.1f}M parameters, {counts['active'] / 1e6:.1f}M active per token; "
             f"{run.steps} steps of {run.samples_per_step * run.seq_len:,} tokens, {tokens / 1e6:.2f}M in all",
+            f"data: {', '.join(f'{passes:.3g} epochs of {name}' for name, passes in epochs.items())}",
             f"attention: {', '.join(sorted(mixers))}, {attention_backend(self.device)}",
             f"device: {self.device}, {run.precision}"
             + (f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""),
             f"run folder: {folder}" + (f", resuming after step {start}" if start else ""),
         ]
 
-    def origin_fields(self, corpus: Corpus) -> dict[str, Any]:
+    def origin_fields(self, corpus: Corpus | Mixture) -> dict[str, Any]:
         """What the log must say once about where and on what the run runs."""
         counts = self.model.num_params()
         return {
@@ -501,15 +498,23 @@ def check_phases(run: Run) -> None:
             )
 
 
-def plan(run: Run) -> dict[str, Any]:
-    """What a run would take, without starting it: sizes, tokens, FLOPs of a step, bytes of weights and state."""
+def plan(run: Run, cache_dir: Path | None = None) -> dict[str, Any]:
+    """What a run would take, without starting it: sizes, tokens, FLOPs of a step at its costliest length, bytes of
+    weights and state; what it reads of its data (`data_plan`) if that lies prepared in cache_dir, else null.
+    """
     run.validate()
     check_phases(run)
     with torch.device("meta"):
         model = Qwen3MoE(dataclasses.replace(run.model, attention=run.phase(0).attention))
     counts = model.num_params()
-    packing = Packing.from_lengths([run.seq_len] * run.samples_per_micro_batch)
-    micro = model.cost(packing, element_size=DTYPES[run.precision].itemsize)
+    stages = run.stages()
+    data, reading = find_data(run.data, cache_dir) if cache_dir else None, None
+    if data is not None:
+        batches = training_batches(data, stages, seed=run.seed, steps=run.steps)
+        reading = data_plan(data, batches.curriculum, run.steps)
+    packings = [Packing.from_lengths([stage.seq_len] * stage.samples_per_batch) for stage in stages]
+    costs = [model.cost(packing, element_size=DTYPES[run.precision].itemsize) for packing in packings]
+    micro = max(costs, key=lambda cost: cost.model_flops)
     micro_batches = run.samples_per_step // run.samples_per_micro_batch
     roles, by_muon = model.parameter_roles(), isinstance(run.optim, MuonConfig)
     muon_params = sum(p.numel() for name, p in model.named_parameters() if by_muon and roles[name].kind in MATRIX_KINDS)
@@ -526,6 +531,7 @@ def plan(run: Run) -> dict[str, Any]:
         "weights_gradients_optimizer_gb": state / 1e9,
         "activations_gb": (micro.saved_bytes + micro.workspace_bytes) / 1e9,
         "device": str(pick_device(run)),
+        "data": reading,
     }
 
 

@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     if args.dry_run:
         from pithwood.train import plan
 
-        return 0, json_text({"config": to_dict(run), "plan": plan(run)}, indent=None if args.json else 2)
+        return 0, json_text(
+            {"config": to_dict(run), "plan": plan(run, args.runs_dir / "corpora")}, indent=None if args.json else 2
+        )
 
     from pithwood.observe.summary import closing_lines
     from pithwood.train import train

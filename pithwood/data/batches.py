@@ -1,14 +1,14 @@
-"""Packed batches out of a prepared corpus; which samples a step reads is a pure function of (seed, step).
+"""Packed batches out of a prepared corpus or mixture; which samples a step reads is a pure function of (seed, step).
 
-A sample is seq_len consecutive inputs cut from the token stream at multiples of seq_len, with the token after each as
-its target. Documents restart at samples and at end-of-text tokens, so nothing attends across either.
+A sample is seq_len consecutive inputs cut from a token stream at multiples of seq_len, with the token after each as
+its target. Documents restart at samples and at their beginnings, so nothing attends across either.
 
-Legend: T packed tokens of a batch, N documents of a batch (unused ones empty).
+Legend: T packed tokens of a batch, N documents of a batch (unused ones empty), n samples of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pithwood.data.corpus import Corpus, Split, TokenStream
-from pithwood.data.order import sample_order
+from pithwood.data.curriculum import Curriculum, Stage
+from pithwood.data.documents import KeptDocuments
 from pithwood.ops.packing import Packing
 
 
@@ -41,14 +42,72 @@ class Batch:
         return Batch(columns, self.packing.to(device))
 
 
-class BatchSource:
+class TrainingBatches:
     """Training batches by (step, micro-batch), without state: any order of calls gives the same batches.
 
-    Steps read samples_per_step consecutive places of an endless stream of epochs, each epoch a permutation of all
-    samples that is keyed by (seed, epoch). Micro-batch m holds places step * samples_per_step + m * samples_per_batch
-    onwards, so the samples of a step do not depend on how it is divided. Up to seq_len tokens at the end of the stream
-    are not used.
+    Which samples they hold is the `Curriculum`'s to say. T, the bounds of the packing and N are constant in a stage.
     """
+
+    def __init__(
+        self,
+        streams: Mapping[str, TokenStream | KeptDocuments],
+        stages: Sequence[Stage],
+        *,
+        bytes_V: Tensor,
+        seed: int,
+        max_docs: int | None = None,
+    ) -> None:
+        """streams: by the names of the parts, in the order of each stage's shares; "" for a corpus that is no mixture.
+        bytes_V [vocabulary] int64: bytes that a token stands for. max_docs: N, by default the least that is safe in
+        each stage.
+
+        raises ValueError for what `Curriculum` refuses, and if max_docs is below what some batch may need
+        """
+        self.curriculum = Curriculum([len(stream) for stream in streams.values()], list(streams), stages, seed)
+        self._streams = list(streams.values())
+        self.max_docs_of_stage = [
+            _checked_max_docs(max_docs, self._documents_needed(index), stage.seq_len, stage.samples_per_batch)
+            for index, stage in enumerate(self.curriculum.stages)
+        ]
+        """N of every batch of each stage."""
+        self._bytes_V = bytes_V
+
+    @property
+    def batches_per_step(self) -> int:
+        """Micro-batches of a step, the same in all stages."""
+        return self.curriculum.batches_per_step
+
+    def batch(self, step: int, micro: int = 0) -> Batch:
+        """The micro-batch: T = samples_per_batch * seq_len tokens on the CPU, N = the stage's max_docs."""
+        part_n, start_n = self.curriculum.samples(step, micro)
+        index = self.curriculum.stage_index(step)
+        seq_len = self.curriculum.stages[index].seq_len
+        samples = [
+            (self._streams[part], start, start + seq_len)
+            for part, start in zip(part_n.tolist(), start_n.tolist(), strict=True)
+        ]
+        return _cut(samples, seq_len, self.max_docs_of_stage[index], self._bytes_V)
+
+    def step(self, step: int) -> list[Batch]:
+        """All micro-batches of a step."""
+        return [self.batch(step, micro) for micro in range(self.batches_per_step)]
+
+    def _documents_needed(self, index: int) -> int:
+        """Least N known to hold every batch of a stage; O(documents + samples log samples)."""
+        stage = self.curriculum.stages[index]
+        most = []
+        for part, stream in enumerate(self._streams):
+            taken = self.curriculum.most_in_batch(index, part)
+            if taken:
+                num_samples = self.curriculum.num_spans[part] * self.curriculum.span_len // stage.seq_len
+                # Samples do not repeat within an epoch, but a batch may reach over the ends of several.
+                epochs = 1 if taken == 1 else (taken - 2) // num_samples + 2
+                most.append(_most_documents(stream, stage.seq_len, num_samples, taken, epochs))
+        return int(np.sort(np.concatenate(most))[::-1][: stage.samples_per_batch].sum())
+
+
+class BatchSource(TrainingBatches):
+    """Training batches of one corpus at one length."""
 
     def __init__(
         self,
@@ -68,50 +127,25 @@ class BatchSource:
         shorter than one sample, or max_docs is below what some batch may need
         """
         per_step = samples_per_batch if samples_per_step is None else samples_per_step
-        _check_sizes(seq_len=seq_len, samples_per_batch=samples_per_batch, samples_per_step=per_step)
-        if per_step % samples_per_batch:
-            raise ValueError(
-                f"samples_per_step={per_step} must be a multiple of samples_per_micro_batch={samples_per_batch}"
-            )
-        if seed < 0:
-            raise ValueError(f"seed={seed} must be >= 0")
-        self.num_samples = (corpus.num_tokens(split) - 1) // seq_len
+        super().__init__(
+            {"": corpus.stream(split)},
+            [Stage(1, seq_len, per_step, samples_per_batch)],
+            bytes_V=corpus.tokenizer.bytes_per_token(),
+            seed=seed,
+            max_docs=max_docs,
+        )
+        self.seq_len, self.samples_per_step = seq_len, per_step
+        (self.max_docs,) = self.max_docs_of_stage
+        (self.num_samples,) = self.curriculum.num_spans
         """Samples per epoch."""
-        if self.num_samples < 1:
-            raise ValueError(
-                f"seq_len={seq_len} needs {seq_len + 1} tokens, but the {split} split has {corpus.num_tokens(split)}; "
-                "lower seq_len or take a larger corpus"
-            )
-        # Samples do not repeat within an epoch, but a batch may reach over the ends of several.
-        epochs = 1 if samples_per_batch == 1 else (samples_per_batch - 2) // self.num_samples + 2
-        needed = _most_documents(corpus.stream(split), seq_len, self.num_samples, samples_per_batch, epochs)
-        self.max_docs = _checked_max_docs(max_docs, needed, split, seq_len, samples_per_batch)
-        """N of every batch."""
-        self._cutter = _Cutter(corpus, split, seq_len, self.max_docs)
-        self.seq_len = seq_len
-        self.samples_per_batch = samples_per_batch
-        self.samples_per_step = per_step
-        self.seed = seed
 
     @property
     def tokens_per_epoch(self) -> int:
         return self.num_samples * self.seq_len
 
-    @property
-    def batches_per_step(self) -> int:
-        return self.samples_per_step // self.samples_per_batch
-
     def samples(self, step: int, micro: int = 0) -> NDArray[np.int64]:
-        """[samples_per_batch] int64: the samples in this micro-batch of this step."""
-        if step < 0 or not 0 <= micro < self.batches_per_step:
-            raise ValueError(f"step={step} must be >= 0 and micro={micro} in [0, {self.batches_per_step})")
-        first = step * self.samples_per_step + micro * self.samples_per_batch
-        places = np.arange(first, first + self.samples_per_batch, dtype=np.int64)
-        return sample_order(places, self.num_samples, self.seed)
-
-    def batch(self, step: int, micro: int = 0) -> Batch:
-        """The micro-batch: T = samples_per_batch * seq_len tokens on the CPU, N = max_docs."""
-        return self._cutter.batch([int(sample) for sample in self.samples(step, micro)])
+        """[n] int64: the samples in this micro-batch of this step."""
+        return self.curriculum.samples(step, micro)[1] // self.seq_len
 
 
 def sequential_batches(
@@ -132,69 +166,63 @@ def sequential_batches(
     raises ValueError if a size is below 1 or max_docs below what some batch may need
     """
     _check_sizes(seq_len=seq_len, samples_per_batch=samples_per_batch)
-    num_samples = -(-(corpus.num_tokens(split) - 1) // seq_len)
-    needed = _most_documents(corpus.stream(split), seq_len, num_samples, samples_per_batch, epochs=1)
-    cutter = _Cutter(corpus, split, seq_len, _checked_max_docs(max_docs, needed, split, seq_len, samples_per_batch))
+    stream, bytes_V = corpus.stream(split), corpus.tokenizer.bytes_per_token()
+    last = len(stream) - 1
+    num_samples = -(-last // seq_len)
+    needed = int(_most_documents(stream, seq_len, num_samples, samples_per_batch, epochs=1).sum())
+    num_docs = _checked_max_docs(max_docs, needed, seq_len, samples_per_batch)
     if max_samples is not None:
         _check_sizes(max_samples=max_samples)
         num_samples = min(num_samples, max_samples)
-    starts = range(0, num_samples, samples_per_batch)
-    return (cutter.batch(range(start, min(start + samples_per_batch, num_samples))) for start in starts)
+    starts = [number * seq_len for number in range(num_samples)]
+    samples = [(stream, start, min(start + seq_len, last)) for start in starts]
+    batches = (samples[first : first + samples_per_batch] for first in range(0, num_samples, samples_per_batch))
+    return (_cut(batch, seq_len, num_docs, bytes_V) for batch in batches)
 
 
-class _Cutter:
-    """Cuts samples out of a stream and packs them."""
-
-    def __init__(self, corpus: Corpus, split: Split, seq_len: int, max_docs: int) -> None:
-        self.stream: TokenStream = corpus.stream(split)
-        self.seq_len = seq_len
-        self.max_docs = max_docs
-        self.bytes_V = corpus.tokenizer.bytes_per_token()
-
-    def batch(self, samples: list[int] | range) -> Batch:
-        inputs, targets, offsets, total = [], [], [0], 0
-        for sample in samples:
-            start = sample * self.seq_len
-            stop = min(start + self.seq_len, len(self.stream) - 1)
-            tokens = self.stream.read(start, stop + 1)
-            inputs.append(tokens[:-1])
-            targets.append(tokens[1:])
-            offsets += (total + self.stream.boundaries(start, stop)).tolist()
-            total += stop - start
-            offsets.append(total)
-        assert len(offsets) - 1 <= self.max_docs
-        offsets += [total] * (self.max_docs + 1 - len(offsets))
-        cu = torch.tensor(offsets, dtype=torch.int64)
-        position_T = torch.arange(total) - torch.repeat_interleave(cu[:-1], cu.diff())
-        cu = cu.to(torch.int32)
-        packing = Packing(cu, cu, self.seq_len, self.seq_len, position_T)
-        targets_T = torch.from_numpy(np.concatenate(targets))
-        columns = {
-            "tokens": torch.from_numpy(np.concatenate(inputs)),
-            "targets": targets_T,
-            "loss_weight": torch.ones(total, dtype=torch.float32),
-            "target_bytes": self.bytes_V[targets_T],
-        }
-        return Batch(columns, packing)
+def _cut(
+    samples: Sequence[tuple[TokenStream | KeptDocuments, int, int]], seq_len: int, max_docs: int, bytes_V: Tensor
+) -> Batch:
+    """Pack samples, each tokens [start, stop) of a stream."""
+    inputs, targets, offsets, total = [], [], [0], 0
+    for stream, start, stop in samples:
+        tokens = stream.read(start, stop + 1)
+        inputs.append(tokens[:-1])
+        targets.append(tokens[1:])
+        offsets += (total + stream.boundaries(start, stop)).tolist()
+        total += stop - start
+        offsets.append(total)
+    assert len(offsets) - 1 <= max_docs
+    offsets += [total] * (max_docs + 1 - len(offsets))
+    cu = torch.tensor(offsets, dtype=torch.int64)
+    position_T = torch.arange(total) - torch.repeat_interleave(cu[:-1], cu.diff())
+    cu = cu.to(torch.int32)
+    packing = Packing(cu, cu, seq_len, seq_len, position_T)
+    targets_T = torch.from_numpy(np.concatenate(targets))
+    columns = {
+        "tokens": torch.from_numpy(np.concatenate(inputs)),
+        "targets": targets_T,
+        "loss_weight": torch.ones(total, dtype=torch.float32),
+        "target_bytes": bytes_V[targets_T],
+    }
+    return Batch(columns, packing)
 
 
-def _most_documents(stream: TokenStream, seq_len: int, num_samples: int, samples_per_batch: int, epochs: int) -> int:
-    """Least N that holds any samples_per_batch of the first num_samples samples, each taken at most `epochs` times.
-
-    O(documents + samples log samples), once per source.
-    """
+def _most_documents(
+    stream: TokenStream | KeptDocuments, seq_len: int, num_samples: int, taken: int, epochs: int
+) -> NDArray[np.int64]:
+    """[<= taken] documents in the fullest of the first num_samples samples, each sample at most `epochs` times."""
     num_inputs = min(num_samples * seq_len, len(stream) - 1)
     inside = stream.starts[(stream.starts % seq_len != 0) & (stream.starts < num_inputs)]
     counts = 1 + np.bincount(inside // seq_len, minlength=num_samples)
-    largest_first = np.sort(counts)[::-1]
-    return int(np.repeat(largest_first[:samples_per_batch], epochs)[:samples_per_batch].sum())
+    return np.repeat(np.sort(counts)[::-1][:taken], epochs)[:taken]
 
 
-def _checked_max_docs(max_docs: int | None, needed: int, split: Split, seq_len: int, samples_per_batch: int) -> int:
+def _checked_max_docs(max_docs: int | None, needed: int, seq_len: int, samples_per_batch: int) -> int:
     if max_docs is not None and max_docs < needed:
         raise ValueError(
             f"max_docs={max_docs} is too low: a batch of {samples_per_batch} samples of seq_len={seq_len} may hold "
-            f"{needed} documents of the {split} split; set max_docs={needed} or leave it out"
+            f"{needed} documents; set max_docs={needed} or leave it out"
         )
     return needed if max_docs is None else max_docs
 

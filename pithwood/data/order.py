@@ -16,21 +16,27 @@ NUM_ROUNDS = 8
 _U64 = np.uint64
 
 
-def sample_order(numbers: NDArray[np.int64], num_samples: int, seed: int) -> NDArray[np.int64]:
+def sample_order(numbers: NDArray[np.int64], num_samples: int, key: int | str) -> NDArray[np.int64]:
     """The samples that stand at these places of the endless stream of epochs.
 
     numbers     [n] int64 >= 0   place in the stream; epoch = number // num_samples
-    num_samples                  samples per epoch; each epoch is a permutation of them, keyed by (seed, epoch)
+    num_samples                  samples per epoch; each epoch is a permutation of them, keyed by (key, epoch)
+    key                          seed of the run, or "seed/part" for one part of a mixture
     returns     [n] int64        sample indices in [0, num_samples)
     """
     assert num_samples >= 1
     epochs = numbers // num_samples
     places = numbers % num_samples
     order = np.empty_like(places)
-    for epoch in np.unique(epochs):
+    for epoch in distinct(epochs):
         chosen = epochs == epoch
-        order[chosen] = permute(places[chosen], num_samples, f"{seed}/{int(epoch)}")
+        order[chosen] = permute(places[chosen], num_samples, f"{key}/{epoch}")
     return order
+
+
+def distinct(values: NDArray[np.int64]) -> list[int]:
+    """The different values, ascending. Batches hold few of them: a set costs a tenth of a sort of a tiny array."""
+    return sorted(set(values.tolist()))
 
 
 def permute(values: NDArray[np.int64], size: int, key: str) -> NDArray[np.int64]:

@@ -211,6 +211,9 @@ def event_line(event: dict[str, Any], total_steps: int) -> str | None:
             parts.append(f"loss {event['loss']:.3f}")
         if "bits_per_byte" in event:
             parts.append(f"{event['bits_per_byte']:.3f} bits/byte")
+        by_part = {name.partition("/")[2]: bits for name, bits in event.items() if name.startswith("bits_per_byte/")}
+        if by_part:
+            parts.append(", ".join(f"{name} {bits:.3f}" for name, bits in by_part.items()))
         if "seconds" in event:
             parts.append(f"took {format_duration(event['seconds'])}")
         return _SEPARATOR.join(parts)

@@ -93,8 +93,7 @@ def test_a_step_holds_the_same_samples_however_it_is_divided(corpus):
     for per_batch in (1, 2, 3, 6):
         source = train_source(corpus, samples_per_batch=per_batch)
         steps[per_batch] = [
-            [sample for micro in range(source.batches_per_step) for sample in samples_of(source.batch(step, micro))]
-            for step in range(5)
+            [sample for batch in source.step(step) for sample in samples_of(batch)] for step in range(5)
         ]
     assert steps[1] == steps[2] == steps[3] == steps[6]
 

@@ -44,11 +44,11 @@ def test_order_is_the_same_on_every_machine_and_version():
 
 
 def test_each_epoch_is_another_permutation():
-    order = sample_order(np.arange(3 * 50), 50, seed=3).reshape(3, 50)
+    order = sample_order(np.arange(3 * 50), 50, key=3).reshape(3, 50)
     for epoch in order:
         assert sorted(epoch.tolist()) == list(range(50))
     assert not np.array_equal(order[0], order[1])
-    assert not np.array_equal(order[0], sample_order(np.arange(50), 50, seed=4))
+    assert not np.array_equal(order[0], sample_order(np.arange(50), 50, key=4))
 
 
 def test_huge_corpora_cost_no_memory():
