@@ -12,7 +12,9 @@ import torch
 
 from pithwood.data.batches import Batch, sequential_batches
 from pithwood.data.corpus import Corpus
+from pithwood.data.curriculum import Curriculum
 from pithwood.data.mixture import Mixture, corpora_of
+from pithwood.data.usage import epochs_read, read_so_far
 from pithwood.evaluate.parts import evaluate_data, losses
 from pithwood.generate.sample import generate
 from pithwood.models.qwen3_moe import Qwen3MoE
@@ -32,17 +34,18 @@ def finish(
     averaged_weights: AbstractContextManager[Any],
     dtype: torch.dtype,
     tokens: int,
-    epochs: dict[str, float],
+    curriculum: Curriculum,
 ) -> dict[str, Any]:
     """Validate on everything, sample, draw loss.png and blocks.png, write summary.json; returns the summary.
 
-    epochs  passes over each part's training text, for the summary
+    curriculum  what was read of each part
     """
     started = time.monotonic()
     with averaged_weights:
         sizes = {"seq_len": run.seq_len, "samples_per_batch": run.samples_per_micro_batch}
         result = evaluate_data(model, corpus, dtype=dtype, **sizes)
-        events.emit("validation", run.steps, tokens=tokens, **losses(result))
+        read = read_so_far(corpus, curriculum, run.steps)
+        events.emit("validation", run.steps, tokens=tokens, **losses(result), **read)
         (folder / "sample.txt").write_text(_samples(run, model, corpus), encoding="utf-8")
         first = next(iter(corpora_of(corpus).values()))
         sample = next(iter(sequential_batches(first, "validation", max_samples=1, **sizes)))
@@ -68,7 +71,7 @@ def finish(
         "validation_tokens": result["tokens"],
         "validation_bytes": result["bytes"],
         **{f"validation_{name}": value for name, value in result.items() if "/" in name},
-        "epochs": epochs,
+        "epochs": epochs_read(corpus, curriculum, run.steps),
         "gzip_bits_per_byte": gzip,
         "below_gzip": result["bits_per_byte"] < gzip,
         "train_loss": trained[-1]["loss"],

@@ -1,7 +1,8 @@
 """Where a run lives on disk: its name, its lock, and what makes two runs the same.
 
 A run's folder is `<runs_dir>/<recipe>-<hash of everything but length and logging>`: the same settings always meet the
-same folder, so typing a command again resumes it.
+same folder, so typing a command again resumes it. A folder named before a setting existed is met too, if that setting
+has its default.
 """
 
 from __future__ import annotations
@@ -25,7 +26,20 @@ from pithwood.run import LENGTH_AND_LOGGING, Run
 
 
 def run_dir(run: Run, runs_dir: Path) -> Path:
-    return runs_dir / f"{run.name}-{config_hash(run, exclude=LENGTH_AND_LOGGING)[:8]}"
+    """The folder of a run of these settings: the one it has, else the one it will get."""
+    wanted = config_hash(run, exclude=LENGTH_AND_LOGGING)
+    folder = runs_dir / f"{run.name}-{wanted[:8]}"
+    if folder.exists():
+        return folder
+    for older in sorted(runs_dir.glob(f"{run.name}-{'[0-9a-f]' * 8}")):
+        try:
+            same = config_hash(load_run(older), exclude=LENGTH_AND_LOGGING) == wanted
+        except ValueError:
+            # Settings that cannot be read are not known to be these.
+            continue
+        if same:
+            return older
+    return folder
 
 
 def find_run(reference: str, runs_dir: Path) -> Path:

@@ -30,7 +30,7 @@ from pithwood.config import config_hash
 from pithwood.data.batches import Batch, TrainingBatches
 from pithwood.data.corpus import Corpus
 from pithwood.data.mixture import Mixture, find_data, open_data
-from pithwood.data.usage import data_plan, epochs_read, training_batches
+from pithwood.data.usage import data_plan, epochs_read, read_so_far, training_batches
 from pithwood.evaluate.parts import evaluate_data, losses
 from pithwood.finish import finish
 from pithwood.losses import LossLedger
@@ -131,7 +131,10 @@ def train(
             if trainer.step < run.steps:
                 return _interrupted(run, folder, trainer.step, trainer.tokens, stop, command)
             average = trainer.averaged_weights()
-            return finish(run, trainer.model, corpus, folder, events, average, trainer.dtype, trainer.tokens, epochs)
+            curriculum = source.curriculum
+            return finish(
+                run, trainer.model, corpus, folder, events, average, trainer.dtype, trainer.tokens, curriculum
+            )
         finally:
             events.close()
 
@@ -163,7 +166,7 @@ def _loop(
     watch = partial(report_skips, run, events, folder)
     for step in range(start, run.steps):
         if trainer.enter_phase(step):
-            watch(events.emit("phase", step, index=trainer.phase))
+            watch(events.emit("phase", step, index=trainer.phase, **source.curriculum.settings(step)))
         done, last = step + 1, step + 1 == run.steps
         logged = done % run.log_every == 0 or last
         clock.restart()
@@ -175,7 +178,7 @@ def _loop(
         if done % run.validate_every == 0 and not last and trainer.strictly_causal():
             watch(events.flush())
             started = time.perf_counter()
-            fields = trainer.validate(corpus, run.validation_samples)
+            fields = trainer.validate(corpus, run.validation_samples) | read_so_far(corpus, source.curriculum, done)
             events.emit("validation", done, tokens=trainer.tokens, **fields, seconds=time.perf_counter() - started)
         stopping = stop.requested
         if done % run.checkpoint_every == 0 or last or stopping:

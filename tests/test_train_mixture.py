@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,14 @@ def test_the_log_and_the_summary_tell_each_parts_loss_and_epochs(tmp_path):
     # The last phase trains on digits alone.
     assert checks[-1]["loss/digits"] < checks[-2]["loss/digits"]
     assert summary["validation_bits_per_byte/digits"] == checks[-1]["bits_per_byte/digits"]
+    assert checks[-1]["epochs/words"] == checks[1]["epochs/words"] > checks[0]["epochs/words"] > 0
+    assert {part: checks[-1][f"epochs/{part}"] for part in ("digits", "words")} == summary["epochs"]
+    for event in checks:
+        assert event["tokens/words"] + event["tokens/digits"] == event["tokens"]
+    # 256 tokens a step: 3 to 1, and digits alone from step 8 on.
+    assert [event["tokens/digits"] for event in checks] == [256, 512, 1536]
+    phases = [(event["step"], event["seq_len"], event["shares"]) for event in events if event["kind"] == "phase"]
+    assert phases == [(4, 64, {"digits": 0.25, "words": 0.75}), (8, 64, {"digits": 1.0, "words": 0.0})]
     begun = next(event for event in events if event["kind"] == "run")
     assert begun["epochs"] == summary["epochs"]
     assert set(begun["epochs"]) == {"words", "digits"}
@@ -192,3 +201,30 @@ def test_lengths_that_cut_the_text_at_different_places_are_refused(tmp_path):
 def test_weights_of_a_phase_that_cannot_be_are_refused(tmp_path, weights, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(small_mixture(tmp_path), phases=(Phase(100, weights=weights),)).validate()
+
+
+@pytest.mark.quick
+def test_a_run_from_before_a_setting_existed_is_resumed_in_its_folder(tmp_path):
+    run = dataclasses.replace(small_run(tmp_path / "text"), phases=(Phase(4), Phase(8, trainable=("*norm*",))))
+    train(dataclasses.replace(run, steps=4), runs_dir=tmp_path / "a", console=False)
+    begun = train(dataclasses.replace(run, steps=4), runs_dir=tmp_path / "b", console=False)
+    older = (tmp_path / "b" / "small-01234567").absolute()
+    Path(begun["run_dir"]).rename(older)
+    config = json.loads((older / "config.json").read_text())
+    del config["run"]["data"]["tokenizer"]
+    for phase in config["run"]["phases"]:
+        del phase["seq_len"], phase["weights"]
+    (older / "config.json").write_text(json.dumps(config))
+    assert run_dir(dataclasses.replace(run, seed=1), tmp_path / "b") != older
+    mixed = dataclasses.replace(run, phases=(Phase(4, seq_len=32), Phase(8, trainable=("*norm*",))))
+    assert run_dir(mixed, tmp_path / "b") != older
+    resumed = train(run, runs_dir=tmp_path / "b", console=False)
+    assert Path(resumed["run_dir"]) == older
+    assert losses(resumed) == losses(train(run, runs_dir=tmp_path / "a", console=False))
+
+
+def test_a_checkpoint_of_one_corpus_is_no_start_for_a_mixture(tmp_path):
+    run = small_mixture(tmp_path)
+    train(small_run(tmp_path / "words"), runs_dir=tmp_path / "runs", console=False)
+    with pytest.raises(ValueError, match="was trained on another corpus than `data` describes now"):
+        train(run, runs_dir=tmp_path / "runs", branch_from="small@4", console=False)

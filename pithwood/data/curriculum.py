@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +95,12 @@ class Curriculum:
     def stage_index(self, step: int) -> int:
         """The stage that a step belongs to; steps after the last stage's end belong to it."""
         return next((i for i, stage in enumerate(self.stages) if step < stage.until_step), len(self.stages) - 1)
+
+    def settings(self, step: int) -> dict[str, Any]:
+        """The length and mixture in force at a step, as plain JSON: seq_len, and shares by part if there are parts."""
+        stage = self.stages[self.stage_index(step)]
+        shares = {name: float(share) for name, share in zip(self.names, stage.shares, strict=True) if name}
+        return {"seq_len": stage.seq_len, **({"shares": shares} if shares else {})}
 
     def samples(self, step: int, micro: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The part [n] and the first token in it [n] of the samples of a micro-batch, both int64."""

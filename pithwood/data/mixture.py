@@ -144,11 +144,24 @@ class MixtureConfig:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The opened corpora of a mixture; all have the same tokenizer. Means over parts are weighted by their shares."""
+    """The opened corpora of a mixture. Means over parts are weighted by their shares.
+
+    raises ValueError if their tokenizers differ
+    """
 
     cfg: MixtureConfig
     corpora: dict[str, Corpus]
     """By name, in the order of `cfg.names`."""
+
+    def __post_init__(self) -> None:
+        first = next(iter(self.corpora))
+        for name, corpus in self.corpora.items():
+            if corpus.tokenizer.fingerprint() != self.corpora[first].tokenizer.fingerprint():
+                raise ValueError(
+                    f"data.parts: the tokenizers of {first!r} ({self.corpora[first].vocab_size} tokens) and {name!r} "
+                    f"({corpus.vocab_size} tokens) differ, and a model has one; prepare both with the same "
+                    f"data.tokenizer, such as {corpus.folder / TOKENIZER}"
+                )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -261,8 +274,6 @@ def _prepare_parts(cfg: MixtureConfig, cache_dir: Path, progress: Progress) -> d
             corpora[name] = prepare(cfg.corpus(name, shared), cache_dir, tell)
         if isinstance(shared, TrainBPE):
             shared = TokenizerFile(str(corpora[name].folder / TOKENIZER))
-    prints = {name: corpus.tokenizer.fingerprint() for name, corpus in corpora.items()}
-    assert len(set(prints.values())) == 1, prints
     return {name: corpora[name] for name in cfg.names}
 
 

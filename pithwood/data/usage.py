@@ -50,6 +50,17 @@ def epochs_read(data: Corpus | Mixture, curriculum: Curriculum, steps: int) -> d
     return {name: round(usage.epochs, 6) for name, usage in zip(corpora_of(data), curriculum.usage(steps), strict=True)}
 
 
+def read_so_far(data: Corpus | Mixture, curriculum: Curriculum, steps: int) -> dict[str, float]:
+    """Fields of a validation event: `tokens/<part>` and `epochs/<part>` that `steps` steps read of each part of a
+    mixture; {} for a corpus.
+    """
+    if isinstance(data, Corpus):
+        return {}
+    read = dict(zip(corpora_of(data), curriculum.usage(steps), strict=True))
+    epochs = {f"epochs/{name}": passes for name, passes in epochs_read(data, curriculum, steps).items()}
+    return {**{f"tokens/{name}": usage.tokens for name, usage in read.items()}, **epochs}
+
+
 def data_plan(data: Corpus | Mixture, curriculum: Curriculum, steps: int) -> dict[str, Any]:
     """What `steps` steps read, as plain JSON: `parts` by name and `stages` in order.
 

@@ -211,17 +211,29 @@ def event_line(event: dict[str, Any], total_steps: int) -> str | None:
             parts.append(f"loss {event['loss']:.3f}")
         if "bits_per_byte" in event:
             parts.append(f"{event['bits_per_byte']:.3f} bits/byte")
-        by_part = {name.partition("/")[2]: bits for name, bits in event.items() if name.startswith("bits_per_byte/")}
+        by_part = [name.partition("/")[2] for name in event if name.startswith("bits_per_byte/")]
         if by_part:
-            parts.append(", ".join(f"{name} {bits:.3f}" for name, bits in by_part.items()))
+            parts.append(", ".join(_part_text(event, name) for name in by_part))
         if "seconds" in event:
             parts.append(f"took {format_duration(event['seconds'])}")
         return _SEPARATOR.join(parts)
     if kind == "resume":
         return _SEPARATOR.join([position, "resumed", *([str(event["checkpoint"])] if "checkpoint" in event else [])])
     if kind == "phase":
-        return _SEPARATOR.join([position, f"phase {event.get('name', event.get('index', ''))}".rstrip()])
+        parts = [position, f"phase {event.get('name', event.get('index', ''))}".rstrip()]
+        if "seq_len" in event:
+            parts.append(f"seq_len {event['seq_len']}")
+        if "shares" in event:
+            parts.append(", ".join(f"{name} {share:.1%}" for name, share in event["shares"].items()))
+        return _SEPARATOR.join(parts)
     return None
+
+
+def _part_text(event: dict[str, Any], name: str) -> str:
+    """Bits per byte of one part of a mixture, and how often its training text was read."""
+    epochs = event.get(f"epochs/{name}")
+    text = f"{name} {event[f'bits_per_byte/{name}']:.3f}"
+    return text if epochs is None else f"{text} after {epochs:.2g} epochs"
 
 
 def fit_line(parts: Sequence[str], width: int) -> str:

@@ -7,11 +7,12 @@ resume      a run continues after `step`: checkpoint, versions, device, ...
 train       every step: tokens (seen so far), loss, bits_per_byte, grad_norm, lr, tokens_per_s, step_s, mfu,
             peak_memory_gb, expert_load_max_over_mean, expert_load_entropy, block_own_share, block_entropy,
             block_union_128, and one `loss/<name>` per loss term
-validation  loss, bits_per_byte, tokens (trained on so far), seconds; of a mixture also `loss/<part>` and
-            `bits_per_byte/<part>`
+validation  loss, bits_per_byte, tokens (trained on so far), seconds; of a mixture also `loss/<part>`,
+            `bits_per_byte/<part>`, and `tokens/<part>` and `epochs/<part>` trained on so far
 checkpoint  path, seconds
 skip        the update of this step was not applied: reason, ...
-phase       other mixers, objectives or learning rates from the next step on: index, ...
+phase       other mixers, objectives, learning rates, lengths or mixtures from the next step on: index, seq_len,
+            `shares` by part of a mixture
 done        the run reached its last step: tokens, seconds, ...
 """
 

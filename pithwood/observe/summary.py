@@ -32,6 +32,8 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     run_dir                     the run folder
     steps, tokens, seconds      finished steps, tokens trained on, wall seconds over all sittings
     validation_bits_per_byte, validation_loss
+    validation_bits_per_byte/<part>, epochs
+                                of a mixture, by part; epochs is an object
     gzip_bits_per_byte          `gzip -9` of the same validation bytes
     interrupted                 number of the signal that stopped the run, None if it ran to its end
     command                     the command of this run without its length: continues it if it was interrupted, and
@@ -42,7 +44,7 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     """
     recipe, run_dir = str(summary["recipe"]), str(summary["run_dir"])
     steps = summary.get("steps")
-    lines = [_learned(summary)]
+    lines = [_learned(summary), *_by_part(summary)]
     spent = []
     if steps is not None:
         spent.append(f"{steps:,} steps")
@@ -92,6 +94,17 @@ def _learned(summary: Mapping[str, Any]) -> str:
         f"{share:.0%} below" if bits < gzip_bits else "not below" if bits < gzip_bits * 1.005 else f"{share:.0%} above"
     )
     return f"{text}, {where} gzip -9 of the same bytes ({gzip_bits:.3f})"
+
+
+def _by_part(summary: Mapping[str, Any]) -> list[str]:
+    names = [key.partition("/")[2] for key in summary if key.startswith("validation_bits_per_byte/")]
+    epochs = summary.get("epochs") or {}
+    parts = [
+        f"{name} {summary[f'validation_bits_per_byte/{name}']:.3f}"
+        + (f" after {epochs[name]:.2g} epochs" if name in epochs else "")
+        for name in names
+    ]
+    return [f"  bits per byte by part: {', '.join(parts)}"] if parts else []
 
 
 def read_summary(run_dir: Path | str) -> dict[str, Any]:

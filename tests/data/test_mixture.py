@@ -75,6 +75,13 @@ def test_a_loaded_tokenizer_serves_all_parts(mixture, cfg, cache, tmp_path):
     assert loaded.fingerprint == mixture.fingerprint
 
 
+def test_corpora_of_different_tokenizers_are_no_mixture(mixture, cfg, cache):
+    other = open_data(replace(cfg.corpus("digits"), vocab_size=270), cache)
+    assert isinstance(other, Corpus)
+    with pytest.raises(ValueError, match=r"tokenizers of 'digits' \(270 tokens\) and 'prose' \(300 tokens\) differ"):
+        Mixture(cfg, {**mixture.corpora, "digits": other})
+
+
 def test_every_batch_holds_the_shares_and_the_text_of_its_parts(mixture):
     stages = [Stage(6, 16, 16, 8, SHARES), Stage(20, 64, 4, 2, SHARES)]
     batches = training_batches(mixture, stages, seed=5, steps=20)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from pithwood.observe.console import ConsoleSink, TimeLeft, fit_line, format_count, format_duration
+from pithwood.observe.console import ConsoleSink, TimeLeft, event_line, fit_line, format_count, format_duration
 from pithwood.observe.events import EventLog
 
 
@@ -136,3 +136,14 @@ def test_texts():
     assert format_duration(float("nan")) == format_count(float("inf")) == "?"
     assert fit_line(["step 1/9", "loss 3.1", "speed"], 20) == "step 1/9 | loss 3.1"
     assert fit_line(["step 1/9", "loss 3.1"], 3) == "step 1/9"
+
+
+def test_a_mixture_shows_each_part_and_what_a_phase_changes():
+    check = {"kind": "validation", "step": 8, "loss": 2.5, "bits_per_byte": 1.9}
+    parts = {"bits_per_byte/code": 1.7, "bits_per_byte/prose": 2.3, "epochs/code": 0.514, "epochs/prose": 12.3}
+    assert event_line({**check, **parts}, 9) == (
+        "step 8/9 | validation | loss 2.500 | 1.900 bits/byte | code 1.700 after 0.51 epochs, "
+        "prose 2.300 after 12 epochs"
+    )
+    phase = {"kind": "phase", "step": 4, "index": 1, "seq_len": 512, "shares": {"code": 0.7, "prose": 0.3}}
+    assert event_line(phase, 9) == "step 4/9 | phase 1 | seq_len 512 | code 70.0%, prose 30.0%"

@@ -51,6 +51,13 @@ def test_closing_lines_tell_what_where_and_next():
     ]
 
 
+def test_closing_lines_of_a_mixture_tell_of_its_parts():
+    by_part = {f"validation_bits_per_byte/{name}": bits for name, bits in (("code", 1.5), ("prose", 2.25))}
+    lines = closing_lines({**SUMMARY, **by_part, "epochs": {"code": 0.25, "prose": 3.0}})
+    assert lines[1] == "  bits per byte by part: code 1.500 after 0.25 epochs, prose 2.250 after 3 epochs"
+    assert lines[2].startswith("run folder: ")
+
+
 def test_closing_lines_without_an_override_propose_more_steps():
     lines = closing_lines({**SUMMARY, "recipe": "debug"})
     assert lines[4].endswith("pithwood train debug steps=1600")
