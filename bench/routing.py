@@ -26,6 +26,7 @@ try:
     from bench.results import write_results
     from pithwood.bench.inputs import TrainedRun, blocks_of, layer_inputs, load_trained, save_qkv
     from pithwood.config import apply_overrides
+    from pithwood.data.prepare import CorpusConfig
     from pithwood.data.sources import Document, Source, SourceText
     from pithwood.observe.events import read_events
     from pithwood.observe.routing_stats import routing_stats
@@ -141,6 +142,8 @@ def main() -> None:
         raise SystemExit(f"training needs packages that are not installed: pip install {' '.join(missing)}")
     started = time.monotonic()
     own = load_recipe(args.recipe)
+    if not isinstance(own.data, CorpusConfig):
+        parser.error(f"--recipe {args.recipe} mixes corpora, and this trains on one; take another recipe")
     text = dataclasses.replace(own.data, source=PackageFolders())
     # Few minutes are better spent on many small steps; checkpoints and validation only at the end.
     run = dataclasses.replace(

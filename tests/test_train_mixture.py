@@ -13,6 +13,7 @@ from pithwood.data.mixture import MixtureConfig, MixturePart, open_data
 from pithwood.data.sources import TextFolder
 from pithwood.data.usage import training_batches
 from pithwood.observe.events import read_events
+from pithwood.recipes.mixtures import demo_mixture
 from pithwood.run import Phase, Run
 from pithwood.run_folder import run_dir
 from pithwood.train import Trainer, plan, train
@@ -228,3 +229,13 @@ def test_a_checkpoint_of_one_corpus_is_no_start_for_a_mixture(tmp_path):
     train(small_run(tmp_path / "words"), runs_dir=tmp_path / "runs", console=False)
     with pytest.raises(ValueError, match="was trained on another corpus than `data` describes now"):
         train(run, runs_dir=tmp_path / "runs", branch_from="small@4", console=False)
+
+
+def test_the_recipe_of_a_mixture_trains_in_both_of_its_phases(tmp_path):
+    run = demo_mixture()
+    short = dataclasses.replace(run, steps=4, phases=(dataclasses.replace(run.phases[0], until_step=2), run.phases[1]))
+    summary = train(short, runs_dir=tmp_path / "runs", console=False)
+    assert set(summary["epochs"]) == {"code", "prose"}
+    assert [event["step"] for event in read_events(summary["run_dir"]) if event["kind"] == "phase"] == [2]
+    curve = losses(summary)
+    assert curve[-1][1] < curve[0][1]

@@ -20,7 +20,7 @@ from pithwood.attention.projections import HeadsMixer
 from pithwood.bench.cases import Shape
 from pithwood.checkpoint.load import load_checkpoint
 from pithwood.data.batches import Batch, sequential_batches
-from pithwood.data.prepare import prepare
+from pithwood.data.mixture import corpora_of, open_data
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.ops.packing import Packing
 from pithwood.run import Run
@@ -69,7 +69,8 @@ class TrainedRun:
 def load_trained(
     reference: str, runs_dir: Path, device: torch.device, samples: int, tell: Any = lambda line: None
 ) -> TrainedRun:
-    """The run meant by RUN or RUN@STEP, with averaged weights if it has them, and its first validation samples.
+    """The run meant by RUN or RUN@STEP, with averaged weights if it has them, and its first validation samples (of
+    a mixture, those of its first part).
 
     raises  ValueError if there is no such run or checkpoint, or its corpus cannot be had
     """
@@ -78,7 +79,7 @@ def load_trained(
     tensors, state = load_checkpoint(path)
     step = int(state["step"])
     model = model_of(run, step, tensors, averaged=True).to(device)
-    corpus = prepare(run.data, runs_dir / "corpora", tell)
+    corpus = next(iter(corpora_of(open_data(run.data, runs_dir / "corpora", tell)).values()))
     batches = sequential_batches(
         corpus, "validation", seq_len=run.seq_len, samples_per_batch=samples, max_samples=samples
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -77,19 +78,20 @@ class MixtureConfig:
                 raise ValueError(f"data.parts: the name {name!r} may hold letters, digits, '_' and '-' only")
             if (other := folded.setdefault(name.lower(), name)) != name:
                 raise ValueError(f"data.parts: the names {other!r} and {name!r} clash; they differ in case only")
-            if part.weight == 0:
+            if not 0 < part.weight < math.inf:
                 raise ValueError(
-                    f"data.parts.{name}.weight=0 would never be read; leave the part out, or give it a weight here and "
-                    "0 in the weights of some phases"
+                    f"data.parts.{name}.weight={part.weight:g} must be a finite number above 0; leave the part out, or "
+                    "give it a weight here and 0 in the weights of some phases"
                 )
             if part.max_epochs is not None and not part.max_epochs > 0:
                 raise ValueError(
                     f"data.parts.{name}.max_epochs={part.max_epochs} must be above 0, or null for no limit"
                 )
             for other, its in self.parts.items():
-                if other != name and (its.source, its.max_bytes) == (part.source, part.max_bytes):
+                # Whatever max_bytes: what one holds out the other might train on.
+                if other != name and its.source == part.source:
                     raise ValueError(
-                        f"data.parts: {name!r} and {other!r} are the same text; "
+                        f"data.parts: {name!r} and {other!r} have the same source; "
                         "give it once, with the sum of the weights"
                     )
             with _in_words_of_part(name):
@@ -118,7 +120,7 @@ class MixtureConfig:
     def shares(self, weights: Mapping[str, float] | None = None, where: str = "data.parts") -> tuple[Fraction, ...]:
         """Share of the samples that each part of `names` gives, by its own weight or by `weights` of all parts.
 
-        raises ValueError, in the words of `where`, for weights that cannot be
+        raises ValueError, in the words of `where`, for weights that cannot be or are not those of all parts
         """
         given = {name: part.weight for name, part in self.parts.items()} if weights is None else weights
         if missing := [name for name in self.names if name not in given]:
