@@ -162,7 +162,7 @@ class Mixture:
                 raise ValueError(
                     f"data.parts: the tokenizers of {first!r} ({self.corpora[first].vocab_size} tokens) and {name!r} "
                     f"({corpus.vocab_size} tokens) differ, and a model has one; prepare both with the same "
-                    f"data.tokenizer, such as {corpus.folder / TOKENIZER}"
+                    f"data.tokenizer, such as {self.corpora[first].folder / TOKENIZER}"
                 )
 
     @property
