@@ -94,7 +94,9 @@ class Packing:
         if torch.compiler.is_compiling() or (self.cu_q.is_cuda and torch.cuda.is_current_stream_capturing()):
             return make()
         if key not in self._remembered:
-            self._remembered[key] = make()
+            # Tensors of inference mode could not be saved for a backward pass later.
+            with torch.inference_mode(False):
+                self._remembered[key] = make()
         return self._remembered[key]
 
     def query_doc(self) -> Tensor:

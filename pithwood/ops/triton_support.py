@@ -5,7 +5,6 @@ Kernel files (`triton.py` in an op's folder) import triton at their top, so only
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def triton_misfit(*tensors: Tensor) -> str | None:
@@ -21,7 +21,7 @@ def triton_misfit(*tensors: Tensor) -> str | None:
     On a CPU the interpreter runs kernels if TRITON_INTERPRET=1 was set before the process imported triton; its bf16
     products are wrong, so it takes fp32 and fp16.
     """
-    if not _installed():
+    if not INSTALLED:
         return "the package triton is not installed (pip install 'pithwood[triton-cpu]' for its interpreter on a CPU)"
     for x in tensors:
         if x.dtype not in KERNEL_DTYPES:
@@ -34,8 +34,3 @@ def triton_misfit(*tensors: Tensor) -> str | None:
         elif x.device.type != "cuda":
             return f"kernels run on CUDA, got {x.device}"
     return None
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

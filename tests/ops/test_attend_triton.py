@@ -60,7 +60,7 @@ def test_head_dims_and_dtypes(dim, value_dim, dtype):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_list_of_many_chunks_adds_up(monkeypatch, deterministic):
-    monkeypatch.setattr(schedule, "backward_chunk", lambda pairs, parts: 16)
+    monkeypatch.setattr(schedule, "backward_chunk", lambda parts: 16)
     inputs = make_inputs([150, 60], heads=2)
     selection = moba_selection(inputs, 16, 3)
     with torch.no_grad():

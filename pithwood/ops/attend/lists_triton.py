@@ -128,6 +128,14 @@ def _num_chunks(
     return chunks
 
 
+def empty_lists(ids_THk: Tensor, plan: BlockPlan, num_groups: int, slots: int) -> Lists:
+    """Lists of the same sizes as `build_lists` gives, with nothing in them."""
+    device, num_lists = ids_THk.device, num_groups * plan.num_units
+    entry_P = torch.zeros(ids_THk.shape[0] * ids_THk.shape[1] * slots, dtype=torch.int32, device=device)
+    start_X = torch.zeros(num_lists, dtype=torch.int64, device=device)
+    return Lists(entry_P, start_X, torch.zeros(num_lists, dtype=torch.int32, device=device))
+
+
 def build_lists(ids_THk: Tensor, plan: BlockPlan, num_groups: int, slots: int, ordered: bool) -> Lists:
     """Lists of the heads in ids [T, H, k] (a slice of heads is fine), which belong to num_groups KV heads.
 

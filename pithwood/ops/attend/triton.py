@@ -29,7 +29,7 @@ from pithwood.ops.attend.backward_triton import (
     _sum_dq_kernel,
 )
 from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
-from pithwood.ops.attend.lists_triton import Lists, build_items, build_lists
+from pithwood.ops.attend.lists_triton import Lists, build_items, build_lists, empty_lists
 from pithwood.ops.attend.plan import BlockPlan, block_plan
 from pithwood.ops.packing import Packing, Selection
 
@@ -85,10 +85,10 @@ def dq_tiles(block: int, dim: int, element_size: int) -> Tiles:
     return Tiles(_tile(block, 64), _tile(block, 64), 4, 1)
 
 
-def backward_chunk(pairs: int, parts: int) -> int:
-    """Rows of a list that one program of the backward takes, when each list is worked on in `parts` of its unit's keys:
-    enough programs to balance a GPU's 132 multiprocessors, few lists cut."""
-    return min(max(triton.next_power_of_2(pairs * parts // (132 * 8)), 1024), 16384 * parts)
+def backward_chunk(parts: int) -> int:
+    """Rows of a list that one program of the backward takes, when each list is worked on in `parts` of its unit's keys.
+    Only lists that very many queries have in common are cut."""
+    return 16384 * parts
 
 
 def hopper_tiles(dim: int) -> dict[str, int]:
@@ -277,9 +277,10 @@ class _Call:
         num_queries, heads, _ = q.shape
         o = torch.empty(num_queries, heads, v.shape[2], dtype=q.dtype, device=q.device)
         lse = torch.empty(num_queries, heads, dtype=torch.float32, device=q.device)
-        lists = build_lists(self.ids, self.plan, self.k.shape[1], self.slots, ordered)
+        num_groups = self.k.shape[1]
         if num_queries == 0 or self.k.shape[0] == 0:
-            return o.zero_(), lse.fill_(float("-inf")), lists
+            return o.zero_(), lse.fill_(float("-inf")), empty_lists(self.ids, self.plan, num_groups, self.slots)
+        lists = build_lists(self.ids, self.plan, num_groups, self.slots, ordered)
         if self.own and not self.self_attention:
             # Queries before their document's first key belong to no unit.
             o.zero_()
@@ -369,7 +370,7 @@ class _Call:
         hopper = self.fits_hopper() and not deterministic
         keys = HOPPER_KEYS if hopper else tiles.keys
         parts = triton.cdiv(plan.block_size, keys)
-        chunk = WHOLE_LISTS if deterministic else backward_chunk(most, parts)
+        chunk = WHOLE_LISTS if deterministic else backward_chunk(parts)
         items = build_items(lists, plan, chunk, most, at_least_one=True)
         hot_X, hot_list, dk_hot, dv_hot = self._hot_lists(lists, chunk, most, dim, v.shape[2])
         dq_rows = 0 if deterministic else num_queries
