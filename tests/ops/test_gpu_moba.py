@@ -72,7 +72,10 @@ def check(q, k, v, packing, selection, grad_o=None, dense=False, **options) -> d
         norm = exact[name].norm()
         # what every element is off by must not hide below the largest error
         share = (value.double() - exact[name]).norm() / norm.clamp(min=1e-30)
-        assert norm < 1e-6 or share <= {torch.float32: 1e-4, torch.float16: 5e-3}.get(q.dtype, 2e-2), (name, share)
+        cap = {torch.float32: 1e-4, torch.float16: 5e-3}.get(q.dtype, 2e-2)
+        plain_share = float((plain[name].double() - exact[name]).norm() / norm.clamp(min=1e-30))
+        # Inputs as hard as an outlier channel leave flash attention 2.4e-2 off in dq, and plain PyTorch 2e-1.
+        assert norm < 1e-6 or share <= max(cap, plain_share / 4), (name, share)
     return found
 
 
