@@ -248,7 +248,7 @@ def test_bad_switches_are_refused_with_what_is_allowed():
         ({"mean_dtype": "bf16"}, "'input', 'fp32', 'centered'"),
         ({"route_per": "layer"}, "'q_head', 'kv_group'"),
         ({"forced": "sink"}, "'own', 'none'"),
-        ({"impl": "triton"}, "'ref', 'torch'"),
+        ({"impl": "cuda"}, "'ref', 'torch', 'triton'"),
     ):
         with pytest.raises(ValueError, match=words):
             _select(inputs, 8, 2, **options)

@@ -59,10 +59,12 @@ def test_the_chosen_blocks_are_those_of_fp64(dtype, lengths, block, top_k, dim, 
     assert found.ids.dtype == found.count.dtype == torch.int32
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3, 8, 16, 64])
-@pytest.mark.parametrize("route_per", ["q_head", "kv_group"])
+@pytest.mark.parametrize(
+    ("top_k", "route_per"),
+    [*itertools.product([1, 2, 3, 8, 9, 10, 16], ["q_head", "kv_group"]), (64, "q_head")],
+)
 def test_every_top_k_finds_the_same_as_the_reference(top_k, route_per):
-    inputs = _integers([150], heads=2, dim=16)
+    inputs = _integers([138], heads=1 if top_k == 64 else 2, dim=16)
     ref, fast = (_select(inputs, 2, top_k, impl, route_per=route_per) for impl in ("ref", "triton"))
     assert torch.equal(ref.ids, fast.ids)
     assert torch.equal(ref.count, fast.count)
@@ -118,6 +120,20 @@ def test_scores_in_the_order_that_moves_the_list_most(order, tie):
         own = t // 2
         best = range(max(own - 4, 0), own) if order == "ascending" else range(min(4, own))
         assert ids[t][ids[t] >= 0].tolist() == [*best, own]
+
+
+@pytest.mark.parametrize("tie", ["later", "earlier"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_best_scores_a_tile_apart_or_a_bit_apart(tie, sign):
+    inputs = on_device(make_inputs([1200], heads=1))
+    inputs.q.copy_(torch.eye(16, device=DEVICE)[:1].expand_as(inputs.q))
+    score = torch.arange(600, device=DEVICE) % 97 - 200.0
+    score[torch.arange(7, 600, 64)] = torch.arange(10, device=DEVICE) + 1.0  # one column, whatever the tile
+    score[torch.arange(400, 420)] += 200 + torch.arange(20, device=DEVICE) * 2.0**-21
+    score = sign * score
+    inputs.k.copy_(score.repeat_interleave(2)[:, None, None].expand_as(inputs.k))
+    ref, fast = (_select(inputs, 2, 6, impl, tie=tie, mean_dtype="fp32") for impl in ("ref", "triton"))
+    assert torch.equal(ref.ids, fast.ids)
 
 
 def test_nan_is_never_selected_plus_infinity_first_minus_infinity_last():

@@ -1,0 +1,377 @@
+# ruff: noqa: RUF005  (Triton cannot unpack tuples)
+# mypy: disable-error-code="assignment"
+"""The kernel of the gate: gate and top-k in one, in which scores live and die in registers.
+
+A program owns TILE queries of one document and one set of heads. It walks over the document's block means in tiles and
+multiplies its queries with them (16-bit operands: one chain of WGMMAs with fp32 accumulators). The means of a document
+are read from L2 by every program; queries are read once and ids written once; the work is the product and a search.
+There are two searches:
+
+  podiums   Every column of the running tile keeps, for each row, its three best scores and the best of those it gave
+            up: eight operations a score, none of them across lanes. A score's last bits give way to the number of its
+            tile. When all tiles are done, the best of the podiums are the best of the row, but in three cases: a score
+            that was given up could be among them (one random row in a thousand, with seven blocks to choose), the last
+            chosen and the first not chosen differ in bits that are gone, or not every score is finite.
+  rounds    A round takes the best score of every row of the tile, finds its column, strikes it out and inserts it into
+            the row's sorted list: six operations a score. It happens while some row has a score that beats the worst of
+            its list: about as often as the list is long in the first tile, three to five times later. It is right
+            whatever the scores are: NaN, -inf, all equal.
+
+Few blocks to choose are sought by podiums, and rows in doubt by rounds, from the score on that is known to suffice;
+many are sought by rounds alone. The ids are the same.
+
+A row's list is a tuple of row vectors, not a [TILE, list] matrix. A row vector lies in the registers of the four lanes
+that hold the row's accumulators, so that a round needs no shared memory but for its one test whether all rows are done.
+
+Rounds walk over the tiles in the order in which ties are decided, so a score found later never wins a tie, and a
+strict comparison is exact. What they must not choose is NaN, which no comparison lets through: candidates that are
+none, scores struck out, scores that are NaN.
+
+Legend: T packed tokens, N documents, U units (blocks) of all documents, S selections per row, k selected per row, H
+query heads, G KV heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pithwood.ops.offsets_triton import doc_of_tile
+
+NO_ID = tl.constexpr(0x7FFFFFFF)
+"""Sorts behind every id."""
+
+
+@triton.jit
+def select_kernel(
+    q_ptr,
+    means_ptr,
+    ids_ptr,
+    count_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    offsets_ptr,
+    num_docs,
+    num_row_tiles,
+    block_size,
+    stride_t,
+    stride_h,
+    stride_k,
+    SETS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEADS_PER_SET: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    LOG_PADDED_K: tl.constexpr,
+    BUDGET: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    OWN: tl.constexpr,
+    LATER: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    DIM_CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    UNITS: tl.constexpr,
+    PODIUMS: tl.constexpr,
+    TAG_BITS: tl.constexpr,
+):
+    """ids and count of TILE queries. PODIUMS columns keep podiums, 0: rounds alone; TAG_BITS hold a tile's number."""
+    # Heads fastest, for their ids share cache lines; last tiles of the batch first, for in a document they are longest.
+    set_ = tl.program_id(0) % SETS
+    tile = num_row_tiles - 1 - tl.program_id(0) // SETS
+    doc = doc_of_tile(cu_q_ptr, num_docs, tile, TILE)
+    q_begin = tl.load(cu_q_ptr + doc)
+    q_length = tl.load(cu_q_ptr + doc + 1) - q_begin
+    k_length = tl.load(cu_k_ptr + doc + 1) - tl.load(cu_k_ptr + doc)
+    first = (tile - q_begin // TILE - doc) * TILE
+    if first < q_length:
+        shift = k_length - q_length
+        # Rows past the document's end repeat its last query, so that they ask for no round of their own.
+        row = tl.minimum(first + tl.arange(0, TILE), q_length - 1)
+        position = row + shift
+        own = tl.where(position >= 0, position // block_size, -1)
+        if CAUSAL:
+            last_position = tl.minimum(first + TILE, q_length) - 1 + shift
+            num_units = tl.where(last_position >= 0, last_position // block_size, 0)
+            # Below this unit every row may choose every unit.
+            open_units = tl.where(first + shift >= 0, (first + shift) // block_size, 0)
+        else:
+            num_units = (k_length + block_size - 1) // block_size
+            open_units = num_units * 0 if OWN else num_units
+
+        kv_head = set_ * KV_HEADS // SETS
+        q_at = q_ptr + (q_begin + row).to(tl.int64)[:, None] * stride_t + set_.to(tl.int64) * HEADS_PER_SET * stride_h
+        means_at = means_ptr + (tl.load(offsets_ptr + doc).to(tl.int64) * KV_HEADS + kv_head) * DIM
+        if DIM_CHUNK == PADDED_DIM:
+            dim = tl.arange(0, PADDED_DIM)
+            q = _load_queries(q_at, dim, stride_h, stride_k, DIM, HEADS_PER_SET, means_ptr.dtype.element_ty)
+        else:
+            q = own  # loaded chunk by chunk instead
+
+        values = ()
+        ids = ()
+        for _ in tl.static_range(BUDGET):
+            values = values + (tl.full([TILE], float("nan"), tl.float32),)
+            ids = ids + (tl.full([TILE], NO_ID, tl.int32),)
+
+        if BUDGET > 0:
+            in_doubt = tl.full([TILE], 1, tl.int1)
+            least = tl.full([TILE], float("-inf"), tl.float32)
+            if PODIUMS > 0:
+                if CAUSAL:
+                    num_candidates = tl.maximum(own, 0)
+                elif OWN:
+                    num_candidates = tl.where(own >= 0, num_units - 1, num_units)
+                else:
+                    num_candidates = tl.zeros([TILE], tl.int32) + num_units
+                # fmt: off
+                podiums = _podiums(
+                    q, q_at, means_at, own, num_units, open_units, stride_h, stride_k, KV_HEADS, HEADS_PER_SET, CAUSAL,
+                    OWN, LATER, DIM, PADDED_DIM, DIM_CHUNK, TILE, PODIUMS, TAG_BITS,
+                )
+                # fmt: on
+                ids, in_doubt, least = _best_of_podiums(podiums, num_candidates, BUDGET, TILE, PODIUMS, TAG_BITS)
+            if tl.max(in_doubt.to(tl.int32), 0) > 0:
+                listed = ()
+                for i in tl.static_range(BUDGET):
+                    listed = listed + (tl.where(in_doubt, NO_ID, ids[i]),)
+                least = tl.where(in_doubt, least, float("nan"))
+                # fmt: off
+                ids = _rounds(
+                    q, q_at, means_at, own, num_units, values, listed, least, stride_h, stride_k, KV_HEADS,
+                    HEADS_PER_SET, BUDGET, CAUSAL, OWN, LATER, DIM, PADDED_DIM, DIM_CHUNK, TILE, UNITS,
+                )
+                # fmt: on
+
+        if OWN:
+            ids = ids + (tl.where(own >= 0, own, NO_ID),)
+        for _ in tl.static_range(PADDED_K - TOP_K):
+            ids = ids + (tl.full([TILE], NO_ID, tl.int32),)
+        ids = _sort(ids, PADDED_K, LOG_PADDED_K)
+        slot = tl.arange(0, PADDED_K)
+        chosen_ids = tl.full([TILE, PADDED_K], NO_ID, tl.int32)
+        count = tl.zeros([TILE], tl.int32)
+        for i in tl.static_range(TOP_K):
+            chosen_ids = tl.where((slot == i)[None, :], ids[i][:, None], chosen_ids)
+            count += (ids[i] != NO_ID).to(tl.int32)
+        real = first + tl.arange(0, TILE) < q_length
+        to = (q_begin + row).to(tl.int64) * SETS + set_  # [TILE]
+        tl.store(
+            ids_ptr + to[:, None] * TOP_K + slot[None, :],
+            tl.where(chosen_ids == NO_ID, -1, chosen_ids),
+            mask=real[:, None] & (slot < TOP_K)[None, :],
+        )
+        tl.store(count_ptr + to, count, mask=real)
+
+
+# fmt: off
+@triton.jit
+def _scores(
+    q, q_at, means_at, unit, num_units, stride_h, stride_k,
+    KV_HEADS: tl.constexpr, HEADS_PER_SET: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    DIM_CHUNK: tl.constexpr, TILE: tl.constexpr, UNITS: tl.constexpr, ALL_THERE: tl.constexpr,
+):
+    # fmt: on
+    """[TILE, UNITS] scores of the units `unit`, 0 for those beyond the last; ALL_THERE: there are none."""
+    mean_at = means_at + unit.to(tl.int64)[None, :] * (KV_HEADS * DIM)
+    if DIM_CHUNK == PADDED_DIM:
+        dim = tl.arange(0, PADDED_DIM)
+        if ALL_THERE and DIM == PADDED_DIM:
+            mean = tl.load(mean_at + dim[:, None])  # [PADDED_DIM, UNITS]
+        else:
+            mean = tl.load(mean_at + dim[:, None], mask=(dim < DIM)[:, None] & (unit < num_units)[None, :], other=0.0)
+        score = tl.dot(q, mean, input_precision="ieee")
+    else:
+        score = tl.zeros([TILE, UNITS], tl.float32)
+        for chunk in range(0, PADDED_DIM, DIM_CHUNK):
+            some = chunk + tl.arange(0, DIM_CHUNK)
+            part = _load_queries(q_at, some, stride_h, stride_k, DIM, HEADS_PER_SET, tl.float32)
+            inside = (some < DIM)[:, None] & (unit < num_units)[None, :]
+            mean = tl.load(mean_at + some[:, None], mask=inside, other=0.0)  # [DIM_CHUNK, UNITS]
+            score = tl.dot(part, mean, score, input_precision="ieee")
+    return score
+
+
+@triton.jit
+def _candidates(unit, own, num_units, CAUSAL: tl.constexpr, OWN: tl.constexpr):
+    """[rows, units] True where a row may choose a unit."""
+    if CAUSAL:
+        return unit[None, :] < own[:, None]
+    elif OWN:
+        return (unit < num_units)[None, :] & (unit[None, :] != own[:, None])
+    else:
+        return (unit < num_units)[None, :] & (own == own)[:, None]
+
+
+# fmt: off
+@triton.jit
+def _podiums(
+    q, q_at, means_at, own, num_units, open_units, stride_h, stride_k,
+    KV_HEADS: tl.constexpr, HEADS_PER_SET: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, LATER: tl.constexpr,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, DIM_CHUNK: tl.constexpr, TILE: tl.constexpr, UNITS: tl.constexpr,
+    TAG_BITS: tl.constexpr,
+):
+    """(v1, v2, v3, rest, broken), [TILE, UNITS] each: of every column the three best scores, tagged with their tiles,
+    the best of its other scores, -inf where there is none, and 0, NaN if a score was not finite."""
+    v1 = tl.full([TILE, UNITS], float("-inf"), tl.float32)
+    podiums = (v1, v1, v1, v1, tl.zeros([TILE, UNITS], tl.float32))
+    all_tiles = (num_units + UNITS - 1) // UNITS
+    open_tiles = open_units // UNITS
+    for tile in range(0, open_tiles):
+        unit = tile * UNITS + tl.arange(0, UNITS)
+        score = _scores(
+            q, q_at, means_at, unit, num_units, stride_h, stride_k, KV_HEADS, HEADS_PER_SET, DIM, PADDED_DIM, DIM_CHUNK,
+            TILE, UNITS, True,
+        )
+        podiums = _mount(podiums, score, _tagged(score, tile, TAG_BITS))
+    for tile in range(open_tiles, all_tiles):
+        unit = tile * UNITS + tl.arange(0, UNITS)
+        score = _scores(
+            q, q_at, means_at, unit, num_units, stride_h, stride_k, KV_HEADS, HEADS_PER_SET, DIM, PADDED_DIM, DIM_CHUNK,
+            TILE, UNITS, False,
+        )
+        candidate = _candidates(unit, own, num_units, CAUSAL, OWN)
+        podiums = _mount(podiums, score, tl.where(candidate, _tagged(score, tile, TAG_BITS), float("-inf")))
+    return podiums
+# fmt: on
+
+
+@triton.jit
+def _tagged(score, tag, TAG_BITS: tl.constexpr):
+    bits = (score.to(tl.int32, bitcast=True) & (-1 << TAG_BITS)) | tag
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _mount(podiums, score, key):
+    """The podiums after one more score, tagged, for each."""
+    v1, v2, v3, rest, broken = podiums
+    second = tl.minimum(v1, key)
+    third = tl.minimum(v2, second)
+    fourth = tl.minimum(v3, third)
+    # Infinity times 0 is NaN, and so is all that follows; this is free where maxima are what limits.
+    broken = score * 0.0 + broken
+    return tl.maximum(v1, key), tl.maximum(v2, second), tl.maximum(v3, third), tl.maximum(rest, fourth), broken
+
+
+# fmt: off
+@triton.jit
+def _best_of_podiums(
+    podiums, num_candidates, BUDGET: tl.constexpr, TILE: tl.constexpr, UNITS: tl.constexpr, TAG_BITS: tl.constexpr
+):
+    # fmt: on
+    """(ids of the BUDGET best, True where they may be others, a score that all of the best reach), row vectors."""
+    v1, v2, v3, rest, broken = podiums
+    column = tl.arange(0, UNITS)[None, :]
+    ids = ()
+    found = tl.zeros([TILE], tl.int32)
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    for _ in tl.static_range(BUDGET):
+        best = tl.max(v1, 1)
+        winner = tl.max(tl.where(v1 == best[:, None], column, -1), 1)
+        real = best > float("-inf")
+        tag = best.to(tl.int32, bitcast=True) & ((1 << TAG_BITS) - 1)
+        ids = ids + (tl.where(real, tag * UNITS + winner, NO_ID),)
+        found += real.to(tl.int32)
+        taken = column == winner[:, None]
+        v1 = tl.where(taken, v2, v1)
+        v2 = tl.where(taken, v3, v2)
+        v3 = tl.where(taken, float("-inf"), v3)
+    not_chosen = tl.maximum(tl.max(v1, 1), tl.max(rest, 1))
+    close = (not_chosen > float("-inf")) & (_tagged(not_chosen, 0, TAG_BITS) >= _tagged(best, 0, TAG_BITS))
+    total = tl.sum(broken, 1)
+    finite = total == total
+    in_doubt = close | ~finite | (found < tl.minimum(num_candidates, BUDGET))
+    # The bits that are gone lower a score below 0 and raise one above it.
+    bits = best.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits | ((1 << TAG_BITS) - 1), bits & (-1 << TAG_BITS))
+    least = tl.where(finite & (found == BUDGET), bits.to(tl.float32, bitcast=True), float("-inf"))
+    return ids, in_doubt, least
+
+
+# fmt: off
+@triton.jit
+def _rounds(
+    q, q_at, means_at, own, num_units, values, ids, least, stride_h, stride_k,
+    KV_HEADS: tl.constexpr, HEADS_PER_SET: tl.constexpr, BUDGET: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
+    LATER: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, DIM_CHUNK: tl.constexpr, TILE: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    # fmt: on
+    """The lists `ids`, sorted by `values` and empty at first, after all scores; scores below `least` are left out, all
+    of them where it is NaN."""
+    num_unit_tiles = (num_units + UNITS - 1) // UNITS
+    for step in range(0, num_unit_tiles):
+        first_unit = (num_unit_tiles - 1 - step if LATER else step) * UNITS
+        unit = first_unit + tl.arange(0, UNITS)
+        # fmt: off
+        score = _scores(
+            q, q_at, means_at, unit, num_units, stride_h, stride_k, KV_HEADS, HEADS_PER_SET, DIM, PADDED_DIM, DIM_CHUNK,
+            TILE, UNITS, False,
+        )
+        # fmt: on
+        candidate = _candidates(unit, own, num_units, CAUSAL, OWN)
+        score = tl.where(candidate & (score >= least[:, None]), score, float("nan"))
+        best = tl.max(score, 1)
+        # A row is done when its best score is NaN or no better than the last of a full list.
+        while tl.max(((best == best) & ~(values[BUDGET - 1] >= best)).to(tl.int32), 0) > 0:
+            if LATER:
+                chosen = tl.max(tl.where(score == best[:, None], unit[None, :], -1), 1)
+            else:
+                chosen = tl.min(tl.where(score == best[:, None], unit[None, :], NO_ID), 1)
+            score = tl.where(unit[None, :] == chosen[:, None], float("nan"), score)
+            values, ids = _insert(values, ids, best, chosen, BUDGET)
+            best = tl.max(score, 1)
+    return ids
+
+
+@triton.jit
+def _load_queries(at, dim, stride_h, stride_k, DIM: tl.constexpr, HEADS: tl.constexpr, dtype: tl.constexpr):
+    """[TILE, dims] queries at `at` [TILE, 1], or the mean of HEADS heads in fp32."""
+    at = at + dim.to(tl.int64)[None, :] * stride_k
+    q = tl.load(at, mask=(dim < DIM)[None, :], other=0.0)
+    if HEADS > 1:
+        q = q.to(tl.float32)
+        for head in range(1, HEADS):
+            q += tl.load(at + head * stride_h, mask=(dim < DIM)[None, :], other=0.0).to(tl.float32)
+        q = q / HEADS
+    return q.to(dtype)
+
+
+@triton.jit
+def _insert(values, ids, value, id_, COUNT: tl.constexpr):
+    """The sorted lists with one score and its unit put before the first that it beats; the last falls off."""
+    new_values = ()
+    new_ids = ()
+    real = value == value
+    before = real  # of slot i: the new score goes before slot i - 1, which moves into slot i
+    for i in tl.static_range(COUNT):
+        here = real & ~(values[i] >= value)
+        if i == 0:
+            new_values = new_values + (tl.where(here, value, values[0]),)
+            new_ids = new_ids + (tl.where(here, id_, ids[0]),)
+        else:
+            new_values = new_values + (tl.where(before, values[i - 1], tl.where(here, value, values[i])),)
+            new_ids = new_ids + (tl.where(before, ids[i - 1], tl.where(here, id_, ids[i])),)
+        before = here
+    return new_values, new_ids
+
+
+@triton.jit
+def _sort(values, COUNT: tl.constexpr, LOG_COUNT: tl.constexpr):
+    """The 2 ** LOG_COUNT row vectors of a tuple in ascending order, row by row: a bitonic network in registers."""
+    for log_size in tl.static_range(1, LOG_COUNT + 1):
+        for done in tl.static_range(log_size):
+            values = _sort_step(values, 2**log_size, 2 ** (log_size - 1 - done), COUNT)
+    return values
+
+
+@triton.jit
+def _sort_step(values, SIZE: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
+    moved = ()
+    for i in tl.static_range(COUNT):
+        if ((i & STEP) == 0) == ((i & SIZE) == 0):
+            moved = moved + (tl.minimum(values[i], values[i ^ STEP]),)
+        else:
+            moved = moved + (tl.maximum(values[i], values[i ^ STEP]),)
+    return moved
