@@ -31,7 +31,9 @@ def pithwood(*words: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["generate", "--help"], ["recipes", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["generate", "--help"], ["recipes", "--help"], ["prepare", "--help"]]
+)
 def test_help_shows_an_example(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(words)
