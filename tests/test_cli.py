@@ -72,7 +72,7 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "which command? train, recipes, generate or bench"),
+        ([], "which command? prepare, train, recipes, generate or bench"),
         (["trian"], "invalid choice: 'trian'"),
         (["train"], "the following arguments are required: RECIPE"),
         (["train", "debgu"], "unknown recipe 'debgu'; did you mean debug?"),
