@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pithwood.data.corpus import VALIDATION_TEXT
 from pithwood.data.dedup import NUM_MINHASHES, band_keys, rows_per_band, shingles
+from pithwood.data.pieces import PieceEncoder
 from pithwood.data.spool import SpoolReader, rank, write_array, write_whole
-from pithwood.data.tokenizer import Tokenizer, load_tokenizer
-
-_ENCODE_BYTES = 1 << 18
-"""Documents are handed to the tokenizer library in groups of this size, which bounds the memory of its answer."""
+from pithwood.data.tokenizer import load_tokenizer
 
 
 def measured_dtype(threshold: float | None) -> np.dtype[Any]:
@@ -86,7 +83,7 @@ class Encode:
 
     def run(self) -> None:
         rows = np.load(self.index, mmap_mode="r")[self.start : self.stop]
-        tokenizer = _tokenizer(self.tokenizer)
+        encoder, end_of_text_id = _encoder(self.tokenizer)
         lengths = np.zeros(len(rows), dtype="<i8")
         dtype = np.dtype(self.dtype).newbyteorder("<")
         with (
@@ -94,20 +91,20 @@ class Encode:
             Path(f"{self.out}.bin").open("wb") as tokens,
             Path(f"{self.out}.jsonl").open("wb") as lines,
         ):
-            for group in _groups(rows["size"]):
-                texts = [reader.content(rows[place]).decode("utf-8") for place in group]
-                for place, ids in zip(group, tokenizer.encode_batch(texts), strict=True):
-                    np.array([tokenizer.end_of_text_id, *ids], dtype=dtype).tofile(tokens)
-                    lengths[place] = len(ids) + 1
-                    line = {
-                        "name": reader.name(rows[place]),
-                        "split": self.split,
-                        "bytes": int(rows[place]["size"]),
-                        "tokens": len(ids) + 1,
-                        "loss_tokens": len(ids) + (0 if self.first and place == 0 else 1),
-                        "blake2b": rows[place]["content"].tobytes().hex(),
-                    }
-                    lines.write(json.dumps(line).encode() + b"\n")
+            for row, record in enumerate(rows):
+                ids = encoder.encode(reader.content(record).decode("utf-8"))
+                np.array([end_of_text_id], dtype=dtype).tofile(tokens)
+                np.frombuffer(ids, dtype=np.uintc).astype(dtype).tofile(tokens)
+                lengths[row] = len(ids) + 1
+                line = {
+                    "name": reader.name(record),
+                    "split": self.split,
+                    "bytes": int(record["size"]),
+                    "tokens": len(ids) + 1,
+                    "loss_tokens": len(ids) + (0 if self.first and row == 0 else 1),
+                    "blake2b": record["content"].tobytes().hex(),
+                }
+                lines.write(json.dumps(line).encode() + b"\n")
         write_array(Path(f"{self.out}.npy"), lengths)
 
 
@@ -154,22 +151,12 @@ def from_line(line: bytes) -> Task:
     return TASKS[name](**fields)
 
 
-def _groups(size_N: NDArray[np.int64]) -> list[range]:
-    """Consecutive places whose sizes reach _ENCODE_BYTES together, larger documents alone."""
-    groups, start, total = [], 0, 0
-    for place, size in enumerate(size_N.tolist()):
-        if total and total + size > _ENCODE_BYTES:
-            groups.append(range(start, place))
-            start, total = place, 0
-        total += size
-    return [*groups, range(start, len(size_N))] if len(size_N) else []
-
-
-def _tokenizer(path: str) -> Tokenizer:
+def _encoder(path: str) -> tuple[PieceEncoder, int]:
     return _loaded(path, Path(path).stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
-def _loaded(path: str, written_ns: int) -> Tokenizer:
-    # A vocabulary of 150,000 tokens takes longer to load than a task to run.
-    return load_tokenizer(Path(path))
+def _loaded(path: str, written_ns: int) -> tuple[PieceEncoder, int]:
+    # Kept between tasks: the encoder has learned, and a vocabulary of 150,000 tokens takes longer to load than a task.
+    tokenizer = load_tokenizer(Path(path))
+    return PieceEncoder(tokenizer), tokenizer.end_of_text_id
