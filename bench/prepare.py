@@ -8,7 +8,9 @@ tokenize    a given tokenizer, no deduplication: pithwood, and datasets' `map` o
 whole       train the tokenizer, drop near-duplicates, encode; once
 kills       the same while the process is killed again and again; the hashes must be those of `whole`
 
-Memory is the sum of the proportional set sizes of all processes, sampled. Writes bench/results/<device>/prepare.json.
+Memory is the sum of the proportional set sizes of all processes, sampled. `cores_busy` is the time they computed over
+the wall time; `runnable_threads`, the mean of samples, counts those that wait for a core which others have, too. Writes
+bench/results/<device>/prepare.json.
 """
 
 from __future__ import annotations
@@ -176,9 +178,11 @@ def _measure(command: list[str], **more: str) -> tuple[str, dict[str, Any]]:
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **more})
-        peak = 0
+        peak, runnable = 0, []
         while process.poll() is None:
-            peak = max(peak, _memory(process.pid))
+            memory, threads = _sample(process.pid)
+            peak = max(peak, memory)
+            runnable.append(threads)
             time.sleep(0.2)
         seconds = time.monotonic() - began
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -191,25 +195,29 @@ def _measure(command: list[str], **more: str) -> tuple[str, dict[str, Any]]:
         "seconds": seconds,
         "cores": len(os.sched_getaffinity(0)),
         "cores_busy": used / seconds,
-        "peak_gib": peak / 2**30,
-        # Work of others beside ours makes a run longer and its share of the cores smaller.
+        # Beside work of others a run gets less than it asks for.
+        "runnable_threads": statistics.mean(runnable),
+        "samples_with_two_runnable": statistics.mean(threads >= 2 for threads in runnable),
         "load_before": load,
+        "load_after": os.getloadavg()[0],
+        "peak_gib": peak / 2**30,
     }
 
 
-def _memory(process: int) -> int:
-    """Bytes of a process and all below it, pages that several share counted once."""
-    total, waiting = 0, [process]
+def _sample(process: int) -> tuple[int, int]:
+    """(bytes of a process and all below it, pages that several share counted once; their threads that can run)."""
+    memory, runnable, waiting = 0, 0, [process]
     while waiting:
         folder = Path(f"/proc/{waiting.pop()}")
         try:
             lines = (folder / "smaps_rollup").read_text().splitlines()
-            total += 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            memory += 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
             for task in (folder / "task").iterdir():
+                runnable += (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"
                 waiting += [int(child) for child in (task / "children").read_text().split()]
         except (OSError, ValueError):
             continue  # it has ended meanwhile
-    return total
+    return memory, runnable
 
 
 def _counts(made: dict[str, Any]) -> dict[str, int]:
