@@ -12,6 +12,8 @@ import pytest
 from pithwood.data.records import HuggingFaceSource, JsonLinesSource, ParquetSource
 from pithwood.data.sources import Document, LeftOut, Source
 
+pytestmark = pytest.mark.quick
+
 TEXTS = ["one\r\n", "naïve 東京 🙂", "<|endoftext|>", "last"]
 
 
