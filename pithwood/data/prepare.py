@@ -57,11 +57,17 @@ def prepare(
     loaded = _load_tokenizer(cfg)
     cfg = replace(cfg, source=cfg.source.pinned())
     job = Job(cfg, loaded, cache_dir, out, cfg.source.survey(), Work(progress, bar), workers)
+    # What is complete never changes, so neither a lock nor a folder that can be written is needed to open it.
+    if not job.staging.exists():
+        found = _find(job)
+        if found is not None:
+            return found
     with _writing(job):
         job.parent.mkdir(parents=True, exist_ok=True)
         with _lock(job.parent / f".{job.name}.lock", progress):
             found = _find(job)
             if found is not None:
+                shutil.rmtree(job.staging, ignore_errors=True)
                 return found
             try:
                 final = build(job)
@@ -102,7 +108,6 @@ def _find(job: Job) -> Corpus | None:
     if digests:
         job.work.tell(read_line(job, tally))
     job.work.tell(f"corpus: found prepared in {final}")
-    shutil.rmtree(job.staging, ignore_errors=True)
     return corpus
 
 
@@ -178,7 +183,15 @@ def _writing(job: Job) -> Iterator[None]:
                 f"no space is left for {job.parent} (about three times the text is needed); free some and give the "
                 f"same command: it goes on where it stopped. Deleting {job.staging} gives up what was done"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+        if error.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EISDIR,
+            errno.EEXIST,
+            errno.ENOENT,
+        ):
             where = error.filename or job.parent
             raise ValueError(
                 f"cannot write {where}: {error.strerror}; choose a folder that can be written, with "

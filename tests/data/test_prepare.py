@@ -139,6 +139,15 @@ def test_a_prepared_corpus_is_reused(cfg, corpus):
     assert "found prepared" in lines[-1]
 
 
+def test_a_prepared_corpus_is_opened_where_nothing_can_be_written(cfg, altered):
+    # A folder in the place of the lock file stands for a disk that is mounted read-only.
+    (altered.parent / f".{altered.name[:12]}.lock").mkdir()
+    assert prepare(cfg, altered.parent).folder == altered
+    shutil.rmtree(altered)
+    with pytest.raises(ValueError, match="choose a folder that can be written, with --runs-dir"):
+        prepare(cfg, altered.parent)
+
+
 def test_the_key_follows_configuration_and_content(cfg, corpus, folder, tmp_path):
     cache = tmp_path / "cache"
     folders = {prepare(cfg, cache).folder.name, prepare(replace(cfg, seed=1), cache).folder.name}
