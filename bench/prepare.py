@@ -1,6 +1,6 @@
 """`pithwood prepare` on a large corpus: speed beside `datasets` + `tokenizers`, memory, busy cores, and ten kills.
 
-    python -m bench.prepare [--mb 1000] [--compare-mb 100] [--runs 3] [--kills 10] [--folder FOLDER]
+    python -m bench.prepare [--mb 1000] [--compare-mb 100] [--runs 3] [--kills 10] [--kill-mb 1000] [--folder FOLDER]
 
 The text is the installed Python source, repeated with a third of its words renamed (`bench/text.py`). Rows:
 
@@ -52,20 +52,26 @@ print(sum(len(batch["ids"].combine_chunks().values) for batch in rows.with_forma
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mb", type=int, default=1000, help="text of `whole` and `kills`, in 10^6 bytes")
+    parser.add_argument("--mb", type=int, default=1000, help="text of `whole`, in 10^6 bytes")
     parser.add_argument("--compare-mb", type=int, default=100, help="text of `tokenize`")
     parser.add_argument("--runs", type=int, default=3, help="runs of `tokenize`, each tool by turns")
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--kill-mb", type=int, help="text of `kills` (default: that of `whole`)")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        whole = _whole(folder, args.mb)
-        rows = [whole, *_tokenize(folder, args.compare_mb, args.runs)]
+        rows = [_whole(folder, args.mb)]
+        write_results("prepare", rows)
+        rows += _tokenize(folder, args.compare_mb, args.runs)
+        path = write_results("prepare", rows)
         if args.kills:
-            rows.append(_kills(folder, args.kills, whole))
-    print(write_results("prepare", rows))
+            if args.kill_mb not in (None, args.mb):
+                rows.append(_whole(folder, args.kill_mb))
+            rows.append(_kills(folder, args.kills, rows[-1 if len(rows) > 3 else 0], args.kill_mb or args.mb))
+            path = write_results("prepare", rows)
+    print(path)
 
 
 def _prepare(source: Path, out: Path, *settings: str) -> list[str]:
@@ -84,9 +90,16 @@ def _prepare(source: Path, out: Path, *settings: str) -> list[str]:
     return [*command, *settings]
 
 
+def _text(folder: Path, megabytes: int) -> tuple[Path, dict[str, int]]:
+    """The file of so much text, written if a run in the same folder did not do it before, and what is in it."""
+    source, counts = folder / f"text-{megabytes}.jsonl", folder / f"text-{megabytes}.json"
+    if not counts.exists():
+        counts.write_text(json.dumps(write_json_lines(source, megabytes * 1_000_000)))
+    return source, json.loads(counts.read_text())
+
+
 def _whole(folder: Path, megabytes: int) -> dict[str, Any]:
-    source = folder / f"text-{megabytes}.jsonl"
-    text = write_json_lines(source, megabytes * 1_000_000)
+    source, text = _text(folder, megabytes)
     shutil.rmtree(folder / "whole", ignore_errors=True)
     result, measured = _measure(_prepare(source, folder / "whole"))
     made = json.loads(result)
@@ -98,8 +111,8 @@ def _whole(folder: Path, megabytes: int) -> dict[str, Any]:
 
 
 def _tokenize(folder: Path, megabytes: int, runs: int) -> list[dict[str, Any]]:
-    source, tokenizer = folder / f"text-{megabytes}.jsonl", folder / "whole" / "tokenizer.json"
-    text = write_json_lines(source, megabytes * 1_000_000)
+    source, text = _text(folder, megabytes)
+    tokenizer = folder / "whole" / "tokenizer.json"
     processes = len(os.sched_getaffinity(0))
     measured: dict[str, list[dict[str, Any]]] = {"pithwood": [], "datasets": []}
     for _ in range(runs):
@@ -127,9 +140,9 @@ def _tokenize(folder: Path, megabytes: int, runs: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _kills(folder: Path, kills: int, whole: dict[str, Any]) -> dict[str, Any]:
+def _kills(folder: Path, kills: int, whole: dict[str, Any], megabytes: int) -> dict[str, Any]:
     """Kill it at random moments; the last attempt may finish."""
-    source = next(path for path in folder.glob("text-*.jsonl") if path.stat().st_size > whole["bytes"])
+    source, _ = _text(folder, megabytes)
     out, generator, done, resumed = folder / "killed", random.Random(0), 0, 0
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(folder / ".killed.partial", ignore_errors=True)
