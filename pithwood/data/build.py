@@ -3,11 +3,11 @@
 Every stage is a function of files that are whole or absent, so it can be repeated at any point:
 
     spool/          the text once, in chunks of 4 MB (`spool.py`)
-    measured/       per chunk: ranks, and for deduplication shingle counts and band keys (`tasks.py`)
+    measured/       per chunk: ranks, and for deduplication shingle counts, band keys and sketches (`tasks.py`)
     work-<key>/     for this content: dropped.npy, plan.npy (the order), tokenizer.json, encoded pieces
     corpus/         the finished files (`shards.py`; layout as in `corpus.py`), renamed last
 
-Memory: some 300 bytes per document, and a few chunks per process. Disk: while it works about three times the text.
+Memory: some 400 bytes per document, and a few chunks per process. Disk: while it works about three times the text.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pithwood.data.tasks import Encode, Measure, Task, WriteValidationText
 from pithwood.data.tokenizer import Tokenizer, TrainBPE, load_tokenizer, train_tokenizer
 from pithwood.data.workers import Workers
 
-_STAGING = {"staging": 1, "tokenizers": tokenizers.__version__, "numpy": np.__version__}
+_STAGING = {"staging": 2, "tokenizers": tokenizers.__version__, "numpy": np.__version__}
 """What must be the same for an interrupted prepare to go on."""
 
 
@@ -142,6 +142,7 @@ def _drop_duplicates(job: Job, index: NDArray[Any], parts: list[Path], spool: Pa
         dropped = near_duplicates(
             [lambda number=number: band(number) for number in range(num_bands)],  # type: ignore[misc]
             shingle_counts,
+            np.concatenate([np.load(part)["sketch"] for part in parts]),
             index["content"],
             lambda row: reader.content(index[row]),
             threshold,

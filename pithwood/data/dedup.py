@@ -1,14 +1,16 @@
 """Near-duplicate documents: which ones repeat, by Jaccard similarity, an earlier one that was kept.
 
-MinHash signatures in bands find candidates; every candidate is then verified on the full shingle sets, read again, so a
-document is never dropped on an estimate. All hashes are fixed functions of the bytes: the result is the same in every
-process and on every machine. Memory: about 150 bytes per document and the sets of a few documents at a time.
+MinHash signatures in bands find candidates, a byte of each MinHash sorts out most of them, and the rest is verified on
+the full shingle sets, read again, so a document is never dropped on an estimate. All hashes are fixed functions of the
+bytes: the result is the same in every process and on every machine. Memory: about 220 bytes per document and the sets
+of a few documents at a time.
 
 Legend: W words of a document, X its distinct shingles, M MinHash functions, B bands, N documents.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
@@ -127,28 +129,53 @@ def _word_hashes(bytes_: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return _mix(np.add.reduceat(value, starts - starts[0]))
 
 
-def band_keys(shingles_X: NDArray[np.uint64], rows: int) -> NDArray[np.uint64]:
-    """[B] uint64: one hash per band of `rows` MinHashes; documents that share one are candidates.
+def minhashes(shingles_X: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """[M] uint64: the least value of each of M multiply-shift functions over the shingles; two sets agree in each with
+    the probability of their Jaccard similarity. O(M X).
 
-    A MinHash is the least value of a multiply-shift function over the shingles. O(M X).
     Broder 1997, "On the resemblance and containment of documents".
     """
-    signature_M = np.full(NUM_MINHASHES, np.iinfo(np.uint64).max, dtype=_U64)
+    least_M = np.full(NUM_MINHASHES, np.iinfo(np.uint64).max, dtype=_U64)
     for start in range(0, shingles_X.size, 512):
         values = shingles_X[start : start + 512, None] * _FACTORS_M
         values += _SHIFTS_M
         values >>= _U64(20)
-        np.minimum(signature_M, values.min(axis=0), out=signature_M)
-    bands = signature_M[: NUM_MINHASHES // rows * rows].reshape(-1, rows)
+        np.minimum(least_M, values.min(axis=0), out=least_M)
+    return least_M
+
+
+def band_keys(least_M: NDArray[np.uint64], rows: int) -> NDArray[np.uint64]:
+    """[B] uint64: one hash per band of `rows` MinHashes; documents that share one are candidates."""
+    bands = least_M[: NUM_MINHASHES // rows * rows].reshape(-1, rows)
     key_B = np.zeros(bands.shape[0], dtype=_U64)
     for row in range(rows):
         key_B = _mix(key_B ^ bands[:, row])
     return key_B
 
 
+def sketch(least_M: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """[M] uint8: a byte of each MinHash, enough to tell pairs apart that are not alike at all.
+
+    Li, Koenig 2010, "b-bit minwise hashing".
+    """
+    return (_mix(least_M) & _U64(255)).astype(np.uint8)
+
+
+def least_agreement(threshold: float) -> int:
+    """Bytes in which the sketches of a pair at the threshold agree, but for a chance of MISS_PROBABILITY."""
+    below, count = 0.0, 0
+    while count < NUM_MINHASHES:
+        below += math.comb(NUM_MINHASHES, count) * threshold**count * (1.0 - threshold) ** (NUM_MINHASHES - count)
+        if below > MISS_PROBABILITY:
+            break
+        count += 1
+    return count
+
+
 def near_duplicates(
     bands: Sequence[Callable[[], NDArray[np.uint64]]],
     sizes_N: NDArray[np.int64],
+    sketch_NM: NDArray[np.uint8],
     contents_N: NDArray[np.void],
     read: Callable[[int], bytes],
     threshold: float,
@@ -158,13 +185,14 @@ def near_duplicates(
 
     bands        B functions, each returning [N] uint64: every document's key of that band; called one at a time
     sizes_N      [N] int64   number of distinct shingles, as `shingles` gives them
+    sketch_NM    [N, M] uint8   `sketch` of each document; pairs whose sketches differ too much are not compared
     contents_N   [N]         content hashes; equal ones are copies
     read         content of a document, called for candidates only
     threshold    in (0, 1]; 1.0 drops only documents with the same set of shingles
     progress     called with the number of documents that are decided
 
     Documents are taken in their order, so the result is that of comparing each with all kept before it, up to pairs
-    that share no band (MISS_PROBABILITY).
+    that share no band or whose sketches mislead (MISS_PROBABILITY each, for pairs exactly at the threshold).
     """
     num = sizes_N.size
     dropped_N = np.ones(num, dtype=bool)
@@ -174,7 +202,7 @@ def near_duplicates(
     # Per group a linked list of its kept documents: head, and the next one of every (band, document).
     head = np.full(num_groups, -1, dtype=np.int32)
     next_BN = np.full(group_BN.shape, -1, dtype=np.int32)
-    known = _ShingleCache(read)
+    known, agreement = _ShingleCache(read), least_agreement(threshold)
     for index in np.flatnonzero((group_BN >= 0).any(axis=0)).tolist():
         groups = [(band, group) for band, group in enumerate(group_BN[:, index].tolist()) if group >= 0]
         shared: dict[int, int] = {}
@@ -187,7 +215,8 @@ def near_duplicates(
         for other in sorted(shared, key=lambda other: (-shared[other], other)):
             smaller, larger = sorted((size, int(sizes_N[other])))
             # No two sets of these sizes can be more alike than smaller / larger.
-            if smaller >= threshold * larger and jaccard(known[index], known[other]) >= threshold:
+            alike = smaller >= threshold * larger and (sketch_NM[index] == sketch_NM[other]).sum() >= agreement
+            if alike and jaccard(known[index], known[other]) >= threshold:
                 dropped_N[index] = True
                 break
         else:

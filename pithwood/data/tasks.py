@@ -16,17 +16,21 @@ from typing import Any
 import numpy as np
 
 from pithwood.data.corpus import VALIDATION_TEXT
-from pithwood.data.dedup import NUM_MINHASHES, band_keys, rows_per_band, shingles
+from pithwood.data.dedup import NUM_MINHASHES, band_keys, minhashes, rows_per_band, shingles, sketch
 from pithwood.data.pieces import PieceEncoder
 from pithwood.data.spool import SpoolReader, rank, write_array, write_whole
 from pithwood.data.tokenizer import load_tokenizer
 
 
 def measured_dtype(threshold: float | None) -> np.dtype[Any]:
-    """What `Measure` finds of a document: the rank that splits, and for deduplication its shingles and band keys."""
+    """What `Measure` finds: the rank that splits; for deduplication also shingle count, band keys and sketch."""
     fields: list[Any] = [("split", "V16")]
     if threshold is not None:
-        fields += [("shingles", "<i8"), ("bands", "<u8", (NUM_MINHASHES // rows_per_band(threshold),))]
+        fields += [
+            ("shingles", "<i8"),
+            ("bands", "<u8", (NUM_MINHASHES // rows_per_band(threshold),)),
+            ("sketch", "u1", (NUM_MINHASHES,)),
+        ]
     return np.dtype(fields)
 
 
@@ -55,7 +59,9 @@ class Measure:
                 if self.threshold is not None:
                     found = shingles(content)
                     measured["shingles"][row] = found.size
-                    measured["bands"][row] = band_keys(found, rows_per_band(self.threshold))
+                    least = minhashes(found)
+                    measured["bands"][row] = band_keys(least, rows_per_band(self.threshold))
+                    measured["sketch"][row] = sketch(least)
         write_array(Path(self.out), measured)
 
 
