@@ -15,6 +15,7 @@ import dataclasses
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ try:
     from pithwood.bench.inputs import TrainedRun, blocks_of, layer_inputs, load_trained, save_qkv
     from pithwood.config import apply_overrides
     from pithwood.data.prepare import CorpusConfig
-    from pithwood.data.sources import Document, Source, SourceText
+    from pithwood.data.sources import Document, Source, Survey
     from pithwood.observe.events import read_events
     from pithwood.observe.routing_stats import routing_stats
     from pithwood.ops.select import select
@@ -53,7 +54,7 @@ class PackageFolders(Source):
     document_bytes: int = 400_000
     """A folder's text is cut off at the file that would pass this size; at least 1."""
 
-    def read(self) -> SourceText:
+    def documents(self) -> Iterator[Document]:
         root = Path(sysconfig.get_paths()["purelib"])
         folders: dict[str, list[Path]] = {}
         for path in sorted(root.glob("*/**/*.py")):
@@ -66,7 +67,10 @@ class PackageFolders(Source):
                 total += len(content)
         if not documents:
             raise ValueError(f"data.source=PackageFolders: no Python packages with source under {root}")
-        return SourceText(tuple(documents), "Python source of the installed packages, by folder")
+        yield from documents
+
+    def survey(self) -> Survey:
+        return Survey("Python source of the installed packages, by folder", None, None)
 
     def _folder_text(self, paths: list[Path]) -> bytes:
         content = b""

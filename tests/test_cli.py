@@ -31,7 +31,9 @@ def pithwood(*words: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["generate", "--help"], ["recipes", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["generate", "--help"], ["recipes", "--help"], ["prepare", "--help"]]
+)
 def test_help_shows_an_example(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(words)
@@ -70,7 +72,7 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "which command? train, recipes, generate or bench"),
+        ([], "which command? prepare, train, recipes, generate or bench"),
         (["trian"], "invalid choice: 'trian'"),
         (["train"], "the following arguments are required: RECIPE"),
         (["train", "debgu"], "unknown recipe 'debgu'; did you mean debug?"),

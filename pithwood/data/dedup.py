@@ -1,17 +1,19 @@
 """Near-duplicate documents: which ones repeat, by Jaccard similarity, an earlier one that was kept.
 
-MinHash signatures in bands find candidates; every candidate is then verified on the full shingle sets, so a document
-is never dropped on an estimate. All hashes are fixed functions of the bytes: the result is the same in every process
-and on every machine.
+MinHash signatures in bands find candidates, a byte of each MinHash sorts out most of them, and the rest is verified on
+the full shingle sets, read again, so a document is never dropped on an estimate. All hashes are fixed functions of the
+bytes: the result is the same in every process and on every machine. Memory: about 220 bytes per document and the sets
+of a few documents at a time.
 
-Legend: W words of a document, X its distinct shingles, M MinHash functions.
+Legend: W words of a document, X its distinct shingles, M MinHash functions, B bands, N documents.
 """
 
 from __future__ import annotations
 
-import re
-import zlib
-from collections.abc import Sequence
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,44 +24,52 @@ NUM_MINHASHES = 64
 MISS_PROBABILITY = 1e-3
 """Largest accepted chance that a pair exactly at the threshold shares no band; above it the chance falls."""
 
-_WORD = re.compile(rb"\w+|[^\w\s]")
 _U64 = np.uint64
-_WordHash = dict[bytes, int]
+_STRETCH = 1 << 18
+"""Bytes of a document whose words are found at once; bounds the memory of a large document."""
+_CACHE_BYTES = 64 << 20
 
 
-def near_duplicates(contents: Sequence[bytes], threshold: float) -> list[int]:
-    """Indices, ascending, of the documents whose Jaccard similarity with an earlier kept one is >= threshold.
+def _byte_classes() -> NDArray[np.uint8]:
+    """[256]: 0 white space, 1 part of a word, 2 a mark of its own; as `\\s` and `\\w` of ASCII regular expressions."""
+    classes = np.full(256, 2, dtype=np.uint8)
+    classes[list(b" \t\n\r\f\v")] = 0
+    classes[list(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")] = 1
+    return classes
 
-    contents    documents as bytes, in order of precedence
-    threshold   in (0, 1]; 1.0 drops only documents with the same set of shingles
-    raises      ValueError if the threshold is out of range
 
-    Documents are compared as sets of 5-word shingles (words in the sense of the ASCII regular expression `\\w+`,
-    punctuation alone, white space ignored). O(M X) time for the signatures; candidates are compared pair by pair.
-    Broder 1997, "On the resemblance and containment of documents".
+def _powers(base: int, count: int) -> NDArray[np.uint64]:
+    """[count] 1, base, base^2, ... modulo 2^64."""
+    factors = np.full(count, base, dtype=_U64)
+    factors[0] = 1
+    return np.multiply.accumulate(factors)
+
+
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64 step: a bijection of 64-bit integers in which every input bit moves every output bit.
+
+    Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
     """
-    if not 0.0 < threshold <= 1.0:
-        raise ValueError(f"data.dedup_threshold={threshold} must lie in (0, 1], or be null to keep near-duplicates")
-    rows = rows_per_band(threshold)
-    factors_M, shifts_M = _minhash_functions()
-    known_words: _WordHash = {}
-    kept: dict[int, NDArray[np.uint64]] = {}
-    buckets: dict[tuple[int, bytes], list[int]] = {}
-    dropped = []
-    for index, content in enumerate(contents):
-        shingles_X = _shingles(content, known_words)
-        signature_M = _signature(shingles_X, factors_M, shifts_M)
-        bands = [
-            (start, signature_M[start : start + rows].tobytes()) for start in range(0, NUM_MINHASHES - rows + 1, rows)
-        ]
-        candidates = sorted({other for band in bands for other in buckets.get(band, ())})
-        if any(jaccard(shingles_X, kept[other]) >= threshold for other in candidates):
-            dropped.append(index)
-            continue
-        kept[index] = shingles_X
-        for band in bands:
-            buckets.setdefault(band, []).append(index)
-    return dropped
+    value = value + _U64(0x9E3779B97F4A7C15)
+    value ^= value >> _U64(30)
+    value *= _U64(0xBF58476D1CE4E5B9)
+    value ^= value >> _U64(27)
+    value *= _U64(0x94D049BB133111EB)
+    value ^= value >> _U64(31)
+    return value
+
+
+_CLASS = _byte_classes()
+_POWER = _powers(0x9E3779B97F4A7C15, 1 << 16)
+_HASHES = _mix(np.arange(1, 2 * NUM_MINHASHES + 1, dtype=_U64))
+_FACTORS_M = _HASHES[:NUM_MINHASHES] | _U64(1)
+_SHIFTS_M = _HASHES[NUM_MINHASHES:]
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Raise ValueError, in the words of the config, unless the threshold is None or in (0, 1]."""
+    if threshold is not None and not 0.0 < threshold <= 1.0:
+        raise ValueError(f"data.dedup_threshold={threshold} must lie in (0, 1], or be null to keep all")
 
 
 def rows_per_band(threshold: float) -> int:
@@ -72,25 +82,16 @@ def rows_per_band(threshold: float) -> int:
     return max(allowed, default=1)
 
 
-def jaccard(a_X: NDArray[np.uint64], b_X: NDArray[np.uint64]) -> float:
-    """|intersection| / |union| of two sorted arrays of distinct values."""
-    common = np.intersect1d(a_X, b_X, assume_unique=True).size
-    return common / (a_X.size + b_X.size - common)
+def shingles(content: bytes) -> NDArray[np.uint64]:
+    """[X] uint64, sorted: the distinct hashes of a document's 5-word shingles.
 
-
-def _shingles(content: bytes, known_words: _WordHash) -> NDArray[np.uint64]:
-    """[X] sorted distinct shingle hashes; never empty: a document of fewer words than a shingle is one shingle."""
-    hashes: list[int] = []
-    for word in _WORD.findall(content):
-        value = known_words.get(word)
-        if value is None:
-            # Two checksums side by side: 32 bits alone collide among the words of a large corpus.
-            value = known_words[word] = zlib.crc32(word) << 32 | zlib.adler32(word)
-        hashes.append(value)
-    if len(hashes) < SHINGLE_WORDS:
-        whole = zlib.crc32(content if not hashes else b" ".join(_WORD.findall(content)))
-        return _mix(np.array([whole], dtype=_U64))
-    words_W = np.array(hashes, dtype=_U64)
+    Words are those of the ASCII regular expression `\\w+`, any other byte but white space stands alone. Never empty: a
+    document of fewer words than a shingle is one shingle, a blank one is compared byte for byte.
+    """
+    words_W = np.concatenate([_word_hashes(part) for part in _stretches(np.frombuffer(content, dtype=np.uint8))])
+    if words_W.size < SHINGLE_WORDS:
+        whole = words_W.tobytes() if words_W.size else content
+        return np.frombuffer(blake2b(whole, digest_size=8, person=b"short").digest(), dtype="<u8").astype(_U64)
     count = words_W.size - SHINGLE_WORDS + 1
     value_W = np.zeros(count, dtype=_U64)
     for offset in range(SHINGLE_WORDS):
@@ -99,28 +100,169 @@ def _shingles(content: bytes, known_words: _WordHash) -> NDArray[np.uint64]:
     return np.unique(value_W)
 
 
-def _signature(
-    shingles_X: NDArray[np.uint64], factors_M: NDArray[np.uint64], shifts_M: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
-    """[M] MinHash signature: the least value of each multiply-shift function over the shingles."""
-    signature_M = np.empty(NUM_MINHASHES, dtype=_U64)
-    for index in range(NUM_MINHASHES):
-        signature_M[index] = ((shingles_X * factors_M[index] + shifts_M[index]) >> _U64(20)).min()
-    return signature_M
+def _stretches(bytes_: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """The document in parts of bounded size that end where a word does, if there is any such place near."""
+    parts, start = [], 0
+    while bytes_.size - start > _STRETCH:
+        end = start + _STRETCH
+        blank = np.flatnonzero(_CLASS[bytes_[end - 4096 : end]] == 0)
+        end = end - 4096 + int(blank[-1]) + 1 if blank.size else end
+        parts.append(bytes_[start:end])
+        start = end
+    return [*parts, bytes_[start:]]
 
 
-def _minhash_functions() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Fixed odd factors and shifts, [M] each."""
-    values = _mix(np.arange(1, 2 * NUM_MINHASHES + 1, dtype=_U64))
-    return values[:NUM_MINHASHES] | _U64(1), values[NUM_MINHASHES:]
+def _word_hashes(bytes_: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """[words] uint64: a polynomial of the bytes of each word, modulo 2^64, mixed."""
+    kind = _CLASS[bytes_]
+    begins = kind != 0
+    begins[1:] &= (kind[1:] == 2) | (kind[:-1] != 1)
+    starts = np.flatnonzero(begins)
+    if starts.size == 0:
+        return np.empty(0, dtype=_U64)
+    body = slice(int(starts[0]), None)
+    lengths = np.diff(starts, append=bytes_.size)
+    place = np.arange(starts[0], bytes_.size) - np.repeat(starts, lengths)
+    place &= _POWER.size - 1
+    value = (bytes_[body].astype(_U64) + _U64(1)) * _POWER[place]
+    value[kind[body] == 0] = 0
+    return _mix(np.add.reduceat(value, starts - starts[0]))
 
 
-def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64 step: a bijection of 64-bit integers in which every input bit moves every output bit.
+def minhashes(shingles_X: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """[M] uint64: the least value of each of M multiply-shift functions over the shingles; two sets agree in each with
+    the probability of their Jaccard similarity. O(M X).
 
-    Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
+    Broder 1997, "On the resemblance and containment of documents".
     """
-    value = value + _U64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> _U64(27))) * _U64(0x94D049BB133111EB)
-    return value ^ (value >> _U64(31))
+    least_M = np.full(NUM_MINHASHES, np.iinfo(np.uint64).max, dtype=_U64)
+    for start in range(0, shingles_X.size, 512):
+        values = shingles_X[start : start + 512, None] * _FACTORS_M
+        values += _SHIFTS_M
+        values >>= _U64(20)
+        np.minimum(least_M, values.min(axis=0), out=least_M)
+    return least_M
+
+
+def band_keys(least_M: NDArray[np.uint64], rows: int) -> NDArray[np.uint64]:
+    """[B] uint64: one hash per band of `rows` MinHashes; documents that share one are candidates."""
+    bands = least_M[: NUM_MINHASHES // rows * rows].reshape(-1, rows)
+    key_B = np.zeros(bands.shape[0], dtype=_U64)
+    for row in range(rows):
+        key_B = _mix(key_B ^ bands[:, row])
+    return key_B
+
+
+def sketch(least_M: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """[M] uint8: a byte of each MinHash, enough to tell pairs apart that are not alike at all.
+
+    Li, Koenig 2010, "b-bit minwise hashing".
+    """
+    return (_mix(least_M) & _U64(255)).astype(np.uint8)
+
+
+def least_agreement(threshold: float) -> int:
+    """Bytes in which the sketches of a pair at the threshold agree, but for a chance of MISS_PROBABILITY."""
+    below, count = 0.0, 0
+    while count < NUM_MINHASHES:
+        below += math.comb(NUM_MINHASHES, count) * threshold**count * (1.0 - threshold) ** (NUM_MINHASHES - count)
+        if below > MISS_PROBABILITY:
+            break
+        count += 1
+    return count
+
+
+def near_duplicates(
+    bands: Sequence[Callable[[], NDArray[np.uint64]]],
+    sizes_N: NDArray[np.int64],
+    sketch_NM: NDArray[np.uint8],
+    contents_N: NDArray[np.void],
+    read: Callable[[int], bytes],
+    threshold: float,
+    progress: Callable[[int], None] = lambda done: None,
+) -> NDArray[np.bool_]:
+    """[N] bool: the documents whose Jaccard similarity with an earlier kept one is >= threshold.
+
+    bands        B functions, each returning [N] uint64: every document's key of that band; called one at a time
+    sizes_N      [N] int64   number of distinct shingles, as `shingles` gives them
+    sketch_NM    [N, M] uint8   `sketch` of each document; pairs whose sketches differ too much are not compared
+    contents_N   [N]         content hashes; equal ones are copies
+    read         content of a document, called for candidates only
+    threshold    in (0, 1]; 1.0 drops only documents with the same set of shingles
+    progress     called with the number of documents that are decided
+
+    Documents are taken in their order, so the result is that of comparing each with all kept before it, up to pairs
+    that share no band or whose sketches mislead (MISS_PROBABILITY each, for pairs exactly at the threshold).
+    """
+    num = sizes_N.size
+    dropped_N = np.ones(num, dtype=bool)
+    # A copy falls with its original: to the same earlier document, or to the original itself.
+    dropped_N[np.unique(contents_N, return_index=True)[1]] = False
+    group_BN, num_groups = _shared_groups(bands, dropped_N)
+    # Per group a linked list of its kept documents: head, and the next one of every (band, document).
+    head = np.full(num_groups, -1, dtype=np.int32)
+    next_BN = np.full(group_BN.shape, -1, dtype=np.int32)
+    known, agreement = _ShingleCache(read), least_agreement(threshold)
+    for index in np.flatnonzero((group_BN >= 0).any(axis=0)).tolist():
+        groups = [(band, group) for band, group in enumerate(group_BN[:, index].tolist()) if group >= 0]
+        shared: dict[int, int] = {}
+        for band, group in groups:
+            other = int(head[group])
+            while other >= 0:
+                shared[other] = shared.get(other, 0) + 1
+                other = int(next_BN[band, other])
+        size = int(sizes_N[index])
+        for other in sorted(shared, key=lambda other: (-shared[other], other)):
+            smaller, larger = sorted((size, int(sizes_N[other])))
+            # No two sets of these sizes can be more alike than smaller / larger.
+            alike = smaller >= threshold * larger and (sketch_NM[index] == sketch_NM[other]).sum() >= agreement
+            if alike and jaccard(known[index], known[other]) >= threshold:
+                dropped_N[index] = True
+                break
+        else:
+            for band, group in groups:
+                next_BN[band, index] = head[group]
+                head[group] = index
+        progress(index + 1)
+    return dropped_N
+
+
+def _shared_groups(
+    bands: Sequence[Callable[[], NDArray[np.uint64]]], ignored_N: NDArray[np.bool_]
+) -> tuple[NDArray[np.int32], int]:
+    """[B, N] int32: a number for each (band, key) that several documents share, -1 where one stands alone; their
+    count."""
+    group_BN = np.full((len(bands), ignored_N.size), -1, dtype=np.int32)
+    rows = np.flatnonzero(~ignored_N)
+    first = 0
+    for band, load in enumerate(bands):
+        _, inverse, counts = np.unique(load()[rows], return_inverse=True, return_counts=True)
+        numbers = np.where(counts > 1, np.cumsum(counts > 1) - 1 + first, -1)
+        group_BN[band, rows] = numbers[inverse]
+        first += int((counts > 1).sum())
+    return group_BN, first
+
+
+class _ShingleCache:
+    """Shingle sets of the documents that were asked for last."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        self._read = read
+        self._sets: OrderedDict[int, NDArray[np.uint64]] = OrderedDict()
+        self._bytes = 0
+
+    def __getitem__(self, index: int) -> NDArray[np.uint64]:
+        found = self._sets.get(index)
+        if found is None:
+            found = self._sets[index] = shingles(self._read(index))
+            self._bytes += found.nbytes
+            while self._bytes > _CACHE_BYTES and len(self._sets) > 2:
+                self._bytes -= self._sets.popitem(last=False)[1].nbytes
+        self._sets.move_to_end(index)
+        return found
+
+
+def jaccard(a_X: NDArray[np.uint64], b_X: NDArray[np.uint64]) -> float:
+    """|intersection| / |union| of two sorted arrays of distinct values."""
+    common = np.intersect1d(a_X, b_X, assume_unique=True).size
+    return common / (a_X.size + b_X.size - common)

@@ -150,6 +150,10 @@ class Tokenizer:
         """Token ids of the text; no end-of-text token is added, and none comes out of the text."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_piece(self, spelled: str) -> list[int]:
+        """Token ids of one piece of text that the pre-tokenizer would not cut, spelled by `byte_characters`."""
+        return [token.id for token in self._backend.model.tokenize(spelled)]
+
     def encode_batch(self, texts: Sequence[str]) -> Iterable[list[int]]:
         """Token ids of each text in order, a chunk of texts at a time on all cores."""
         for start in range(0, len(texts), _ENCODE_CHUNK):
@@ -313,14 +317,14 @@ def _mark_document(backend: tokenizers.Tokenizer, token: str, index: int) -> Non
     backend.post_processor = processor
 
 
-def _byte_of_character() -> dict[str, int]:
-    """The byte behind each character of the byte-level alphabet: printable Latin-1, then U+0100 onwards."""
+def byte_characters() -> dict[int, str]:
+    """The character that stands for each byte in byte-level tokenizers: printable Latin-1, then U+0100 onwards."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {chr(256 + rank): value for rank, value in enumerate(others)}
+    return {value: chr(value) for value in printable} | {value: chr(256 + rank) for rank, value in enumerate(others)}
 
 
-_BYTE_OF_CHARACTER = _byte_of_character()
+_BYTE_OF_CHARACTER = {character: value for value, character in byte_characters().items()}
 
 
 def _token_bytes(token: str) -> bytes:

@@ -35,12 +35,12 @@ def test_a_folder_of_a_package_is_one_document(tmp_path: Path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
-    found = {document.name: document.content for document in PackageFolders().read().documents}
+    found = {document.name: document.content for document in PackageFolders().documents()}
     assert found == {"a": b"1\n22\n", "a/b": b"4\n"}
-    assert [document.name for document in PackageFolders(max_bytes=3).read().documents] == ["a/b"]
-    assert PackageFolders(document_bytes=2).read().documents[0].content == b"1\n"
+    assert [document.name for document in PackageFolders(max_bytes=3).documents()] == ["a/b"]
+    assert next(PackageFolders(document_bytes=2).documents()).content == b"1\n"
     with pytest.raises(ValueError, match="no Python packages with source under"):
-        PackageFolders(max_bytes=1).read()
+        next(PackageFolders(max_bytes=1).documents())
 
 
 def test_it_trains_measures_every_layer_and_saves_one(tmp_path: Path):

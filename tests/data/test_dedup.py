@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from hashlib import blake2b
 
 import numpy as np
 import pytest
@@ -12,13 +15,35 @@ from pithwood.data.dedup import (
     MISS_PROBABILITY,
     NUM_MINHASHES,
     SHINGLE_WORDS,
+    band_keys,
+    check_threshold,
     jaccard,
-    near_duplicates,
+    least_agreement,
+    minhashes,
     rows_per_band,
+    shingles,
+    sketch,
 )
-from tests.data.texts import prose
+from pithwood.data.dedup import near_duplicates as find_near_duplicates
+from tests.data.texts import AWKWARD, prose
 
 pytestmark = pytest.mark.quick
+
+
+def near_duplicates(contents: Sequence[bytes], threshold: float) -> list[int]:
+    """Rows of the contents that repeat an earlier one."""
+    least = [minhashes(shingles(content)) for content in contents]
+    keys = np.stack([band_keys(one, rows_per_band(threshold)) for one in least])
+    hashes = b"".join(blake2b(content, digest_size=16).digest() for content in contents)
+    dropped = find_near_duplicates(
+        [lambda band=band: keys[:, band] for band in range(keys.shape[1])],
+        np.array([shingles(content).size for content in contents]),
+        np.stack([sketch(one) for one in least]),
+        np.frombuffer(hashes, dtype="V16"),
+        contents.__getitem__,
+        threshold,
+    )
+    return np.flatnonzero(dropped).tolist()
 
 
 def edited(text: str, share: float, seed: int) -> str:
@@ -96,14 +121,14 @@ def test_jaccard_of_sorted_sets():
 @pytest.mark.parametrize("threshold", [0.0, -0.1, 1.5])
 def test_threshold_out_of_range_is_refused(threshold):
     with pytest.raises(ValueError, match="dedup_threshold"):
-        near_duplicates([b"x"], threshold)
+        check_threshold(threshold)
 
 
 def test_result_does_not_depend_on_the_process():
     code = (
-        "from pithwood.data.dedup import _minhash_functions, _shingles, _signature\n"
+        "from pithwood.data.dedup import band_keys, minhashes, shingles\n"
         "from tests.data.texts import prose\n"
-        "print(_signature(_shingles(prose(4, 300).encode(), {}), *_minhash_functions()).tolist())"
+        "print(band_keys(minhashes(shingles(prose(4, 300).encode())), 4).tolist())"
     )
     outputs = [
         subprocess.run(
@@ -113,3 +138,54 @@ def test_result_does_not_depend_on_the_process():
     ]
     assert outputs[0] == outputs[1]
     assert len(outputs[0]) > 100
+
+
+def test_words_are_those_of_the_regular_expression_wherever_a_long_document_is_cut():
+    text = ("".join(AWKWARD) + prose(6, 2000) + "x" * 5000 + "; y = f(x)[0]\n") * 20
+    expected = re.findall(rb"\w+|[^\w\s]", text.encode())
+    assert len(text.encode()) > 1 << 18
+    words = [b"".join(expected[i : i + 1]) for i in range(len(expected))]
+    spaced = b" ".join(words)
+    assert np.array_equal(shingles(text.encode()), shingles(spaced))
+    assert shingles(text.encode()).size == len({tuple(words[i : i + 5]) for i in range(len(words) - 4)})
+
+
+def test_documents_are_read_again_only_where_bands_agree():
+    contents = [prose(seed, 300).encode() for seed in range(20)] + [edited(prose(3, 300), 0.01, 1).encode()]
+    asked: list[int] = []
+
+    def read(row: int) -> bytes:
+        asked.append(row)
+        return contents[row]
+
+    least = [minhashes(shingles(content)) for content in contents]
+    keys = np.stack([band_keys(one, 4) for one in least])
+    sketches = np.stack([sketch(one) for one in least])
+    hashes = np.frombuffer(b"".join(blake2b(c, digest_size=16).digest() for c in contents), dtype="V16")
+    sizes = np.array([shingles(content).size for content in contents])
+    bands = [lambda band=band: keys[:, band] for band in range(keys.shape[1])]
+    dropped = find_near_duplicates(bands, sizes, sketches, hashes, read, 0.8)
+    assert np.flatnonzero(dropped).tolist() == [20]
+    assert sorted(asked) == [3, 20]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.03, 0.1, 0.3])
+def test_sketches_agree_as_often_as_documents_are_alike(share):
+    agreed, expected = 0, 0.0
+    for seed in range(20):
+        base = prose(100 + seed, 500)
+        other = edited(base, share, seed)
+        pair = [sketch(minhashes(shingles(text.encode()))) for text in (base, other)]
+        agreed += int((pair[0] == pair[1]).sum())
+        expected += NUM_MINHASHES * true_similarity(base, other)
+    # Three standard deviations of 20 * 64 draws, and bytes that agree by chance.
+    assert abs(agreed - expected) < 3 * (20 * NUM_MINHASHES / 4) ** 0.5 + 20 * NUM_MINHASHES / 256
+
+
+def test_sketches_rule_out_few_pairs_at_the_threshold_and_most_below_it():
+    generator = np.random.Generator(np.random.PCG64(0))
+    for threshold in (0.2, 0.5, 0.8, 0.95, 1.0):
+        agreements = generator.binomial(NUM_MINHASHES, threshold, size=200_000)
+        assert (agreements < least_agreement(threshold)).mean() <= 1.5 * MISS_PROBABILITY
+    assert least_agreement(1.0) == NUM_MINHASHES
+    assert 38 <= least_agreement(0.8) <= 42

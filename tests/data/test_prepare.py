@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pytest
 
 from pithwood.data.corpus import SPLITS, Corpus, Split, open_corpus
 from pithwood.data.prepare import CorpusConfig, prepare
+from pithwood.data.prepared import PreparedCorpus
 from pithwood.data.sources import TextFolder
 from pithwood.data.tokenizer import END_OF_TEXT_ID, TokenizerFile, TrainBPE, train_tokenizer
-from tests.data.texts import prose
+from tests.data.texts import prose, write_large
 
 
 def records(corpus: Corpus) -> list[dict]:
@@ -137,6 +139,15 @@ def test_a_prepared_corpus_is_reused(cfg, corpus):
     assert "found prepared" in lines[-1]
 
 
+def test_a_prepared_corpus_is_opened_where_nothing_can_be_written(cfg, altered):
+    # A folder in the place of the lock file stands for a disk that is mounted read-only.
+    (altered.parent / f".{altered.name[:12]}.lock").mkdir()
+    assert prepare(cfg, altered.parent).folder == altered
+    shutil.rmtree(altered)
+    with pytest.raises(ValueError, match="choose a folder that can be written, with --runs-dir"):
+        prepare(cfg, altered.parent)
+
+
 def test_the_key_follows_configuration_and_content(cfg, corpus, folder, tmp_path):
     cache = tmp_path / "cache"
     folders = {prepare(cfg, cache).folder.name, prepare(replace(cfg, seed=1), cache).folder.name}
@@ -162,7 +173,7 @@ def test_max_bytes_takes_a_sample_of_whole_documents(cfg, folder, tmp_path):
     assert all((folder / r["name"]).stat().st_size == r["bytes"] for r in records(made))
 
 
-class Killed(Exception):
+class Killed(BaseException):
     pass
 
 
@@ -172,11 +183,15 @@ def count_progress(cfg: CorpusConfig, cache: Path) -> int:
     return len(lines)
 
 
-def test_failure_at_any_point_leaves_nothing_and_the_cache_usable(cfg, corpus, tmp_path):
+def hidden(cache: Path) -> list[str]:
+    return [path.name for path in cache.iterdir() if path.name.startswith(".") and not path.name.endswith(".lock")]
+
+
+def test_interruption_at_any_point_leaves_nothing_valid_and_is_resumed(cfg, corpus, tmp_path):
     num_points = count_progress(cfg, tmp_path / "unbroken")
-    assert num_points > 10
-    cache = tmp_path / "cache"
+    assert num_points > 9
     for point in range(num_points):
+        cache = tmp_path / str(point)
         seen = 0
 
         def progress(line: str, point: int = point) -> None:
@@ -187,9 +202,19 @@ def test_failure_at_any_point_leaves_nothing_and_the_cache_usable(cfg, corpus, t
 
         with pytest.raises(Killed):
             prepare(cfg, cache, progress)
-        left = list(cache.iterdir()) if cache.exists() else []
-        assert [path for path in left if not path.name.endswith(".lock")] == []
-    assert contents(prepare(cfg, cache).folder) == contents(corpus.folder)
+        assert [path.name for path in cache.iterdir() if not path.name.startswith(".")] == []
+        lines: list[str] = []
+        assert contents(prepare(cfg, cache, lines.append).folder) == contents(corpus.folder)
+        assert lines[0].startswith("corpus: resuming the prepare that was interrupted, from ")
+        assert hidden(cache) == []
+
+
+def test_a_refused_source_leaves_nothing(cfg, folder, tmp_path):
+    texts = Path(shutil.copytree(folder, tmp_path / "texts"))
+    (texts / "zzz.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"zzz\.txt is not UTF-8"):
+        prepare(replace(cfg, source=TextFolder(str(texts))), tmp_path / "cache")
+    assert hidden(tmp_path / "cache") == []
 
 
 def test_death_without_clean_up_leaves_nothing_valid_and_the_cache_usable(cfg, corpus, tmp_path):
@@ -200,7 +225,7 @@ def test_death_without_clean_up_leaves_nothing_valid_and_the_cache_usable(cfg, c
         "from pithwood.data.sources import TextFolder\n"
         "os.environ['RAYON_NUM_THREADS'] = '1'\n"
         "cfg = CorpusConfig(TextFolder(sys.argv[1]), vocab_size=300, validation_fraction=0.2, shard_tokens=1000)\n"
-        "for point in range(4, 100):\n"
+        "for point in range(1, 100):\n"
         "    left = [point]\n"
         "    def progress(line):\n"
         "        left[0] -= 1\n"
@@ -218,10 +243,10 @@ def test_death_without_clean_up_leaves_nothing_valid_and_the_cache_usable(cfg, c
     cache = tmp_path / "cache"
     command = [sys.executable, "-c", code, cfg.source.path, str(cache)]
     deaths = int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    assert deaths > 10
+    assert deaths > 9
     made = prepare(cfg, cache)
     assert contents(made.folder) == contents(corpus.folder)
-    assert not list(cache.glob(".*.partial"))
+    assert hidden(cache) == []
 
 
 def test_processes_that_prepare_at_once_agree(cfg, corpus, tmp_path):
@@ -379,3 +404,115 @@ def test_a_tokenizer_is_trained_on_at_most_the_bytes_asked_for(cfg, tmp_path):
     assert len(texts[0]) + len(texts[1]) + len(texts[2]) > 3000
     taken = texts[:2] if len(texts[0]) + len(texts[1]) <= 3000 else texts[:1]
     assert train_tokenizer(taken, made.vocab_size).fingerprint() == made.tokenizer.fingerprint()
+
+
+@pytest.fixture(scope="module")
+def large_cfg(tmp_path_factory) -> CorpusConfig:
+    """Text of several chunks, so that several processes have work."""
+    root = write_large(tmp_path_factory.mktemp("large"), num_bytes=9_500_000)
+    return CorpusConfig(TextFolder(str(root)), TrainBPE(100_000), vocab_size=400, shard_tokens=1_000_000)
+
+
+@pytest.fixture(scope="module")
+def large(large_cfg, tmp_path_factory) -> Corpus:
+    return prepare(large_cfg, tmp_path_factory.mktemp("large_cache"), workers=1)
+
+
+def test_the_result_does_not_depend_on_the_number_of_processes(large_cfg, large, tmp_path):
+    assert contents(prepare(large_cfg, tmp_path, workers=3).folder) == contents(large.folder)
+    assert large.manifest["source"]["duplicates_dropped"] == 5
+
+
+def test_what_was_done_before_an_interruption_is_not_done_again(large_cfg, large, tmp_path):
+    def interrupt(stage: str, done: int, total: int | None) -> None:
+        if stage == "encoding" and total is not None and done > total // 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        prepare(large_cfg, tmp_path, bar=interrupt, workers=1)
+    lines: list[str] = []
+    again = prepare(large_cfg, tmp_path, lines.append, workers=2)
+    assert "corpus: 3 of 3 chunks were read before the interruption" in lines
+    assert any(re.fullmatch(r"corpus: [1-9]\d* of \d+ pieces were encoded before the interruption", x) for x in lines)
+    assert not any("training" in line for line in lines)
+    assert contents(again.folder) == contents(large.folder)
+
+
+def test_a_source_that_changes_between_two_attempts_gives_what_it_holds_at_the_last(large_cfg, tmp_path):
+    root = Path(shutil.copytree(large_cfg.source.path, tmp_path / "texts"))
+    cfg = replace(large_cfg, source=TextFolder(str(root)))
+
+    def interrupt(stage: str, done: int, total: int | None) -> None:
+        if stage == "encoding":
+            raise Killed
+
+    with pytest.raises(Killed):
+        prepare(cfg, tmp_path / "cache", bar=interrupt, workers=1)
+    (root / "0002.txt").write_text("another text, quite different from what was here before\n")
+    resumed = prepare(cfg, tmp_path / "cache", workers=1)
+    assert contents(resumed.folder) == contents(prepare(cfg, tmp_path / "fresh", workers=1).folder)
+
+
+def test_progress_is_told_in_bytes_of_text_up_to_the_whole(large_cfg, large, tmp_path):
+    told: dict[str, list[tuple[int, int | None]]] = {}
+    prepare(large_cfg, tmp_path, bar=lambda stage, done, total: told.setdefault(stage, []).append((done, total)))
+    assert list(told) == ["reading", "comparing", "training the tokenizer on", "encoding"]
+    assert told["encoding"][0][0] == 0
+    assert told["encoding"][-1] == 2 * (sum(large.num_bytes(split) for split in SPLITS),)
+    for steps in told.values():
+        assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+
+
+def test_loss_tokens_of_each_document_add_up_to_the_targets_of_its_split(corpus):
+    for split in SPLITS:
+        entries = [record for record in records(corpus) if record["split"] == split]
+        assert entries[0]["loss_tokens"] == entries[0]["tokens"] - 1
+        assert all(record["loss_tokens"] == record["tokens"] for record in entries[1:])
+        assert corpus.manifest["splits"][split]["loss_tokens"] == sum(record["loss_tokens"] for record in entries)
+        assert corpus.manifest["splits"][split]["loss_tokens"] == corpus.num_tokens(split) - 1
+        assert corpus.manifest["splits"][split]["longest"] == max(record["tokens"] for record in entries)
+
+
+def test_a_corpus_can_be_written_to_a_folder_of_its_own(cfg, corpus, tmp_path):
+    (tmp_path / "made").mkdir()
+    made = prepare(cfg, tmp_path / "cache", out=tmp_path / "made")
+    assert made.folder == tmp_path / "made"
+    assert contents(made.folder) == contents(corpus.folder)
+    assert not (tmp_path / "cache").exists()
+    lines: list[str] = []
+    assert prepare(cfg, tmp_path / "cache", lines.append, out=tmp_path / "made").fingerprint == corpus.fingerprint
+    assert "found prepared" in lines[-1]
+    opened = prepare(CorpusConfig(PreparedCorpus(str(tmp_path / "made"))), tmp_path / "cache")
+    assert opened.fingerprint == corpus.fingerprint
+    with pytest.raises(ValueError, match=r"data\.vocab_size=299 is less than the 300 tokens of data\.source\.path"):
+        prepare(CorpusConfig(PreparedCorpus(str(tmp_path / "made")), vocab_size=299), tmp_path / "cache")
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(cfg, folder, tmp_path):
+    texts = Path(shutil.copytree(folder, tmp_path / "texts"))
+    cfg = replace(cfg, source=TextFolder(str(texts)))
+    made = prepare(cfg, tmp_path, out=tmp_path / "made").folder
+    before = contents(made)
+    with pytest.raises(
+        ValueError, match=r"other settings: data\.seed \(there 0, asked 5\), data\.vocab_size \(there 300"
+    ):
+        prepare(replace(cfg, seed=5, vocab_size=310), tmp_path, out=made)
+    (texts / "doc01.txt").write_text("changed")
+    with pytest.raises(ValueError, match="the text of its source has changed since"):
+        prepare(cfg, tmp_path, out=made)
+    assert contents(made) == before
+    with pytest.raises(ValueError, match="exists and is no prepared corpus"):
+        prepare(cfg, tmp_path, out=texts)
+    assert contents(texts / "sub")
+
+
+def test_a_place_that_cannot_be_written_is_named(cfg, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        ValueError, match=r"cannot write .*file.*: .*choose a folder that can be written, with --runs-dir"
+    ):
+        prepare(cfg, tmp_path / "file" / "corpora")
+    with pytest.raises(ValueError, match=r"with --out"):
+        prepare(cfg, tmp_path, out=tmp_path / "file" / "made")
+    with pytest.raises(ValueError, match=r"workers=0 must be at least 1"):
+        prepare(cfg, tmp_path, workers=0)

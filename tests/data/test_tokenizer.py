@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from pithwood.data.sources import StdlibSource
+from pithwood.data.sources import Document, StdlibSource
 from pithwood.data.tokenizer import (
     END_OF_TEXT,
     END_OF_TEXT_ID,
@@ -44,7 +44,7 @@ def test_tokens_spell_the_text_byte_for_byte(tokenizer, text):
 
 
 def test_bytes_are_exact_over_the_standard_library():
-    documents = StdlibSource().read().documents
+    documents = [item for item in StdlibSource().documents() if isinstance(item, Document)]
     trained = train_tokenizer((document.text for document in documents[::40]), 512)
     lengths = trained.bytes_per_token().numpy()
     for document, ids in zip(documents, trained.encode_batch([d.text for d in documents]), strict=True):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
+
 AWKWARD = [
     "<|endoftext|> spelled <|endoftext|><|endoftext|>\n",
     "\ufeffbyte order mark, Windows lines\r\n\r\n\tand tabs \t\r\n",
@@ -33,4 +35,20 @@ def write_folder(root: Path, num_files: int = 24, num_words: int = 160) -> Path:
     (root / "empty.txt").write_bytes(b"")
     (root / "zz_copy.txt").write_bytes(prose(0, num_words).encode() + b"one more line\n")
     (root / "ignored.md").write_bytes(b"not matched by the pattern")
+    return root
+
+
+def write_large(root: Path, num_bytes: int) -> Path:
+    """A folder with num_bytes of text in files of about 20 kB, the last five of them copies with a changed end."""
+    generator = np.random.Generator(np.random.PCG64(7))
+    words = np.array(prose(11, 3000).split())
+    written = number = 0
+    while written < num_bytes:
+        text = " ".join(words[generator.integers(len(words), size=3000)].tolist()) + "\n"
+        (root / f"{number:04d}.txt").write_text(text)
+        written += len(text)
+        number += 1
+    for copy in range(5):
+        text = (root / f"{copy:04d}.txt").read_text()
+        (root / f"z{copy}.txt").write_text(text[:-9] + "changed\n")
     return root
