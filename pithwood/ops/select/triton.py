@@ -34,7 +34,7 @@ MOST_BY_PODIUMS = 8
 """Blocks to choose up to which podiums are tried first: with more, nearly every tile holds a row in doubt."""
 MOST_TAG_BITS = 14
 """Bits of a score that podiums may use for the number of a tile, enough for half a million blocks; 9 remain."""
-BY_PODIUMS = Schedule(tile=64, units=64, podiums=32, warps=4, stages=3)
+BY_PODIUMS = Schedule(tile=64, units=32, podiums=32, warps=4, stages=3)
 BY_ROUNDS = Schedule(tile=64, units=128, podiums=0, warps=4, stages=3)
 FP32_BY_PODIUMS = Schedule(tile=64, units=64, podiums=32, warps=4, stages=1)
 FP32_BY_ROUNDS = Schedule(tile=64, units=64, podiums=0, warps=4, stages=1)
