@@ -17,6 +17,7 @@ from pithwood.data.mixture import MixtureConfig
 from pithwood.data.prepare import CorpusConfig
 from pithwood.models.qwen3_moe import Qwen3MoEConfig
 from pithwood.objectives import NextToken, Objective
+from pithwood.observe.sinks import LoggingConfig
 from pithwood.optim.config import AdamWConfig, MuonConfig
 
 
@@ -85,6 +86,8 @@ class Run:
     """Where to train; auto takes a CUDA GPU if there is one."""
     threads: int = 0
     """CPU threads of torch; 0 leaves torch's choice. Losses repeat to the last digit only with the same number."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Where the curves go besides the console and events.jsonl."""
     log_every: int = 10
     """Steps between log lines; device values are read only then."""
     validate_every: int = 200
@@ -188,6 +191,7 @@ class Run:
 
 LENGTH_AND_LOGGING = (
     "steps",
+    "logging",
     "log_every",
     "validate_every",
     "validation_samples",

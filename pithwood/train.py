@@ -26,7 +26,7 @@ from pithwood.checkpoint.lock import RunLock
 from pithwood.checkpoint.rng import capture_rng, restore_rng
 from pithwood.checkpoint.save import clean_leftovers, save_checkpoint
 from pithwood.checkpoint.signals import StopRequest
-from pithwood.config import config_hash
+from pithwood.config import config_hash, to_dict
 from pithwood.data.batches import Batch, TrainingBatches
 from pithwood.data.corpus import Corpus
 from pithwood.data.mixture import Mixture, find_data, open_data
@@ -40,7 +40,7 @@ from pithwood.moe.layer import MoELayer
 from pithwood.objectives import Objective
 from pithwood.observe.clock import StepClock
 from pithwood.observe.console import ConsoleSink
-from pithwood.observe.events import EventLog, Sink
+from pithwood.observe.events import EventLog
 from pithwood.observe.metrics import (
     block_fields,
     measure_peak_flops,
@@ -48,6 +48,7 @@ from pithwood.observe.metrics import (
     peak_memory_gb,
     speed_fields,
 )
+from pithwood.observe.sinks import check_sinks, open_sinks
 from pithwood.ops.packing import Packing
 from pithwood.optim.config import MuonConfig
 from pithwood.optim.groups import MATRIX_KINDS, plan_parameters
@@ -78,6 +79,7 @@ def train(
     """
     run.validate()
     check_phases(run)
+    check_sinks(run.logging)
     device = pick_device(run)
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -113,9 +115,9 @@ def train(
         corpus.tokenizer.save(folder / "tokenizer.json")
         for line in trainer.describe(folder, start, epochs):
             tell(line)
-        screen: list[Sink] = []
+        sinks = open_sinks(run.logging, folder, to_dict(run))
         if console:
-            screen.append(
+            sinks.append(
                 ConsoleSink(
                     run.steps,
                     log_every=run.log_every,
@@ -124,7 +126,7 @@ def train(
                     save_every=run.checkpoint_every,
                 )
             )
-        events = EventLog(folder, screen, log_every=run.log_every, resume_step=start if start else -1)
+        events = EventLog(folder, sinks, log_every=run.log_every, resume_step=start if start else -1)
         try:
             events.emit("resume" if start else "run", start, **trainer.origin_fields(corpus), epochs=epochs)
             _loop(trainer, source, corpus, folder, events, start, stop)

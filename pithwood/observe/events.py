@@ -1,28 +1,25 @@
 """The event log of a run: each step emits one event, sinks read them, and nothing waits for the device between flushes.
 
-An event is a flat dict with `kind`, `step` (optimizer steps finished), `time` (Unix seconds) and its kind's fields.
+An event is a flat dict with `kind`, `step` (optimizer steps finished), `time` (Unix seconds) and its kind's fields;
+docs/events.md has them all, with meaning and unit.
 
-run         a run starts at step 0: recipe, config_hash, versions, device, epochs (by part, to the last step), ...
-resume      a run continues after `step`: checkpoint, versions, device, ...
-train       every step: tokens (seen so far), loss, bits_per_byte, grad_norm, lr, tokens_per_s, step_s, mfu,
-            peak_memory_gb, expert_load_max_over_mean, expert_load_entropy, block_own_share, block_entropy,
-            block_union_128, and one `loss/<name>` per loss term
-validation  loss, bits_per_byte, tokens (trained on so far), seconds; of a mixture also `loss/<part>`,
-            `bits_per_byte/<part>`, and `tokens/<part>` and `epochs/<part>` trained on so far
-checkpoint  path, seconds
-skip        the update of this step was not applied: reason, ...
-phase       other mixers, objectives, learning rates, lengths or mixtures from the next step on: index, seq_len,
-            `shares` by part of a mixture
-done        the run reached its last step: tokens, seconds, ...
+run         a run starts at step 0          resume      a run continues after `step`
+train       every step                      validation  after a validation
+checkpoint  one was saved                   skip        the update of this step was not applied
+phase       other settings from the next step on
+spike       a step out of the ordinary      spike_step  what a step near a spike was trained on, and its norms
+sink        a sink failed and is left out   done        the run reached its last step
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import json
 import math
 import numbers
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +29,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-EventKind = Literal["run", "resume", "train", "validation", "checkpoint", "skip", "phase", "done"]
+EventKind = Literal[
+    "run", "resume", "train", "validation", "checkpoint", "skip", "phase", "spike", "spike_step", "sink", "done"
+]
 
 EVENTS_FILE = "events.jsonl"
 
@@ -75,7 +74,8 @@ class EventLog:
     """Collects events, fetches their device values once every `log_every` steps, and hands them to the sinks.
 
     run_dir      folder of the run; events go to `events.jsonl` in it. None: keep no file (ranks other than the first)
-    sinks        further readers: console, TensorBoard, W&B
+    sinks        further readers: console, TensorBoard, W&B, trackio; one that fails is left out from there on, which
+                 is said once on stderr and in the log, and the training goes on
     log_every    train events are flushed at steps divisible by this; every other kind is flushed at once
     resume_step  None appends to the file as it is. A step s first removes what a run that continues from the checkpoint
                  of step s does again, so that the file reads like that of an unbroken run: events with step > s, events
@@ -99,8 +99,9 @@ class EventLog:
             raise ValueError(f"log_every={log_every} must be at least 1")
         self._log_every = log_every
         self._pending: list[_Pending] = []
-        self._sinks: list[Sink] = [] if run_dir is None else [JsonlSink(Path(run_dir) / EVENTS_FILE, resume_step)]
-        self._sinks.extend(sinks)
+        self._file = None if run_dir is None else JsonlSink(Path(run_dir) / EVENTS_FILE, resume_step)
+        self._sinks = list(sinks)
+        self._step = 0
 
     def emit(self, kind: EventKind, step: int, **fields: Any) -> list[dict[str, Any]]:
         """Record one event; returns the events that this call flushed (host values), [] while they are held back.
@@ -110,6 +111,7 @@ class EventLog:
         read without waiting. None fields are left out. Raises ValueError for a larger tensor or a reserved name.
         """
         pending = _Pending({"kind": kind, "step": int(step), "time": round(time.time(), 3)})
+        self._step = int(step)
         groups: dict[tuple[torch.device, torch.dtype], tuple[list[str], list[Tensor]]] = {}
         for name, value in fields.items():
             if name in ("kind", "step", "time"):
@@ -130,8 +132,7 @@ class EventLog:
         pending.stacks = [(names, torch.stack(tensors)) for names, tensors in groups.values()]
         self._pending.append(pending)
         if kind == "train":
-            for sink in self._sinks:
-                sink.on_step(step)
+            self._each_sink(lambda sink: sink.on_step(step))
             if step % self._log_every:
                 return []
         return self.flush()
@@ -148,23 +149,44 @@ class EventLog:
             for name, compute in item.late.items():
                 item.event[name] = _plain(name, compute())
             events.append({name: value for name, value in item.event.items() if value is not None})
-        for sink in self._sinks:
-            sink.write(events)
+        # The file comes first, and is the only one whose failure ends the run: it is what a resume relies on.
+        if self._file is not None:
+            self._file.write(events)
+        self._each_sink(lambda sink: sink.write(events))
         return events
 
     def sync(self) -> list[dict[str, Any]]:
         """Flush, and return once the file would survive a power cut; call before a checkpoint counts as complete."""
         events = self.flush()
-        for sink in self._sinks:
-            sink.sync()
+        if self._file is not None:
+            self._file.sync()
+        self._each_sink(lambda sink: sink.sync())
         return events
 
     def close(self) -> None:
         """Flush, sync and close all sinks; calling it again does nothing."""
         self.sync()
-        sinks, self._sinks = self._sinks, []
-        for sink in sinks:
-            sink.close()
+        self._each_sink(lambda sink: sink.close())
+        self._sinks = []
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _each_sink(self, act: Callable[[Sink], None]) -> None:
+        """Let every sink act; the log goes on without those that fail."""
+        for sink in list(self._sinks):
+            try:
+                act(sink)
+            except Exception as error:  # networks, disks and foreign packages raise whatever they like
+                self._sinks.remove(sink)
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                name = type(sink).__name__.removesuffix("Sink").lower()
+                with contextlib.suppress(OSError):
+                    print(f"logging to {name} failed and is left out from here on ({reason})", file=sys.stderr)
+                # It waits for the next flush: to flush here would hide events from whoever asked for this one.
+                fields = {"kind": "sink", "step": self._step, "time": round(time.time(), 3)}
+                self._pending.append(_Pending({**fields, "name": name, "reason": reason}))
 
 
 def _fetch(pending: list[_Pending]) -> None:

@@ -1,19 +1,15 @@
-"""The closing summary, and the sinks that need the extra `log`."""
+"""The closing summary."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shlex
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
-from pithwood.observe.events import EventLog
-from pithwood.observe.sinks import TensorBoardSink, WandbSink, scalars
 from pithwood.observe.summary import closing_lines, read_summary, write_summary
 
 SUMMARY = {
@@ -76,40 +72,3 @@ def test_an_interrupted_run_says_how_to_continue():
     lines = closing_lines({**SUMMARY, "interrupted": int(signal.SIGTERM), "command": "pithwood train demo seed=3"})
     assert lines[0] == "stopped by SIGTERM and saved; continue with: pithwood train demo seed=3"
     assert not any("try next" in line for line in lines)
-
-
-def test_scalars_are_the_numbers_of_curves():
-    event = {"kind": "train", "step": 3, "time": 1.0, "loss": 2.5, "loss/balance": 1, "note": "x"}
-    assert scalars(event) == {"train/loss": 2.5, "train/loss/balance": 1.0}
-    assert scalars({"kind": "checkpoint", "step": 3, "time": 1.0, "seconds": 2.0}) == {}
-
-
-def test_sinks_name_the_extra_when_their_package_is_missing(tmp_path: Path, monkeypatch):
-    with pytest.raises(ValueError, match="mode 'cloud'"):
-        WandbSink(tmp_path, "p", "n", mode="cloud")  # type: ignore[arg-type]
-    # An empty path hides every installed package from the search, and what was imported before from the cache.
-    monkeypatch.setattr(sys, "path", [])
-    for name in ("tensorboard", "wandb"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(sys, "meta_path", [])
-    with pytest.raises(ValueError, match=r"'tensorboard', which is not installed.*pithwood\[log\]"):
-        TensorBoardSink(tmp_path)
-    with pytest.raises(ValueError, match=r"'wandb', which is not installed.*pithwood\[log\]"):
-        WandbSink(tmp_path, "p", "n")
-
-
-def test_tensorboard_sink_writes_scalars_or_says_why_not(tmp_path: Path):
-    if importlib.util.find_spec("tensorboard") is None:
-        with pytest.raises(ValueError, match="tensorboard"):
-            TensorBoardSink(tmp_path / "tb")
-        return
-    log = EventLog(None, [TensorBoardSink(tmp_path / "tb")], log_every=2)
-    for step in range(1, 5):
-        log.emit("train", step, loss=1.0 / step)
-    log.close()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    reader = EventAccumulator(str(tmp_path / "tb"))
-    reader.Reload()
-    points = [(point.step, point.value) for point in reader.Scalars("train/loss")]
-    assert points == [(step, pytest.approx(1.0 / step)) for step in range(1, 5)]
