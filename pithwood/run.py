@@ -18,6 +18,7 @@ from pithwood.data.prepare import CorpusConfig
 from pithwood.models.qwen3_moe import Qwen3MoEConfig
 from pithwood.objectives import NextToken, Objective
 from pithwood.observe.sinks import LoggingConfig
+from pithwood.observe.spikes import SpikeConfig
 from pithwood.optim.config import AdamWConfig, MuonConfig
 
 
@@ -88,6 +89,9 @@ class Run:
     """CPU threads of torch; 0 leaves torch's choice. Losses repeat to the last digit only with the same number."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Where the curves go besides the console and events.jsonl."""
+    spikes: SpikeConfig | None = field(default_factory=SpikeConfig)
+    """What the event log tells about steps out of the ordinary: batches, and norms by layer; null neither looks for
+    them nor measures norms."""
     log_every: int = 10
     """Steps between log lines; device values are read only then."""
     validate_every: int = 200
@@ -192,6 +196,7 @@ class Run:
 LENGTH_AND_LOGGING = (
     "steps",
     "logging",
+    "spikes",
     "log_every",
     "validate_every",
     "validation_samples",

@@ -30,6 +30,7 @@ from pithwood.config import config_hash, to_dict
 from pithwood.data.batches import Batch, TrainingBatches
 from pithwood.data.corpus import Corpus
 from pithwood.data.mixture import Mixture, find_data, open_data
+from pithwood.data.origins import step_origins
 from pithwood.data.usage import data_plan, epochs_read, read_so_far, training_batches
 from pithwood.evaluate.parts import evaluate_data, losses
 from pithwood.finish import finish
@@ -40,7 +41,7 @@ from pithwood.moe.layer import MoELayer
 from pithwood.objectives import Objective
 from pithwood.observe.clock import StepClock
 from pithwood.observe.console import ConsoleSink
-from pithwood.observe.events import EventLog
+from pithwood.observe.events import EventLog, read_events
 from pithwood.observe.metrics import (
     block_fields,
     measure_peak_flops,
@@ -49,6 +50,7 @@ from pithwood.observe.metrics import (
     speed_fields,
 )
 from pithwood.observe.sinks import check_sinks, open_sinks
+from pithwood.observe.spikes import SpikeWatch
 from pithwood.ops.packing import Packing
 from pithwood.optim.config import MuonConfig
 from pithwood.optim.groups import MATRIX_KINDS, plan_parameters
@@ -127,6 +129,7 @@ def train(
                 )
             )
         events = EventLog(folder, sinks, log_every=run.log_every, resume_step=start if start else -1)
+        trainer.spikes.remember(read_events(folder))
         try:
             events.emit("resume" if start else "run", start, **trainer.origin_fields(corpus), epochs=epochs)
             _loop(trainer, source, corpus, folder, events, start, stop)
@@ -164,8 +167,12 @@ def _loop(
 ) -> None:
     """Steps until the run is complete or asked to stop; either way the last state is saved."""
     run, clock = trainer.run, StepClock(trainer.device)
-    # whatever flushes the log, every train event passes here once
-    watch = partial(report_skips, run, events, folder)
+
+    def watch(written: list[dict[str, Any]]) -> None:
+        """Whatever flushes the log, every train event passes here once."""
+        trainer.spikes.look(events, written, lambda done: step_origins(source, corpus, done - 1))
+        report_skips(run, events, folder, written)
+
     for step in range(start, run.steps):
         if trainer.enter_phase(step):
             watch(events.emit("phase", step, index=trainer.phase, **source.curriculum.settings(step)))
@@ -224,6 +231,8 @@ class Trainer:
             lr_scales=phase.lr_scales,
         )
         self._cost_cache: dict[tuple[int, ...], Cost] = {}
+        self.spikes = SpikeWatch(run.spikes, run.log_every)
+        self.spikes.measure(self.optimizer.params, self.model.blocks)
 
     def train_step(self, step: int, batches: list[Batch], statistics: bool = False) -> tuple[dict[str, Any], float]:
         """Forward, backward and update over the micro-batches of one optimizer step.
@@ -241,7 +250,8 @@ class Trainer:
         for number, batch in enumerate(batches):
             watched = probe if statistics and number == len(batches) - 1 else None
             forward_backward(self.model, objective, batch, ledger, self.dtype, probe=watched)
-        values: dict[str, Any] = dict(self.optimizer.step(step))
+        values: dict[str, Any] = dict(self.optimizer.step(step, self.spikes.before_update()))
+        self.spikes.after_update(step + 1)
         self.optimizer.zero_grad()
         for layer in self.moe_layers():
             if layer.gate.weight.requires_grad:
@@ -303,6 +313,7 @@ class Trainer:
             trainable=phase.trainable,
             lr_scales=phase.lr_scales,
         )
+        self.spikes.measure(self.optimizer.params, self.model.blocks)
         return True
 
     def strictly_causal(self) -> bool:

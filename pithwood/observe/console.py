@@ -219,6 +219,11 @@ def event_line(event: dict[str, Any], total_steps: int) -> str | None:
         return _SEPARATOR.join(parts)
     if kind == "resume":
         return _SEPARATOR.join([position, "resumed", *([str(event["checkpoint"])] if "checkpoint" in event else [])])
+    if kind == "spike":
+        compared = f" (usual {event['usual']:.3g})" if "usual" in event else ""
+        return _SEPARATOR.join(
+            [position, f"spike: {event['reason']} {event['value']:.4g}{compared}", "see `pithwood report`"]
+        )
     if kind == "phase":
         parts = [position, f"phase {event.get('name', event.get('index', ''))}".rstrip()]
         if "seq_len" in event:
