@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,12 @@ def test_tensorboard_continues_a_resumed_run_without_a_second_take(tmp_path: Pat
 
 
 def test_wandb_offline_continues_a_resumed_run_over_the_same_steps(tmp_path: Path):
-    two_sittings(lambda: EventLog(None, [WandbSink(tmp_path, "p", "small-1", "offline", {"steps": 6})], log_every=2))
+    def log_of() -> EventLog:
+        # W&B names a sitting's folder by the second
+        time.sleep(1.1)
+        return EventLog(None, [WandbSink(tmp_path, "p", "small-1", "offline", {"steps": 6})], log_every=2)
+
+    two_sittings(log_of)
     points = wandb_points(tmp_path, "train/loss")
     assert [step for step, _ in points] == [1, 2, 3, 4, 3, 4, 5, 6]
     assert dict(points) == EXPECTED
