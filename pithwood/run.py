@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
 
+import torch
+
 from pithwood.attention.base import MixerConfig
 from pithwood.data.curriculum import Stage, check_lengths
 from pithwood.data.mixture import MixtureConfig
@@ -20,6 +22,9 @@ from pithwood.objectives import NextToken, Objective
 from pithwood.observe.sinks import LoggingConfig
 from pithwood.observe.spikes import SpikeConfig
 from pithwood.optim.config import AdamWConfig, MuonConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Activation dtype of each `precision`."""
 
 
 @dataclass(frozen=True)
@@ -208,3 +213,14 @@ LENGTH_AND_LOGGING = (
     "data.parts.*.max_epochs",
 )
 """Fields that do not change what a step computes: a run keeps its folder when they change."""
+
+
+def pick_device(run: Run) -> torch.device:
+    """The device that `run.device` means here; ValueError if it asks for a GPU that is not there."""
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device=cuda but torch sees no CUDA GPU; use device=cpu or device=auto, or install a CUDA build of torch"
+        )
+    if run.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(run.device)

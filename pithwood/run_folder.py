@@ -1,4 +1,4 @@
-"""Where a run lives on disk: its name, its lock, and what makes two runs the same.
+"""Where a run lives on disk: its name, its lock, what makes two runs the same, and how one is opened to be used.
 
 A run's folder is `<runs_dir>/<recipe>-<hash of everything but length and logging>`: the same settings always meet the
 same folder, so typing a command again resumes it. A folder named before a setting existed is met too, if that setting
@@ -7,22 +7,126 @@ has its default.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from pithwood.checkpoint.load import latest_checkpoint, list_checkpoints
+from pithwood.checkpoint.load import latest_checkpoint, list_checkpoints, load_checkpoint
+from pithwood.checkpoint.storage import read_manifest
 from pithwood.config import config_hash, from_dict, to_dict
+from pithwood.data.corpus import MANIFEST, Corpus, open_corpus
+from pithwood.data.prepare import prepare
 from pithwood.data.tokenizer import Tokenizer
 from pithwood.data.tokenizer import load_tokenizer as load_tokenizer_file
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.observe.events import to_json, write_atomically
 from pithwood.observe.summary import SUMMARY_FILE
-from pithwood.run import LENGTH_AND_LOGGING, Run
+from pithwood.run import DTYPES, LENGTH_AND_LOGGING, Run, pick_device
+
+CONFIG_FILE = "config.json"
+CORPORA = "corpora"
+"""Folder beside the runs that holds the prepared corpora."""
+
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run at one of its checkpoints, ready to be evaluated or looked into."""
+
+    folder: Path
+    run: Run
+    step: int
+    """Optimizer steps behind the weights."""
+    tokens: int
+    """Training tokens behind the weights."""
+    model: Qwen3MoE
+    """In evaluation mode, with the mixers of that step and averaged weights if the run keeps an average."""
+    corpus_fingerprint: str
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Activation dtype, as trained."""
+        return DTYPES[self.run.precision]
+
+
+def open_run(reference: str, runs_dir: Path, *, step: int | None = None, device: Device = "auto") -> OpenRun:
+    """The run meant by a path or name (see `find_run`) at a step's checkpoint, by default its newest undamaged one.
+
+    device  auto, cpu or cuda; where the run was trained does not matter
+    raises  ValueError if there is no such run, checkpoint or device, or if anything that is needed is damaged
+    """
+    reference = reference if step is None else f"{reference}@{step}"
+    path = find_checkpoint(reference, runs_dir)
+    folder = path.parent.parent
+    run = load_run(folder)
+    target = pick_device(replace(run, device=device))
+    # the newest undamaged one was found by checking its hashes
+    manifest = read_manifest(path, hashes="@" in reference)
+    names = [name for name in manifest.tensors if name.startswith(("model.", "optim.ema."))]
+    tensors, state = load_checkpoint(path, names=names, device=target, verify=False)
+    model = model_of(run, int(state["step"]), tensors, averaged=True).to(target)
+    fingerprint = str(state["data"]["corpus"])
+    return OpenRun(folder, run, int(state["step"]), int(state["tokens"]), model, fingerprint, target)
+
+
+def open_run_corpus(opened: OpenRun, runs_dir: Path, progress: Callable[[str], None] = lambda line: None) -> Corpus:
+    """The corpus that a run was trained on, every byte checked; made again from its source if it is gone.
+
+    raises  ValueError if it is damaged, or gone and its source no longer gives the same corpus
+    """
+    places = dict.fromkeys(((opened.folder.parent / CORPORA).resolve(), (runs_dir / CORPORA).resolve()))
+    for folder in prepared_corpora(places):
+        if fingerprint_of(folder) == opened.corpus_fingerprint:
+            corpus = open_corpus(folder)
+            corpus.verify()
+            return corpus
+    gone = f"the corpus that {opened.folder.name} was trained on is not in {opened.folder.parent / CORPORA}/"
+    way_out = "bring back the folder or the text that it was made of, or give text of your own with --text FILE"
+    progress(f"{gone}; preparing it again")
+    try:
+        corpus = prepare(opened.run.data, opened.folder.parent / CORPORA, progress)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{gone} and cannot be prepared again ({error}); {way_out}") from error
+    if corpus.fingerprint != opened.corpus_fingerprint:
+        raise ValueError(f"{gone}, and its source gives another one now (text or tokenizer differ); {way_out}")
+    return corpus
+
+
+def prepared_corpora(places: Iterable[Path]) -> list[Path]:
+    """The folders of complete corpora in these places."""
+    return [path.parent for place in places for path in sorted(place.glob(f"[!.]*/{MANIFEST}"))]
+
+
+def fingerprint_of(folder: Path) -> str | None:
+    """The fingerprint in a corpus folder's manifest, None if that cannot be read."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def lock_holder(folder: Path) -> str | None:
+    """Who holds a run folder's lock ("process 12 on host"), None if nobody does."""
+    try:
+        file = open(folder / ".lock", "rb")  # noqa: SIM115
+    except OSError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read(256).decode(errors="replace").strip() or "another process"
+    return None
 
 
 def run_dir(run: Run, runs_dir: Path) -> Path:
@@ -48,14 +152,17 @@ def find_run(reference: str, runs_dir: Path) -> Path:
     Runs that --new moved aside are meant by their whole name only. ValueError names what there is.
     """
     for path in (Path(reference), runs_dir / reference):
-        if (path / "config.json").is_file():
+        if (path / CONFIG_FILE).is_file():
             return path
-    folders = [p for p in runs_dir.glob("*/") if (p / "config.json").is_file() and ".old" not in p.name]
-    have = sorted(folders, key=lambda p: (p / "config.json").stat().st_mtime_ns)
+    folders = [p for p in runs_dir.glob("[!.]*/") if (p / CONFIG_FILE).is_file() and ".old" not in p.name]
+    have = sorted(folders, key=lambda p: (p / CONFIG_FILE).stat().st_mtime_ns)
     of_recipe = [p for p in have if p.name.rpartition("-")[0] == reference]
     matches = of_recipe or [p for p in have if p.name.startswith(reference)]
     if matches:
         return matches[-1]
+    for path in (Path(reference), runs_dir / reference):
+        if reference and path.is_dir():
+            raise ValueError(f"{path} is not a run folder: it has no {CONFIG_FILE}; `pithwood runs` lists the runs")
     names = ", ".join(p.name for p in have[-5:]) or "none yet (start one with `pithwood train demo`)"
     raise ValueError(f"no run {reference!r} in {runs_dir}/; there are: {names}")
 
@@ -79,9 +186,9 @@ def find_checkpoint(reference: str, runs_dir: Path) -> Path:
 def load_run(folder: Path) -> Run:
     """The resolved settings of a run folder."""
     try:
-        with open(folder / "config.json", encoding="utf-8") as file:
+        with open(folder / CONFIG_FILE, encoding="utf-8") as file:
             data = json.load(file)["run"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder}/config.json is not the configuration of a run ({error}); is this a run folder?"
         ) from None
@@ -89,7 +196,7 @@ def load_run(folder: Path) -> Run:
         return from_dict(Run, data)
     except ValueError as error:
         raise ValueError(
-            f"{folder}/config.json: {error} (generate --import FILE imports the file that defines a class of your own)"
+            f"{folder}/config.json: {error} (--import FILE imports the file that defines a class of your own)"
         ) from error
 
 
@@ -112,7 +219,7 @@ def model_of(run: Run, step: int, tensors: dict[str, Tensor], averaged: bool) ->
 def write_config(folder: Path, run: Run, command: str, origin: str | None) -> None:
     """config.json: the resolved tree, with the command that asked for it and the branch it came from."""
     content = {"run": to_dict(run), "command": command, "branched_from": origin}
-    write_atomically(folder / "config.json", (to_json(content, indent=2) + "\n").encode())
+    write_atomically(folder / CONFIG_FILE, (to_json(content, indent=2) + "\n").encode())
 
 
 def finished_summary(folder: Path, run: Run) -> dict[str, Any] | None:
@@ -129,7 +236,7 @@ def finished_summary(folder: Path, run: Run) -> dict[str, Any] | None:
 
 def branched_from(folder: Path) -> str | None:
     """The RUN@STEP that a run folder's run was begun from, None for fresh weights or an empty folder."""
-    path = folder / "config.json"
+    path = folder / CONFIG_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8"))["branched_from"]
     except FileNotFoundError:

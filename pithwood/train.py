@@ -55,10 +55,8 @@ from pithwood.ops.packing import Packing
 from pithwood.optim.config import MuonConfig
 from pithwood.optim.groups import MATRIX_KINDS, plan_parameters
 from pithwood.optim.optimizer import Optimizer
-from pithwood.run import Run
+from pithwood.run import DTYPES, Run, pick_device
 from pithwood.run_folder import branched_from, find_checkpoint, finished_summary, run_dir, start_over, write_config
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def train(
@@ -556,14 +554,3 @@ def attention_backend(device: torch.device) -> str:
     return (
         "plain torch, linear memory" if device.type == "cpu" else "plain torch blocks, varlen kernel for dense layers"
     )
-
-
-def pick_device(run: Run) -> torch.device:
-    """The device that `run.device` means here; ValueError if it asks for a GPU that is not there."""
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "device=cuda but torch sees no CUDA GPU; use device=cpu or device=auto, or install a CUDA build of torch"
-        )
-    if run.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(run.device)

@@ -67,7 +67,7 @@ def selection_stats(ids_TSk: Tensor, packing: Packing, block_size: int) -> dict[
     return {
         "own_share": is_own_TSk.sum() / valid_TSk.sum(),
         "entropy": _past_entropy(ids_TSk, past_TSk, packing, block_size),
-        "union_128": _tile_union(ids_TSk, past_TSk, packing, block_size),
+        "union_128": tile_union(ids_TSk, past_TSk, packing, block_size),
     }
 
 
@@ -98,11 +98,12 @@ def _past_entropy(ids_TSk: Tensor, past_TSk: Tensor, packing: Packing, block_siz
     return ((weight_NS * share_NS).sum() / weight_NS.sum()).float()
 
 
-def _tile_union(ids_TSk: Tensor, past_TSk: Tensor, packing: Packing, block_size: int) -> Tensor:
+def tile_union(ids_TSk: Tensor, past_TSk: Tensor, packing: Packing, block_size: int, rows: int = UNION_ROWS) -> Tensor:
+    """The `union_128` of `selection_stats` for tiles of `rows` queries; past_TSk marks the ids of past blocks."""
     k = ids_TSk.shape[2]
     if k < 2:
         return torch.full((), math.nan, device=ids_TSk.device)
-    union_RS, measured_RS = tile_unions(ids_TSk, past_TSk, packing, block_size, UNION_ROWS)
+    union_RS, measured_RS = tile_unions(ids_TSk, past_TSk, packing, block_size, rows)
     return union_RS.where(measured_RS, 0).sum() / ((k - 1) * measured_RS.sum())
 
 
