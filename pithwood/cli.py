@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from pithwood.commands import bench, generate, prepare, recipes, train
+from pithwood.commands import bench, evaluate, generate, prepare, recipes, train
 from pithwood.commands.common import Parser, new_parser
 
 HELP = """examples:
@@ -24,7 +24,14 @@ HELP = """examples:
 
 `pithwood COMMAND --help` tells more. PITHWOOD_TRACEBACK=1 shows where an error comes from."""
 
-COMMANDS = {"prepare": prepare, "train": train, "recipes": recipes, "generate": generate, "bench": bench}
+COMMANDS = {
+    "prepare": prepare,
+    "train": train,
+    "recipes": recipes,
+    "generate": generate,
+    "bench": bench,
+    "evaluate": evaluate,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,11 +43,11 @@ def plot_loss(
     train_x, train_y = _curve(events, "train")
     valid_x, valid_y = _curve(events, "validation")
     gzip_bits = gzip_bits_per_byte if gzip_bits_per_byte is not None and math.isfinite(gzip_bits_per_byte) else None
-    smooth_y = _smooth(train_y)
+    smooth_y = smooth(train_y)
 
     low, high = loss_limits(train_y, smooth_y, valid_y, gzip_bits)
 
-    fig, ax = _figure(7.6, 4.4)
+    fig, ax = new_figure(7.6, 4.4)
     labels: list[tuple[float, str, str]] = []
     if len(train_x):
         if len(train_x) > 1:
@@ -91,7 +91,7 @@ def plot_loss(
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0},
         )
-    _save(fig, path)
+    save_figure(fig, path)
 
 
 def plot_blocks(selections: Mapping[Any, tuple[Tensor, int]], path: Path | str, title: str | None = None) -> None:
@@ -109,15 +109,15 @@ def plot_blocks(selections: Mapping[Any, tuple[Tensor, int]], path: Path | str, 
     from matplotlib.ticker import MaxNLocator
 
     if not selections:
-        fig, ax = _figure(6.0, 2.0)
+        fig, ax = new_figure(6.0, 2.0)
         ax.set_axis_off()
         ax.text(0.5, 0.5, "no layer of this model selects blocks", transform=ax.transAxes, ha="center", color=_GZIP)
-        _save(fig, path)
+        save_figure(fig, path)
         return
 
     columns = min(len(selections), max(2, math.ceil(math.sqrt(len(selections)))) if len(selections) > 4 else 4)
     rows = math.ceil(len(selections) / columns)
-    fig, axes = _panels(rows, columns)
+    fig, axes = new_panels(rows, columns)
     # Most shares of past blocks lie near (k - 1) / blocks: the square root keeps them visible beside the diagonal.
     norm = PowerNorm(0.5, vmin=0.0, vmax=1.0)
     image = None
@@ -152,7 +152,7 @@ def plot_blocks(selections: Mapping[Any, tuple[Tensor, int]], path: Path | str, 
     fig.suptitle(
         f"{head}  (block size {', '.join(map(str, sizes))})", x=0.01, ha="left", fontsize=11, fontweight="bold"
     )
-    _save(fig, path)
+    save_figure(fig, path)
 
 
 def block_shares(ids_TSk: Tensor, block_size: int) -> Tensor:
@@ -206,7 +206,7 @@ def _curve(events: Sequence[Mapping[str, Any]], kind: str) -> tuple[np.ndarray, 
     return array[:, 0], np.where(np.isfinite(array[:, 1]), array[:, 1], np.nan)
 
 
-def _smooth(y: np.ndarray) -> np.ndarray:
+def smooth(y: np.ndarray) -> np.ndarray:
     """Centred Gaussian mean over about a fiftieth of the run, gaps ignored; it does not lag behind the curve."""
     sigma = max(len(y) / 120, 0.5)
     reach = math.ceil(3 * sigma)
@@ -261,7 +261,7 @@ def _block_colours() -> Any:
     return LinearSegmentedColormap.from_list("blocks", ["#ffffff", "#bcd5f0", "#5b9bd8", "#1f5fa8", "#0b2545"])
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """One axes on a figure of its own: no pyplot, hence no global state and no display."""
     from matplotlib.figure import Figure
 
@@ -272,14 +272,16 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return fig, ax
 
 
-def _panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+def new_panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A grid of small axes, row by row."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(max(2.5 * columns + 1.0, 4.6), 2.75 * rows + 0.5), layout="constrained", dpi=150)
     return fig, list(fig.subplots(rows, columns, squeeze=False).flat)
 
 
-def _save(fig: Figure, path: Path | str) -> None:
+def save_figure(fig: Figure, path: Path | str) -> None:
+    """Write a figure as a PNG file, replaced atomically; its folder is made if it is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
