@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from pithwood.commands import bench, evaluate, generate, prepare, recipes, train
+from pithwood.commands import bench, evaluate, generate, inspect, prepare, recipes, runs, train
 from pithwood.commands.common import Parser, new_parser
 
 HELP = """examples:
@@ -31,6 +31,8 @@ COMMANDS = {
     "generate": generate,
     "bench": bench,
     "evaluate": evaluate,
+    "inspect": inspect,
+    "runs": runs,
 }
 
 

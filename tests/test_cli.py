@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pithwood.cli import main
+from pithwood.cli import COMMANDS, main
 from pithwood.recipes import list_recipes, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -31,9 +31,7 @@ def pithwood(*words: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["generate", "--help"], ["recipes", "--help"], ["prepare", "--help"]]
-)
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)])
 def test_help_shows_an_example(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(words)
@@ -52,7 +50,9 @@ def test_help_answers_at_once():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("words", ["--help", "train --help", "recipes --json", "train nothing", "train debug --wrong"])
+@pytest.mark.parametrize(
+    "words", ["--help", "train --help", "recipes --json", "train nothing", "train debug --wrong", "runs --help"]
+)
 def test_help_lists_and_errors_import_no_torch(words):
     code = f"""
 import sys
@@ -72,7 +72,7 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "which command? prepare, train, recipes, generate or bench"),
+        ([], "which command? prepare, train, recipes, "),
         (["trian"], "invalid choice: 'trian'"),
         (["train"], "the following arguments are required: RECIPE"),
         (["train", "debgu"], "unknown recipe 'debgu'; did you mean debug?"),

@@ -37,7 +37,7 @@ LAYERS: tuple[set[str], ...] = (
     {"run"},
     {"run_folder", "recipes"},
     {"generate", "evaluate", "facts"},
-    {"finish"},
+    {"finish", "delete_run"},
     {"train", "bench"},
     {"commands"},
     {"cli"},

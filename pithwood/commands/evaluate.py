@@ -21,12 +21,15 @@ def add(commands: Any) -> None:
     """Add the command to the command line."""
     parser = add_command(commands, "evaluate", "measure the loss of a trained run, as a whole and by position", HELP)
     parser.add_argument(
-        "--split", choices=("validation", "train"), help="which part of the run's corpus (default: validation)"
+        "--split", choices=("validation", "train"), help="which part of the corpus (default: validation)"
     )
     parser.add_argument(
         "--text", metavar="FILE", type=Path, action="append", default=[],
         help="evaluate on a UTF-8 file instead; may be repeated, each file is a document",
     )  # fmt: skip
+    parser.add_argument(
+        "--corpus", metavar="DIR", type=Path, help="evaluate on another prepared corpus of the same tokenizer"
+    )
     parser.add_argument("--samples", metavar="N", type=int, help="only the first N samples (default: all)")
     parser.add_argument("--seq-len", metavar="N", type=int, help="tokens per sample (default: as trained)")
     parser.add_argument(
@@ -43,8 +46,9 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> tuple[int, str]:
     """The losses, as tables or as JSON."""
-    if args.text and args.split:
-        raise ValueError("--text and --split exclude each other; give one of them")
+    if args.text and (args.split or args.corpus):
+        other = "--split" if args.split else "--corpus"
+        raise ValueError(f"--text and {other} exclude each other; give one of them")
     if args.name and args.no_save:
         raise ValueError("--name names a kept result, and --no-save keeps none; give one of them")
 
@@ -53,7 +57,13 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
 
     import_files(args)
     asked = Asked(
-        args.split or "validation", tuple(args.text), args.samples, args.seq_len, args.attention, args.buckets
+        args.split or "validation",
+        tuple(args.text),
+        args.corpus,
+        args.samples,
+        args.seq_len,
+        args.attention,
+        args.buckets,
     )
     if not args.no_save:
         check_can_save(find_run(args.run.partition("@")[0], args.runs_dir), args.name)
@@ -74,7 +84,7 @@ def _draw(path: Path, result: dict[str, Any]) -> None:
         return f"{'as trained' if entry['attention'] == 'trained' else entry['attention']}: {entry['loss']:.3f}"
 
     lines = {label(result): result["buckets"]}
-    same = ("step", "split", "texts", "samples", "seq_len", "tokens", "bytes")
+    same = ("step", "split", "corpus", "texts", "samples", "seq_len", "tokens", "bytes")
     for other in read_evaluations(path.parent.parent):
         if other["attention"] != result["attention"] and all(other[key] == result[key] for key in same):
             lines.setdefault(label(other), other["buckets"])
@@ -86,7 +96,8 @@ def _draw(path: Path, result: dict[str, Any]) -> None:
 def _tables(result: dict[str, Any]) -> str:
     from pithwood.observe.inspect_tables import Table, number, render
 
-    what = f"the {result['split']} split" if result["split"] else ", ".join(result["texts"])
+    where = f" of {result['corpus']}" if result["corpus"] else ""
+    what = f"the {result['split']} split{where}" if result["split"] else ", ".join(result["texts"])
     how = "as trained" if result["attention"] == "trained" else result["attention"]
     clusters = {"documents": f"{result['documents']:,} documents", "contexts": "the samples of one document"}
     rows = [

@@ -19,7 +19,8 @@ from pithwood.attention.base import MixerConfig
 from pithwood.attention.full import FullAttentionConfig
 from pithwood.attention.moba import MoBAConfig
 from pithwood.data.batches import sequential_batches
-from pithwood.data.corpus import Split
+from pithwood.data.corpus import Corpus, Split, open_corpus
+from pithwood.data.tokenizer import Tokenizer
 from pithwood.evaluate.loss import check_strictly_causal
 from pithwood.evaluate.position import loss_by_position, position_edges
 from pithwood.evaluate.text import corpus_of_texts, read_texts
@@ -40,8 +41,11 @@ class Asked:
     """What to evaluate a run on, and how."""
 
     split: Split = "validation"
+    """Which part of the corpus."""
     texts: tuple[Path, ...] = ()
-    """Files to evaluate on instead of a split, each a document."""
+    """Files to evaluate on instead of the run's corpus, each a document."""
+    corpus: Path | None = None
+    """Another prepared corpus to evaluate on, of the same tokenizer."""
     samples: int | None = None
     """Evaluate on the first so many samples; None takes all."""
     seq_len: int | None = None
@@ -80,8 +84,12 @@ def evaluate_run(
     check_strictly_causal(model)
     if texts:
         split: Split = "validation"
-        corpus: Any = corpus_of_texts(texts, load_tokenizer(opened.folder))
+        corpus: Corpus = corpus_of_texts(texts, load_tokenizer(opened.folder))
         source = ", ".join(str(path) for path in asked.texts)
+    elif asked.corpus is not None:
+        split = asked.split
+        corpus = _open_other_corpus(asked.corpus, load_tokenizer(opened.folder))
+        source = f"the {split} split of {asked.corpus}"
     else:
         split = asked.split
         corpus = open_run_corpus(opened, runs_dir, progress)
@@ -101,13 +109,14 @@ def evaluate_run(
     tell = _Ticker(progress, min(samples * seq_len, corpus.num_tokens(split) - 1))
     result = loss_by_position(model, batches, position_edges(seq_len, asked.buckets), opened.dtype, tell)
     return {
-        "name": _name(asked, opened, seq_len, samples, corpus.num_tokens(split), texts),
+        "name": _name(asked, opened, seq_len, samples, corpus, texts),
         "run": opened.folder.name,
         "run_dir": str(opened.folder),
         "recipe": run.name,
         "step": opened.step,
         "trained_tokens": opened.tokens,
         "split": None if texts else split,
+        "corpus": None if asked.corpus is None else str(asked.corpus),
         "texts": [str(path) for path in asked.texts],
         "samples": samples,
         "seq_len": seq_len,
@@ -243,18 +252,33 @@ def _as_moba(mixer: MixerConfig, layer: int, run: Run) -> MixerConfig:
     return mixer
 
 
-def _name(asked: Asked, opened: OpenRun, seq_len: int, samples: int, tokens: int, texts: Sequence[str]) -> str:
+def _open_other_corpus(folder: Path, tokenizer: Tokenizer) -> Corpus:
+    """A prepared corpus, every byte checked; ValueError if its ids are not those of the run's tokenizer."""
+    corpus = open_corpus(folder)
+    if corpus.tokenizer.fingerprint() != tokenizer.fingerprint():
+        raise ValueError(
+            f"--corpus {folder} was made with another tokenizer than the run's, so its ids mean other tokens; prepare "
+            "its text with the run's tokenizer.json, or give the text itself with --text FILE"
+        )
+    corpus.verify()
+    return corpus
+
+
+def _name(asked: Asked, opened: OpenRun, seq_len: int, samples: int, corpus: Corpus, texts: Sequence[str]) -> str:
     """A name that tells evaluations of different things apart."""
     parts = [f"step-{opened.step:08d}"]
     if texts:
         digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]
         parts.append(re.sub(r"[^A-Za-z0-9_.]+", "-", asked.texts[0].stem)[:40].strip("-.") or "text")
         parts.append(digest)
+    elif asked.corpus is not None:
+        parts += [asked.split, corpus.fingerprint[:8]]
     else:
         parts.append(asked.split)
     if seq_len != opened.run.seq_len:
         parts.append(f"{seq_len}-tokens")
-    if samples < math.ceil((tokens - 1) / seq_len):
+    split: Split = "validation" if texts else asked.split
+    if samples < math.ceil((corpus.num_tokens(split) - 1) / seq_len):
         parts.append(f"{samples}-samples")
     if asked.attention != "trained":
         parts.append(asked.attention)

@@ -59,7 +59,7 @@ def plot_curves(curves: Mapping[str, Curve], path: Path | str, title: str) -> No
                 ax.text(0.98, place, text, transform=ax.transAxes, ha="right", va="top", color=colour, fontsize=8)
         _dress(ax, name)
         if logarithmic and np.nanmin(y, initial=math.inf) > 0:
-            ax.set_yscale("log")
+            _logarithmic(ax)
         if key == "tokens_per_s":
             ax.set_ylim(bottom=0)
             ax.yaxis.set_major_formatter(lambda value, _: format_count(value).replace(".0", ""))
@@ -207,6 +207,16 @@ def _dress(ax: Axes, title: str) -> None:
     ax.set_title(title, loc="left", fontsize=9.5, color=_INK)
     ax.grid(axis="y", color=_GRID, linewidth=0.8)
     ax.tick_params(labelsize=8, length=2)
+
+
+def _logarithmic(ax: Axes) -> None:
+    """A logarithmic axis labelled with plain numbers, between powers of ten too: most curves span less than one."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _note(text: str, path: Path | str) -> None:
