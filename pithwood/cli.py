@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from pithwood.commands import bench, evaluate, generate, inspect, prepare, recipes, runs, train
+from pithwood.commands import bench, config, evaluate, explain, generate, inspect, prepare, recipes, runs, train
 from pithwood.commands.common import Parser, new_parser
 
 HELP = """examples:
@@ -33,6 +33,8 @@ COMMANDS = {
     "evaluate": evaluate,
     "inspect": inspect,
     "runs": runs,
+    "explain": explain,
+    "config": config,
 }
 
 

@@ -182,7 +182,7 @@ def _distances(ax: Axes, blocks: Sequence[Mapping[str, Any]]) -> None:
     for number, row in enumerate(blocks):
         past = [part for part in row["distances"] if part["from"] > 0 and part["uniform"] > 0]
         # many layers: a ramp from light to dark, so that depth can be seen
-        shade = 0.25 + 0.75 * number / max(len(blocks) - 1, 1)
+        shade = 1 - 0.75 * (len(blocks) - 1 - number) / max(len(blocks) - 1, 1)
         x = [math.sqrt(part["from"] * part["to"]) for part in past]
         y = [part["share"] / part["uniform"] for part in past]
         ax.plot(x, y, "o-", color=_COLOURS[0], alpha=shade, linewidth=1.3, markersize=3, label=f"layer {row['layer']}")

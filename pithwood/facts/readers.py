@@ -1,0 +1,142 @@
+"""Which code reads a setting, found in the package's source by names and annotations.
+
+An expression `base.field` counts if the base surely or very likely is the setting's class: a parameter annotated with
+it, `self` inside it, the name of a field that holds it (`run.optim.lr`), or the usual name of a configuration in a file
+that mentions the class. What goes through `getattr` or a loop over all fields is not found.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from pithwood.config import union_members
+
+PACKAGE = Path(__file__).parents[1]
+_USUAL = {"cfg", "config", "settings", "self.cfg", "self.config"}
+
+
+def readers(cls: type, name: str, places: list[str]) -> list[dict[str, Any]]:
+    """Rows {file, line, where} of the functions that read a field, each once, the class's own checks left out.
+
+    places  paths at which the class may stand in a configuration
+    """
+    module = vars(sys.modules[cls.__module__])
+    unions = {alias for alias, value in module.items() if cls in union_members(value) and value is not cls}
+    classes = {base.__name__ for base in cls.__mro__ if base.__module__ != "builtins"} | unions
+    holders = {part for place in places for part in [place.removesuffix(".*").rpartition(".")[2]] if part}
+    # the whole configuration, and entries of a list, go by their class's name or the last word of it
+    words = re.findall("[A-Z][a-z]+", cls.__name__)
+    if any(place == "" or place.endswith(".*") for place in places) and words and words[-1] != "Config":
+        holders |= {words[-1].lower()}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    own = inspect.getsourcefile(cls)
+    # a class of one's own is read where it stands
+    outside = [Path(own)] if own is not None and not Path(own).is_relative_to(PACKAGE) else []
+    for file in [*sorted(PACKAGE.rglob("*.py")), *outside]:
+        shown = file if file in outside else file.relative_to(PACKAGE.parent)
+        for read in _reads(file).get(name, ()):
+            if _meant(read, classes, holders, _names(file)):
+                row = {
+                    "file": shown.as_posix(),
+                    "line": read["line"],
+                    "where": read["where"],
+                }
+                found.setdefault((row["file"], row["where"]), row)
+    return list(found.values())
+
+
+def _meant(read: dict[str, Any], classes: set[str], holders: set[str], names: set[str]) -> bool:
+    base = read["base"]
+    if base == "self":
+        return read["class"] in classes
+    annotated = read["annotations"].get(base)
+    if annotated is not None:
+        return bool(annotated & classes)
+    if base in _USUAL:
+        return bool(names & classes)
+    return base.rpartition(".")[2] in holders
+
+
+@functools.cache
+def _names(file: Path) -> set[str]:
+    """Every name that a file uses or imports."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return names | {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
+@functools.cache
+def _reads(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """Attribute name -> where the file reads it, each {base, line, where, class, annotations}."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    _visit(ast.parse(file.read_text(encoding="utf-8")), [], "", {}, found)
+    return found
+
+
+def _visit(
+    node: ast.AST,
+    scope: list[str],
+    inside: str,
+    annotations: dict[str, set[str]],
+    found: dict[str, list[dict[str, Any]]],
+) -> None:
+    if isinstance(node, ast.ClassDef):
+        scope, inside, annotations = [*scope, node.name], node.name, _attributes(node)
+    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if node.name in ("validate", "__post_init__"):
+            return
+        arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        own = {arg.arg: _words(arg.annotation) for arg in arguments if arg.annotation is not None}
+        scope, annotations = [*scope, node.name], {**annotations, **own}
+        annotations |= _renamed(node, annotations)
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        base = node.value.func if isinstance(node.value, ast.Call) else node.value
+        found.setdefault(node.attr, []).append(
+            {
+                "base": ast.unparse(base),
+                "line": node.lineno,
+                "where": ".".join(scope) or "module",
+                "class": inside,
+                "annotations": annotations,
+            }
+        )
+    for child in ast.iter_child_nodes(node):
+        _visit(child, scope, inside, annotations, found)
+
+
+def _attributes(node: ast.ClassDef) -> dict[str, set[str]]:
+    """`self.x` -> class names in its annotation, or in that of the parameter of `__init__` that it is set to."""
+    known: dict[str, set[str]] = {}
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            known[f"self.{statement.target.id}"] = _words(statement.annotation)
+        elif isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
+            given = {arg.arg: _words(arg.annotation) for arg in statement.args.args if arg.annotation is not None}
+            for inner in ast.walk(statement):
+                if isinstance(inner, ast.Assign) and isinstance(inner.value, ast.Name) and inner.value.id in given:
+                    known |= {ast.unparse(target): given[inner.value.id] for target in inner.targets}
+    return known
+
+
+def _renamed(function: ast.AST, annotations: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Local names that are set to something whose class is known, as in `cfg = self.cfg`."""
+    known: dict[str, set[str]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            target, value = node.targets[0], node.value
+            both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            pairs = zip(target.elts, value.elts, strict=False) if both else [(target, value)]  # type: ignore[attr-defined]
+            for name, source in pairs:
+                if isinstance(name, ast.Name) and ast.unparse(source) in annotations:
+                    known[name.id] = annotations[ast.unparse(source)]
+    return known
+
+
+def _words(annotation: ast.expr | None) -> set[str]:
+    return set(re.findall(r"\w+", ast.unparse(annotation))) if annotation is not None else set()
