@@ -186,6 +186,9 @@ def _comparison_text(result: dict[str, Any]) -> str:
         "",
         "training: mean over the last 5% of the tokens up to there; ~ stands between two validations",
     ]
+    for name, start in zip(result["runs"], result["logged_from"], strict=True):
+        if start > result["metrics"][0]["tokens"]:
+            parts.append(f"{name} was logged from {count(start)} tokens on, as branches are")
     if not result["same_text"]:
         parts.append("the runs' texts or tokenizers differ: their losses do not compare")
     if "picture" in result:

@@ -27,6 +27,7 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
              same_text: whether all were validated on the same text as far as their settings tell; bits per byte of
              different texts, and losses of different tokenizers, say nothing of each other
              tokens: what the shortest run has seen
+             logged_from: per run the tokens behind its first logged step; a branch's log begins where it branched off
              metrics: rows {tokens, values: per run {train_loss, train_bits_per_byte, validation_loss,
              validation_bits_per_byte, interpolated}} at a quarter, a half and all of these tokens; NaN where a run has
              no number. Training: the mean over the last 5 % of the tokens up to there. Validation: exact where one
@@ -48,6 +49,7 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
         "settings": different,
         "same_text": not any(row["key"].startswith("data.") for row in different),
         "tokens": tokens,
+        "logged_from": [log["loss"]["tokens"][0] for log in logs],
         "metrics": [{"tokens": at, "values": [_metrics_at(log, at) for log in logs]} for at in points],
         "speed": [_median(log.get("tokens_per_s")) for log in logs],
         "curves": logs,

@@ -19,6 +19,8 @@ from pithwood.observe.console import format_count
 
 PLAIN_WIDTH = 10_000
 """Columns of a pipe or file: nothing is cut or wrapped there."""
+NAME_WIDTH = 16
+"""Columns below which no column of names is folded."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def render(parts: Sequence[str | Table], terminal: bool | None = None, width: in
             continue
         console.print()
         console.print(Text(part.title, style="bold" if terminal else ""))
-        console.print(_table(part, terminal))
+        console.print(_table(part, terminal, columns))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
@@ -74,13 +76,36 @@ def count(value: float | None) -> str:
     return "-" if value is None else format_count(value)
 
 
-def _table(table: Table, terminal: bool) -> RichTable:
+def _table(table: Table, terminal: bool, columns: int) -> RichTable:
     rich_table = RichTable(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, show_edge=False)
-    for index, name in enumerate(table.header):
+    for index, (name, width) in enumerate(zip(table.header, _widths(table, columns), strict=True)):
         left = index in table.left
         rich_table.add_column(
-            Text(name), justify="left" if left else "right", overflow="fold" if left else "ellipsis", no_wrap=not left
+            Text(name),
+            justify="left" if left else "right",
+            overflow="fold" if left else "ellipsis",
+            no_wrap=not left,
+            width=width,
         )
     for row in table.rows:
         rich_table.add_row(*(Text(cell) for cell in row))
     return rich_table
+
+
+def _widths(table: Table, columns: int) -> list[int]:
+    """Width of each column so that all fit: names are folded down to NAME_WIDTH first, then the widest numbers cut."""
+    widths = [
+        max(len(name), max((len(row[index]) for row in table.rows), default=0))
+        for index, name in enumerate(table.header)
+    ]
+    room = columns - 3 * (len(widths) - 1)  # a space to either side of each divider
+    for least, shrinking in (
+        (NAME_WIDTH, [index for index in range(len(widths)) if index in table.left]),
+        (4, [index for index in range(len(widths)) if index not in table.left]),
+    ):
+        while sum(widths) > room:
+            widest = max(shrinking, key=lambda index: widths[index], default=None)
+            if widest is None or widths[widest] <= least:
+                break
+            widths[widest] -= 1
+    return widths

@@ -101,6 +101,18 @@ def test_a_branch_trains_a_new_run_from_the_checkpoint_with_the_changes(copied, 
     assert [event["step"] for event in read_events(folder) if event["kind"] == "train"] == [5, 6]
 
 
+def test_a_branch_is_compared_with_its_origin_from_where_it_begins(copied, capsys):
+    place = ["--runs-dir", str(copied.runs_dir)]
+    branch = Path(result_of(capsys, "branch", "small@4", "optim.lr=0.005", *place)["run_dir"]).name
+    result = result_of(capsys, "compare", copied.moba.name, branch, *place)
+    assert result["logged_from"] == [256, 5 * 256]
+    first, last = (at["values"] for at in (result["metrics"][0], result["metrics"][-1]))
+    assert first[1]["train_loss"] == "nan"
+    assert 0 < last[1]["train_loss"] < 10
+    assert main(["runs", "compare", copied.moba.name, branch, *place]) == 0
+    assert f"{branch} was logged from 1.3k tokens on" in capsys.readouterr().out
+
+
 def test_a_branch_that_is_its_origin_or_has_nothing_to_train_is_refused(trained, capsys):
     place = ["--runs-dir", str(trained.runs_dir)]
     assert "must differ from its origin" in refused(capsys, "branch", "small@4", "steps=20", *place)

@@ -35,6 +35,18 @@ def test_a_terminal_gets_no_line_beyond_its_width(width):
     assert text.replace("\n", "").count("a") >= 50  # folded, not cut
 
 
+def test_names_stay_legible_where_the_terminal_is_too_narrow():
+    table = Table("runs", ("run", "state", "tokens"), [["demo-1a2b3c4d", "finished" * 4, "1" * 30]])
+    text = re.sub(r"\x1b\[[0-9;]*m", "", render([table], terminal=True, width=50))
+    assert "demo-1a2b3c4d" in text
+    assert max(map(len, text.splitlines())) <= 50
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_table_without_rows_shows_its_header(terminal):
+    assert "name" in render([Table("t", ("name", "size"), [])], terminal=terminal, width=40)
+
+
 def test_markup_in_names_is_shown_as_it_stands():
     assert "[red]x[/red]" in render([Table("t", ("a",), [["[red]x[/red]"]])], terminal=False)
 
