@@ -48,15 +48,16 @@ def import_rooms() -> None:
 def places_of_classes(root: type = Run) -> dict[type, list[str]]:
     """Each class that a configuration may hold, with the paths at which it may stand; `*` is any entry of a list."""
     places: dict[type, list[str]] = {root: [""]}
-    queue = [(root, "")]
+    queue: list[tuple[type, str, tuple[type, ...]]] = [(root, "", (root,))]
     while queue:
-        cls, path = queue.pop(0)
+        cls, path, above = queue.pop(0)
         for name, hint in field_hints(cls).items():
             for found, suffix in classes_in(hint):
                 place = f"{path}.{name}{suffix}".removeprefix(".")
-                if place not in places.setdefault(found, []):
+                # a class that may hold its own kind, such as a mixture of corpora, is followed once
+                if found not in above and place not in places.setdefault(found, []):
                     places[found].append(place)
-                    queue.append((found, place))
+                    queue.append((found, place, (*above, found)))
     return places
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,13 @@ def test_every_setting_is_read_by_something():
         if not explain_field(cls, name, places)["readers"]
     ]
     assert not unread, f"no code found that reads {unread}: a dead setting, or one read in a way that readers.py misses"
+
+
+@dataclass(frozen=True)
+class Nested:
+    parts: tuple[Nested, ...] = ()
+    """More of its kind."""
+
+
+def test_a_class_that_may_hold_its_own_kind_is_followed_once():
+    assert places_of_classes(Nested) == {Nested: [""]}
