@@ -96,7 +96,9 @@ def _visit(
         scope, annotations = [*scope, node.name], {**annotations, **own}
         annotations |= _renamed(node, annotations)
     elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-        base = node.value.func if isinstance(node.value, ast.Call) else node.value
+        base = node.value
+        while isinstance(base, (ast.Call, ast.Subscript)):
+            base = base.func if isinstance(base, ast.Call) else base.value
         found.setdefault(node.attr, []).append(
             {
                 "base": ast.unparse(base),

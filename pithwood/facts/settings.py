@@ -12,7 +12,6 @@ import functools
 import importlib
 import inspect
 import pkgutil
-import re
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -46,7 +45,7 @@ def import_rooms() -> None:
 
 
 def places_of_classes(root: type = Run) -> dict[type, list[str]]:
-    """Each class that a configuration may hold, with the paths at which it may stand; `*` is any entry of a list."""
+    """Each class that a configuration may hold, with the paths at which it may stand; `*` is any entry."""
     places: dict[type, list[str]] = {root: [""]}
     queue: list[tuple[type, str, tuple[type, ...]]] = [(root, "", (root,))]
     while queue:
@@ -70,14 +69,16 @@ def classes_in(hint: Any) -> list[tuple[type, str]]:
         elif origin_of(member) in (tuple, list):
             for arg in typing.get_args(member):
                 found += [(cls, f".*{suffix}") for cls, suffix in classes_in(arg)] if arg is not Ellipsis else []
+        elif origin_of(member) is dict:
+            found += [(cls, f".*{suffix}") for arg in typing.get_args(member)[1:] for cls, suffix in classes_in(arg)]
     return found
 
 
 def explain(key: str) -> list[dict[str, Any]]:
     """What is known of a setting, or of each that a key may mean.
 
-    key      a path as in overrides (model.attention.top_k; entries of lists by number or *), the end of one
-             (attention.top_k, top_k), a class (MoBAConfig) or one of its fields (MoBAConfig.top_k)
+    key      a path as in overrides (model.attention.top_k; entries of lists by number or *, of objects by name or *),
+             the end of one (attention.top_k, top_k), a class (MoBAConfig) or one of its fields (MoBAConfig.top_k)
     returns  rows {class, field, paths, type, default: JSON, or None where one must be given, required, meaning,
              refused: what the class's own checks say of it, holds: class -> its fields, readers: rows {file, line,
              where}}
@@ -85,13 +86,15 @@ def explain(key: str) -> list[dict[str, Any]]:
     """
     import_rooms()
     places = places_of_classes()
-    wanted = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", key.strip())
+    wanted = key.strip()
     rows = [(cls, name) for cls in places for name in field_hints(cls)]
     paths = {(cls, name): [f"{place}.{name}".removeprefix(".") for place in places[cls]] for cls, name in rows}
-    by_path = [row for row in rows if wanted in paths[row]]
+    by_path = [row for row in rows if any(_means(wanted, path) for path in paths[row])]
     by_class = [row for row in rows if wanted in (type_name(row[0]), f"{type_name(row[0])}.{row[1]}")]
-    by_end = [row for row in rows if any(path.endswith(f".{wanted}") for path in paths[row])]
-    found = by_path or by_class or by_end
+    by_end = [row for row in rows if any(_ends(wanted, path) for path in paths[row])]
+    # entries of plain lists and objects are explained by what holds them
+    by_entry = [row for row in rows if any(_means(wanted, f"{path}.*") for path in paths[row])]
+    found = by_path or by_class or by_end or [row for row in by_entry if _has_entries(field_hints(row[0])[row[1]])]
     if not found:
         raise ValueError(_unknown(key, [*(path for row in rows for path in paths[row]), *map(type_name, places)]))
     return [explain_field(cls, name, places[cls]) for cls, name in found]
@@ -174,6 +177,21 @@ def _has_text(expression: ast.expr, text: str) -> bool:
 @functools.cache
 def _tree_of(function: Any) -> ast.Module:
     return ast.parse(textwrap.dedent(inspect.getsource(function)))
+
+
+def _has_entries(hint: Any) -> bool:
+    return any(origin_of(member) in (tuple, list, dict) for member in union_members(hint))
+
+
+def _means(key: str, path: str) -> bool:
+    """Whether a key is a path, in which `*` stands for any entry of a list or an object."""
+    parts, known = key.split("."), path.split(".")
+    return len(parts) == len(known) and all(k in ("*", part) for part, k in zip(parts, known, strict=True))
+
+
+def _ends(key: str, path: str) -> bool:
+    parts = path.split(".")[1:]
+    return any(_means(key, ".".join(parts[start:])) for start in range(len(parts)) if parts[start] != "*")
 
 
 def _unknown(key: str, known: list[str]) -> str:
