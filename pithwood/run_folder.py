@@ -22,7 +22,7 @@ from pithwood.checkpoint.load import latest_checkpoint, list_checkpoints, load_c
 from pithwood.checkpoint.storage import read_manifest
 from pithwood.config import config_hash, from_dict, to_dict
 from pithwood.data.corpus import MANIFEST, Corpus, open_corpus
-from pithwood.data.prepare import prepare
+from pithwood.data.mixture import MixtureConfig, corpora_of, find_data, open_data
 from pithwood.data.tokenizer import Tokenizer
 from pithwood.data.tokenizer import load_tokenizer as load_tokenizer_file
 from pithwood.models.qwen3_moe import Qwen3MoE
@@ -79,12 +79,31 @@ def open_run(reference: str, runs_dir: Path, *, step: int | None = None, device:
     return OpenRun(folder, run, int(state["step"]), int(state["tokens"]), model, fingerprint, target)
 
 
-def open_run_corpus(opened: OpenRun, runs_dir: Path, progress: Callable[[str], None] = lambda line: None) -> Corpus:
+def open_run_corpus(
+    opened: OpenRun, runs_dir: Path, progress: Callable[[str], None] = lambda line: None, part: str | None = None
+) -> Corpus:
     """The corpus that a run was trained on, every byte checked; made again from its source if it is gone.
 
-    raises  ValueError if it is damaged, or gone and its source no longer gives the same corpus
+    part    which one, for a run that was trained on a mixture
+    raises  ValueError if it is damaged, or gone and its source no longer gives the same corpus; if a mixture's part is
+            not named, or one is named where there are none
     """
+    cfg = opened.run.data
+    if isinstance(cfg, MixtureConfig) and part not in cfg.parts:
+        raise ValueError(
+            f"{opened.folder.name} was trained on a mixture; choose which part to measure on with --part: "
+            f"{', '.join(cfg.names)}" + (f" (given {part!r})" if part is not None else "")
+        )
+    if part is not None and not isinstance(cfg, MixtureConfig):
+        raise ValueError(f"--part {part} names a part of a mixture, but {opened.folder.name} has one corpus; drop it")
     places = dict.fromkeys(((opened.folder.parent / CORPORA).resolve(), (runs_dir / CORPORA).resolve()))
+    if isinstance(cfg, MixtureConfig):
+        for place in places:
+            found = find_data(cfg, place)
+            if found is not None and found.fingerprint == opened.corpus_fingerprint:
+                corpus = corpora_of(found)[str(part)]
+                corpus.verify()
+                return corpus
     for folder in prepared_corpora(places):
         if fingerprint_of(folder) == opened.corpus_fingerprint:
             corpus = open_corpus(folder)
@@ -94,12 +113,12 @@ def open_run_corpus(opened: OpenRun, runs_dir: Path, progress: Callable[[str], N
     way_out = "bring back the folder or the text that it was made of, or give text of your own with --text FILE"
     progress(f"{gone}; preparing it again")
     try:
-        corpus = prepare(opened.run.data, opened.folder.parent / CORPORA, progress)
+        data = open_data(cfg, opened.folder.parent / CORPORA, progress)
     except (ValueError, OSError) as error:
         raise ValueError(f"{gone} and cannot be prepared again ({error}); {way_out}") from error
-    if corpus.fingerprint != opened.corpus_fingerprint:
+    if data.fingerprint != opened.corpus_fingerprint:
         raise ValueError(f"{gone}, and its source gives another one now (text or tokenizer differ); {way_out}")
-    return corpus
+    return corpora_of(data)[part] if part is not None else next(iter(corpora_of(data).values()))
 
 
 def prepared_corpora(places: Iterable[Path]) -> list[Path]:

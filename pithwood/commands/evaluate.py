@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     if args.text and (args.split or args.corpus):
         other = "--split" if args.split else "--corpus"
         raise ValueError(f"--text and {other} exclude each other; give one of them")
+    if args.part and (args.text or args.corpus):
+        raise ValueError("--part names a part of the run's own mixture; leave it out with --text and --corpus")
     if args.name and args.no_save:
         raise ValueError("--name names a kept result, and --no-save keeps none; give one of them")
 
@@ -60,6 +62,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
         args.split or "validation",
         tuple(args.text),
         args.corpus,
+        args.part,
         args.samples,
         args.seq_len,
         args.attention,
@@ -84,7 +87,7 @@ def _draw(path: Path, result: dict[str, Any]) -> None:
         return f"{'as trained' if entry['attention'] == 'trained' else entry['attention']}: {entry['loss']:.3f}"
 
     lines = {label(result): result["buckets"]}
-    same = ("step", "split", "corpus", "texts", "samples", "seq_len", "tokens", "bytes")
+    same = ("step", "split", "corpus", "part", "texts", "samples", "seq_len", "tokens", "bytes")
     for other in read_evaluations(path.parent.parent):
         if other["attention"] != result["attention"] and all(other[key] == result[key] for key in same):
             lines.setdefault(label(other), other["buckets"])
@@ -96,7 +99,7 @@ def _draw(path: Path, result: dict[str, Any]) -> None:
 def _tables(result: dict[str, Any]) -> str:
     from pithwood.observe.inspect_tables import Table, number, render
 
-    where = f" of {result['corpus']}" if result["corpus"] else ""
+    where = f" of {result['corpus'] or result['part']}" if result["corpus"] or result["part"] else ""
     what = f"the {result['split']} split{where}" if result["split"] else ", ".join(result["texts"])
     how = "as trained" if result["attention"] == "trained" else result["attention"]
     clusters = {"documents": f"{result['documents']:,} documents", "contexts": "the samples of one document"}

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     if pictures is not None:
         _make_folder(pictures)
     opened = open_run(args.run, args.runs_dir, step=args.step, device=args.device)
-    corpus = open_run_corpus(opened, args.runs_dir, tell)
+    corpus = open_run_corpus(opened, args.runs_dir, tell, args.part)
     facts = run_facts(opened, corpus, args.samples)
     title = f"{folder.name} at step {opened.step}"
     drawn: dict[str, str] = {}

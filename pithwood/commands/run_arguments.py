@@ -13,6 +13,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, result: str) -> None:
     """RUN, --step, --device, --import, --json (prints `result`) and --runs-dir."""
     parser.add_argument("run", metavar="RUN", help="a run folder, its name, or the start of its name")
     parser.add_argument("--step", metavar="N", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument("--part", metavar="NAME", help="which part's text, of a run that was trained on a mixture")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: a GPU if any)"
     )

@@ -46,6 +46,8 @@ class Asked:
     """Files to evaluate on instead of the run's corpus, each a document."""
     corpus: Path | None = None
     """Another prepared corpus to evaluate on, of the same tokenizer."""
+    part: str | None = None
+    """Which part, of a run that was trained on a mixture."""
     samples: int | None = None
     """Evaluate on the first so many samples; None takes all."""
     seq_len: int | None = None
@@ -92,8 +94,8 @@ def evaluate_run(
         source = f"the {split} split of {asked.corpus}"
     else:
         split = asked.split
-        corpus = open_run_corpus(opened, runs_dir, progress)
-        source = f"the {split} split"
+        corpus = open_run_corpus(opened, runs_dir, progress, asked.part)
+        source = f"the {split} split" + (f" of {asked.part}" if asked.part else "")
     seq_len, samples = _sizes(asked, run, corpus.num_tokens(split), source)
     if run.threads and opened.device.type == "cpu":
         torch.set_num_threads(run.threads)  # as in training, so that the run's own losses come out to the last digit
@@ -117,6 +119,7 @@ def evaluate_run(
         "trained_tokens": opened.tokens,
         "split": None if texts else split,
         "corpus": None if asked.corpus is None else str(asked.corpus),
+        "part": asked.part,
         "texts": [str(path) for path in asked.texts],
         "samples": samples,
         "seq_len": seq_len,
@@ -274,7 +277,7 @@ def _name(asked: Asked, opened: OpenRun, seq_len: int, samples: int, corpus: Cor
     elif asked.corpus is not None:
         parts += [asked.split, corpus.fingerprint[:8]]
     else:
-        parts.append(asked.split)
+        parts += [asked.split, *([asked.part] if asked.part else [])]
     if seq_len != opened.run.seq_len:
         parts.append(f"{seq_len}-tokens")
     split: Split = "validation" if texts else asked.split
