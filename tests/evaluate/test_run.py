@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from pithwood.checkpoint.load import list_checkpoints
+from pithwood.data.mixture import MixtureConfig, MixturePart
 from pithwood.data.prepare import prepare
+from pithwood.data.sources import TextFolder
 from pithwood.evaluate.run import Asked, evaluate_run, read_evaluations, save_evaluation
 from pithwood.observe.events import read_events
 from pithwood.observe.summary import read_summary
+from pithwood.train import train
 
 
 def evaluate(trained, run: str = "small", step: int | None = None, **asked):
@@ -166,3 +169,28 @@ def test_a_damaged_kept_result_is_named(copied):
     path.write_text("{")
     with pytest.raises(ValueError, match=f"{path.name} is damaged"):
         read_evaluations(copied.moba)
+
+
+def test_a_run_trained_on_a_mixture_is_evaluated_part_by_part(trained, tmp_path):
+    (tmp_path / "other").mkdir()
+    for number in range(20):
+        (tmp_path / "other" / f"{number}.txt").write_text(f"other text {number} " + f"kuku {number * 7} lele " * 40)
+    parts = {
+        "a": MixturePart(trained.run.data.source, weight=1),
+        "b": MixturePart(TextFolder(str(tmp_path / "other"), "*.txt"), weight=1),
+    }
+    data = MixtureConfig(parts=parts, vocab_size=320, tokenizer_part="a", validation_fraction=0.2, dedup_threshold=None)
+    run = dataclasses.replace(trained.run, name="mixed", data=data, steps=2)
+    train(run, runs_dir=tmp_path / "runs", console=False)
+
+    def on(**asked):
+        return evaluate_run("mixed", Asked(**asked), runs_dir=tmp_path / "runs", device="cpu")
+
+    a, b = on(part="a"), on(part="b")
+    assert a["tokens"] != b["tokens"]
+    assert a["name"] != b["name"]
+    for asked in ({}, {"part": "c"}):
+        with pytest.raises(ValueError, match="choose which part to measure on with --part: a, b"):
+            on(**asked)
+    with pytest.raises(ValueError, match="names a part of a mixture, but small-"):
+        evaluate(trained, part="a")
