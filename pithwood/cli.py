@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from pithwood.commands import bench, config, evaluate, explain, generate, inspect, prepare, recipes, runs, train
+from pithwood.commands import bench, config, evaluate, explain, generate, inspect, prepare, recipes, report, runs, train
 from pithwood.commands.common import Parser, new_parser
 
 HELP = """examples:
@@ -35,6 +35,7 @@ COMMANDS = {
     "runs": runs,
     "explain": explain,
     "config": config,
+    "report": report,
 }
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.browser import missing_browser
+
 NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 """Threads of this process and, through the environment, of those that tests start."""
 
@@ -25,6 +27,7 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
 _skipped = pytest.StashKey[dict[str, str]]()
+_left_out = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,6 +46,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"needs two CUDA GPUs, torch sees {found}")
     if item.get_closest_marker("gpu") and found < 1:
         pytest.skip("needs a CUDA GPU, torch sees none")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    looking = [item for item in items if item.get_closest_marker("browser")]
+    reason = missing_browser() if looking else None
+    if reason is not None:
+        # What is missing is a library of the system, which no package index has: these tests do not belong here.
+        items[:] = [item for item in items if item not in looking]
+        config.hook.pytest_deselected(items=looking)
+        config.stash[_left_out] = f"{len(looking)} browser tests left out: {reason}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    reason = config.stash.get(_left_out, None)
+    if reason is None and config.pluginmanager.hasplugin("dsession"):
+        reason = missing_browser()
+        reason = reason and f"browser tests are left out here: {reason}"
+    if reason is not None:
+        terminalreporter.write_line(reason)
 
 
 class _SkipWatch:

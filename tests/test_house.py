@@ -38,7 +38,7 @@ LAYERS: tuple[set[str], ...] = (
     {"run_folder", "recipes"},
     {"generate", "evaluate", "facts"},
     {"finish", "delete_run"},
-    {"train", "bench"},
+    {"train", "bench", "report"},
     {"commands"},
     {"cli"},
     {"__main__"},
