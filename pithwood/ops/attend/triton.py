@@ -59,7 +59,7 @@ def forward_tiles(block: int, dim: int, element_size: int) -> Tiles:
         return Tiles(32, min(keys, 32), 4, 1)
     if block <= keys:
         return Tiles(64, keys, 4, 3)
-    return Tiles(128, min(keys, 64 if dim <= 128 else 32), 8, 3)
+    return Tiles(128, keys if dim <= 128 else 32, 8, 3)
 
 
 def own_tiles(block: int, dim: int, element_size: int) -> Tiles:
