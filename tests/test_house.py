@@ -39,6 +39,7 @@ LAYERS: tuple[set[str], ...] = (
     {"generate", "evaluate", "facts"},
     {"finish", "delete_run"},
     {"train", "bench", "report"},
+    {"check"},
     {"commands"},
     {"cli"},
     {"__main__"},
