@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from pithwood.commands import bench, check, config, evaluate, explain, generate, inspect, prepare, recipes, report, runs, train
+from pithwood.commands import bench, check, config, docs, evaluate, explain, generate, inspect, prepare, recipes, report, runs, train
 from pithwood.commands.common import Parser, new_parser
 
 HELP = """examples:
@@ -37,6 +37,7 @@ COMMANDS = {
     "config": config,
     "bench": bench,
     "check": check,
+    "docs": docs,
 }
 
 

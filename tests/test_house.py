@@ -40,6 +40,7 @@ LAYERS: tuple[set[str], ...] = (
     {"finish", "delete_run"},
     {"train", "bench", "report"},
     {"check"},
+    {"check", "pages"},
     {"commands"},
     {"cli"},
     {"__main__"},
