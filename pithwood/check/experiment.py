@@ -17,10 +17,7 @@ from pithwood.observe.summary import SUMMARY_FILE, read_summary
 from pithwood.run import LENGTH_AND_LOGGING, Run
 from pithwood.run_folder import find_run, load_run
 
-STUDENT_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last serves for more."""
 
 METRICS = ("validation_loss", "validation_bits_per_byte")

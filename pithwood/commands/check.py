@@ -26,20 +26,20 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "check", "check a mixer, an op, a model, an experiment or a change", HELP)
     kinds = parser.add_subparsers(dest="kind", metavar="WHAT", parser_class=Parser, required=True)
 
-    mixer = add_command(kinds, "mixer", "the contract of a token mixer, gate by gate", _examples(0, 2))
+    mixer = add_command(kinds, "mixer", "the contract of a token mixer, gate by gate", _examples("mixer"))
     mixer.add_argument("name", metavar="MIXER", help="a configuration class, or path/to/file.py:Class")
     mixer.add_argument("overrides", metavar="path=value", nargs="*", default=[], help="change a field of it")
 
-    op = add_command(kinds, "op", "an op's files, tests, and agreement of its implementations", _examples(2, 3))
+    op = add_command(kinds, "op", "an op's files, tests, and agreement of its implementations", _examples("op"))
     op.add_argument("name", metavar="OP", help="a folder of pithwood/ops")
     op.add_argument("--no-tests", action="store_true", help="leave out the op's own tests")
 
-    model = add_command(kinds, "model", "a model file against its Hugging Face class", _examples(3, 4))
+    model = add_command(kinds, "model", "a model file against its Hugging Face class", _examples("model"))
     model.add_argument("name", metavar="MODEL", help="a file of pithwood/models, without .py")
     model.add_argument("--no-tests", action="store_true", help="leave out the model's own tests")
 
     experiment = add_command(kinds, "experiment", "whether runs can be compared, and by how much they differ",
-                             _examples(4, 5))  # fmt: skip
+                             _examples("experiment"))  # fmt: skip
     experiment.add_argument("variant", metavar="RUN[,RUN...]", help="the runs in question, one for each seed")
     experiment.add_argument("--baseline", metavar="RUN[,RUN...]", required=True, help="what they are compared with")
     experiment.add_argument("--min-seeds", metavar="N", type=int, default=2, help="fewest seeds (default: 2)")
@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
 
     correctness = add_command(kinds, "correctness", "losses and raw gradients of two settings or commits",
-                              _examples(5, 6))  # fmt: skip
+                              _examples("correctness"))  # fmt: skip
     correctness.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or path/to/file.py:function")
     correctness.add_argument("overrides", metavar="path=value", nargs="*", default=[], help="change a setting of it")
     correctness.add_argument(
@@ -111,6 +111,8 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     return code, json_text(as_json(results, **more)) if args.json else report(results)
 
 
-def _examples(first: int, last: int) -> str:
-    lines = HELP.splitlines()
-    return "\n".join([lines[0], *lines[1 + first : 1 + last]])
+def _examples(kind: str) -> str:
+    """The examples of one kind."""
+    return "\n".join(
+        ["examples:", *(line for line in HELP.splitlines() if line.startswith(f"  pithwood check {kind} "))]
+    )
