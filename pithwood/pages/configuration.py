@@ -61,6 +61,8 @@ def _classes(hint: Any) -> list[tuple[type, str]]:
         elif origin_of(member) in (tuple, list):
             for arg in typing.get_args(member):
                 found += [(cls, f".*{suffix}") for cls, suffix in _classes(arg)] if arg is not Ellipsis else []
+        elif origin_of(member) is dict:
+            found += [(cls, f".*{suffix}") for cls, suffix in _classes(typing.get_args(member)[1])]
     return found
 
 
