@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pithwood.config import apply_overrides
-from pithwood.data.batches import Batch, BatchSource
-from pithwood.data.prepare import prepare
+from pithwood.data.batches import Batch
+from pithwood.data.mixture import open_data
+from pithwood.data.usage import training_batches
 from pithwood.losses import LossLedger
 from pithwood.recipes import load_recipe
 from pithwood.run import Run
@@ -53,25 +54,15 @@ def record(run: Run, out: Path, steps: int, runs_dir: Path) -> None:
     if run.threads:
         torch.set_num_threads(run.threads)
     tell = partial(print, file=sys.stderr, flush=True)
-    corpus = prepare(run.data, runs_dir / "corpora", tell)
-    source = BatchSource(
-        corpus,
-        "train",
-        seq_len=run.seq_len,
-        samples_per_batch=run.samples_per_micro_batch,
-        samples_per_step=run.samples_per_step,
-        seed=run.seed,
-    )
+    corpus = open_data(run.data, runs_dir / "corpora", tell)
+    source = training_batches(corpus, run.stages(), seed=run.seed, steps=run.steps)
     trainer = Trainer(run, pick_device(run), corpus)
 
-    def batches_of(step: int) -> list[Batch]:
-        return [source.batch(step, micro) for micro in range(source.batches_per_step)]
-
-    tensors = _first_step(trainer, batches_of(0))
+    tensors = _first_step(trainer, source.step(0))
     losses = []
     for step in range(steps):
         trainer.enter_phase(step)
-        values, _ = trainer.train_step(step, batches_of(step))
+        values, _ = trainer.train_step(step, source.step(step))
         losses.append(float(values["loss"]))
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
     metadata = {
