@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from pithwood.commands import bench, config, evaluate, explain, generate, inspect, prepare, recipes, report, runs, train
+from pithwood.commands import bench, check, config, docs, evaluate, explain, generate, inspect, prepare, recipes, report, runs, train
 from pithwood.commands.common import Parser, new_parser
 
 HELP = """examples:
@@ -29,13 +29,15 @@ COMMANDS = {
     "train": train,
     "recipes": recipes,
     "generate": generate,
-    "bench": bench,
     "evaluate": evaluate,
     "inspect": inspect,
     "runs": runs,
+    "report": report,
     "explain": explain,
     "config": config,
-    "report": report,
+    "bench": bench,
+    "check": check,
+    "docs": docs,
 }
 
 

@@ -75,11 +75,14 @@ def _schema_class(cls: type, defs: dict[str, Any]) -> None:
             required.append(field.name)
         properties[field.name] = entry
     defs[name] = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    node = _class_node(cls)
-    if node is not None and (
-        doc := ast.get_docstring(node)
-    ):  # cls.__doc__ would be the generated signature where none is written
+    if doc := class_doc(cls):
         defs[name]["description"] = doc
+
+
+def class_doc(cls: type) -> str:
+    """The docstring written under a class, "" if there is none (`cls.__doc__` would be a generated signature)."""
+    node = _class_node(cls)
+    return (ast.get_docstring(node) or "") if node is not None else ""
 
 
 def _schema_hint(hint: Any, defs: dict[str, Any]) -> dict[str, Any]:

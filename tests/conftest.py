@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
+from pithwood.check.numerics import poisoned_memory
 from tests.browser import missing_browser
 
 NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
@@ -115,13 +115,5 @@ def _fixed_seeds() -> None:
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Fresh memory of torch.empty and its like holds NaN (or the largest int) in the test, so that reading it shows."""
-    memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = True
-    try:
+    with poisoned_memory():
         yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        memory.fill_uninitialized_memory = filled

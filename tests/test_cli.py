@@ -72,7 +72,7 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "which command? prepare, train, recipes, "),
+        ([], "which command? "),
         (["trian"], "invalid choice: 'trian'"),
         (["train"], "the following arguments are required: RECIPE"),
         (["train", "debgu"], "unknown recipe 'debgu'; did you mean debug?"),

@@ -39,6 +39,8 @@ LAYERS: tuple[set[str], ...] = (
     {"generate", "evaluate", "facts"},
     {"finish", "delete_run"},
     {"train", "bench", "report"},
+    {"check"},
+    {"check", "pages"},
     {"commands"},
     {"cli"},
     {"__main__"},

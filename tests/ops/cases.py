@@ -1,0 +1,96 @@
+"""Inputs on which every implementation of an op must agree with its reference: a generator of keyword arguments each,
+named as the op's public function. `pithwood check op NAME` and tests/check/test_op.py run them.
+
+Legend: T packed tokens, H query heads, G KV heads, K query/key head dim, V value head dim, k selected per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pithwood.ops.packing import Packing, Selection
+
+PACKED: tuple[tuple[Sequence[int], Sequence[int] | None], ...] = (
+    ([0, 5, 16, 0, 1, 47, 0], None),
+    ([33], None),
+    ([3, 1, 9], [20, 40, 9]),
+)
+"""Query and key lengths: empty documents and single tokens, one document, queries at the end of longer keys."""
+
+
+def _normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def _attention(dtype: torch.dtype = torch.float32) -> Iterator[dict[str, Any]]:
+    for lengths, keys in PACKED:
+        queries, held = sum(lengths), sum(lengths if keys is None else keys)
+        packing = Packing.from_lengths(lengths, keys)
+        q, k, v = (
+            _normal(queries, 4, 16, dtype=dtype),
+            _normal(held, 2, 16, dtype=dtype),
+            _normal(held, 2, 8, dtype=dtype),
+        )
+        yield {"q_THK": q, "k_TGK": k, "v_TGV": v, "packing": packing}
+
+
+def _selection(packing: Packing, heads: int, unit: int, top_k: int) -> Selection:
+    """The own unit of every query, and random earlier ones."""
+    own_T = packing.query_key_position().clamp(min=0) // unit
+    ids = torch.full((packing.num_queries, heads, top_k), -1, dtype=torch.int32)
+    for t, own in enumerate(own_T.tolist()):
+        for h in range(heads):
+            chosen = sorted([*torch.randperm(own)[: top_k - 1].tolist(), own])
+            ids[t, h, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    return Selection(ids, (ids >= 0).sum(-1, dtype=torch.int32), unit, own=True)
+
+
+def attend() -> Iterator[dict[str, Any]]:
+    """Blocks of 16 keys, single tokens, and an attention sink."""
+    for unit, top_k, sink in ((16, 2, False), (1, 5, False), (4, 3, True)):
+        for case in _attention():
+            selection = _selection(case["packing"], 4, unit, top_k)
+            yield {**case, "selection": selection, "sink_H": _normal(4) if sink else None}
+
+
+def dense_attention() -> Iterator[dict[str, Any]]:
+    """Full and sliding-window attention, with and without a sink; half precision once."""
+    for case in _attention():
+        yield case
+        yield {**case, "window": 7, "need_lse": True}
+        yield {**case, "sink_H": _normal(4), "need_lse": True}
+    yield from _attention(torch.bfloat16)
+
+
+def select() -> Iterator[dict[str, Any]]:
+    """Blocks of 4 with every way to round and to share."""
+    for case in _attention():
+        packing, q, k = case["packing"], case["q_THK"].detach(), case["k_TGK"].detach()
+        units = packing.num_units_bound(k.shape[0], 4)
+        for route_per, mean_dtype, tie in (("q_head", "input", "later"), ("kv_group", "centered", "earlier")):
+            yield {
+                "q_THK": q, "s_UGK": _normal(units, 2, 16).detach(), "packing": packing, "top_k": 3, "block_size": 4,
+                "route_per": route_per, "mean_dtype": mean_dtype, "tie": tie,
+            }  # fmt: skip
+
+
+def summarise() -> Iterator[dict[str, Any]]:
+    """Block sizes that divide no length, one key per block, and blocks longer than any document."""
+    for case in _attention():
+        for block_size in (1, 7, 64):
+            yield {"k_TGK": case["k_TGK"].detach(), "packing": case["packing"], "block_size": block_size}
+
+
+def grouped_mm() -> Iterator[dict[str, Any]]:
+    """Empty groups, all rows in one group, a single group."""
+    for sizes in ([5, 0, 12, 1], [0, 0, 24, 0], [17]):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield {
+                "rows_RD": _normal(sum(sizes), 16, dtype=dtype),
+                "w_EXD": _normal(len(sizes), 8, 16, dtype=dtype),
+                "offsets": torch.tensor([0, *sizes]).cumsum(0).to(torch.int32),
+            }
