@@ -14,7 +14,21 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from pithwood.commands import bench, check, config, docs, evaluate, explain, generate, inspect, prepare, recipes, report, runs, train
+from pithwood.commands import (
+    bench,
+    check,
+    config,
+    docs,
+    evaluate,
+    explain,
+    generate,
+    inspect,
+    prepare,
+    recipes,
+    report,
+    runs,
+    train,
+)
 from pithwood.commands.common import Parser, new_parser
 
 HELP = """examples:
