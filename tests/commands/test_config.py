@@ -6,12 +6,13 @@ import copy
 import json
 
 import pytest
-from jsonschema import Draft202012Validator
 
 from pithwood.cli import main
 from pithwood.config import apply_overrides, from_dict, to_dict
 from pithwood.recipes import list_recipes, load_recipe
 from pithwood.run import Run
+
+Draft202012Validator = pytest.importorskip("jsonschema").Draft202012Validator
 
 pytestmark = pytest.mark.quick
 

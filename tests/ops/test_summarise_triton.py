@@ -46,7 +46,8 @@ def test_keys_of_a_fused_projection_need_no_copy():
     fused = torch.randn(50, 6, 32, device=DEVICE)
     packing = Packing.from_lengths([50], device=DEVICE)
     strided = summarise(fused[:, 2:4, ::2], packing, 8, impl="triton")
-    assert torch.equal(strided, summarise(fused[:, 2:4, ::2].contiguous(), packing, 8, impl="triton"))
+    # a kernel compiled for unit strides may add in another order
+    assert_close(strided, summarise(fused[:, 2:4, ::2].contiguous(), packing, 8, impl="triton"))
 
 
 def test_more_documents_than_a_program_counts_at_a_time():
