@@ -39,7 +39,6 @@ LAYERS: tuple[set[str], ...] = (
     {"generate", "evaluate", "facts"},
     {"finish", "delete_run"},
     {"train", "bench", "report"},
-    {"check"},
     {"check", "pages"},
     {"commands"},
     {"cli"},
