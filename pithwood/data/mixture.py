@@ -218,6 +218,8 @@ def open_data(
     note = {name: corpus.folder.name for name, corpus in corpora_of(data).items()}
     file = _note_file(cfg, cache_dir)
     partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    # a corpus that was prepared elsewhere (data.source=corpus:FOLDER) leaves this folder unmade
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(note), encoding="utf-8")
     partial.replace(file)
     return data

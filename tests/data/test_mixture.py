@@ -14,6 +14,7 @@ from pithwood.data.corpus import Corpus
 from pithwood.data.curriculum import Stage
 from pithwood.data.mixture import Mixture, MixtureConfig, MixturePart, find_data, open_data, training_streams
 from pithwood.data.prepare import CorpusConfig
+from pithwood.data.prepared import PreparedCorpus
 from pithwood.data.sources import StdlibSource, TextFolder
 from pithwood.data.tokenizer import TokenizerFile
 from pithwood.data.usage import data_plan, training_batches
@@ -175,6 +176,12 @@ def test_means_over_parts_are_weighted_by_their_shares(mixture):
     assert mixture.gzip_bits_per_byte == pytest.approx(expected)
     assert min(bits.values()) < mixture.gzip_bits_per_byte < max(bits.values())
     assert mixture.num_tokens("train") == sum(c.num_tokens("train") for c in mixture.corpora.values())
+
+
+def test_a_corpus_that_was_prepared_elsewhere_opens_where_no_runs_folder_exists_yet(mixture, tmp_path):
+    elsewhere = CorpusConfig(PreparedCorpus(str(mixture.corpora["digits"].folder)))
+    opened = open_data(elsewhere, tmp_path / "runs" / "corpora")
+    assert opened.fingerprint == mixture.corpora["digits"].fingerprint
 
 
 def test_prepared_data_is_found_without_reading_its_source(mixture, cfg, cache, tmp_path):
