@@ -551,6 +551,6 @@ def plan(run: Run, cache_dir: Path | None = None) -> dict[str, Any]:
 
 def attention_backend(device: torch.device) -> str:
     """One line on which kernels the mixers call on this device."""
-    return (
-        "plain torch, linear memory" if device.type == "cpu" else "plain torch blocks, varlen kernel for dense layers"
-    )
+    if device.type == "cpu":
+        return "plain torch, linear memory"
+    return "Triton kernels for blocks of 16 keys or more, varlen kernel for full attention"

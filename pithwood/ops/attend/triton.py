@@ -33,7 +33,7 @@ from pithwood.ops.attend.lists_triton import Lists, build_items, build_lists, em
 from pithwood.ops.attend.plan import BlockPlan, block_plan
 from pithwood.ops.packing import Packing, Selection
 
-WORKSPACE_BYTES = 2 * 2**30
+WORKSPACE_BYTES = 2**30
 """Most bytes of partial results, and of fp32 dQ, held at a time, unless a single KV head needs more."""
 WHOLE_LISTS = 2**30
 """A chunk that no list exceeds: its sums are formed in one order."""
