@@ -70,6 +70,7 @@ class Server:
         command = [sys.executable, "-m", "tests.bad_input.processes"]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PITHWOOD")}
         environment = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment["CUDA_VISIBLE_DEVICES"] = ""
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
         )
