@@ -1,7 +1,8 @@
 """The `pithwood` command: parse, call, print. The commands lie in `pithwood/commands/`, one file each.
 
 Nothing heavy is imported before a command needs it, so that `--help` and errors in the arguments answer at once. Exit
-codes: 0 done, 2 bad input (one line on stderr says what to change), 128 + signal for a run that was stopped and saved.
+codes: 0 done, 2 bad input (one line on stderr says what to change), 3 memory or disk space ran out (the line says what
+to lower or free), 128 + signal for a run that was stopped and saved.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pithwood.commands import (
     train,
 )
 from pithwood.commands.common import Parser, new_parser
+from pithwood.errors import explain_failure
 
 HELP = """examples:
   pithwood recipes
@@ -75,15 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, for instance) has seen enough; keep the interpreter from complaining again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if os.environ.get("PITHWOOD_TRACEBACK") == "1":
-            raise
-        where = f": {error.filename}" if error.filename else ""
-        print(f"pithwood: error: {' '.join(str(error.strerror or error).split())}{where}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("pithwood: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        told = explain_failure(error)
+        if told is None or os.environ.get("PITHWOOD_TRACEBACK") == "1":
+            raise
+        print(f"pithwood: error: {told[0]}", file=sys.stderr)
+        return told[1]
 
 
 def build_parser() -> Parser:

@@ -307,8 +307,21 @@ def _construct(cls: type, values: dict[str, Any], path: str) -> Any:
         if callable(check := getattr(obj, "validate", None)):
             check()
     except ValueError as error:
-        raise ValueError(f"{path}: {error}" if path else str(error)) from error
+        raise ValueError(_with_path(path, str(error), cls)) from error
     return obj
+
+
+def _with_path(path: str, message: str, cls: type) -> str:
+    """A class's own objection with the path in front, said once: it may begin with the class or the path's end."""
+    message = message.removeprefix(f"{cls.__name__}: ")
+    if not path:
+        return message
+    parts = path.split(".")
+    for start in range(len(parts)):
+        tail = ".".join(parts[start:])
+        if message.startswith(f"{tail}."):
+            return ".".join([*parts[:start], message])
+    return f"{path}: {message}"
 
 
 def _encode_dataclass(obj: Any, path: str, tagged: bool) -> dict[str, Any]:

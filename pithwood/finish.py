@@ -18,7 +18,7 @@ from pithwood.data.usage import epochs_read, read_so_far
 from pithwood.evaluate.parts import evaluate_data, losses
 from pithwood.generate.sample import generate
 from pithwood.models.qwen3_moe import Qwen3MoE
-from pithwood.observe.events import EventLog, read_events
+from pithwood.observe.events import EventLog, read_events, write_atomically
 from pithwood.observe.plots import plot_blocks, plot_loss
 from pithwood.observe.summary import write_summary
 from pithwood.ops.packing import Selection
@@ -46,7 +46,7 @@ def finish(
         result = evaluate_data(model, corpus, dtype=dtype, **sizes)
         read = read_so_far(corpus, curriculum, run.steps)
         events.emit("validation", run.steps, tokens=tokens, **losses(result), **read)
-        (folder / "sample.txt").write_text(_samples(run, model, corpus), encoding="utf-8")
+        write_atomically(folder / "sample.txt", _samples(run, model, corpus).encode())
         first = next(iter(corpora_of(corpus).values()))
         sample = next(iter(sequential_batches(first, "validation", max_samples=1, **sizes)))
         selections = chosen_blocks(model, sample, dtype)

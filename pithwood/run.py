@@ -5,6 +5,7 @@ Each part's own settings live beside the code that reads them; here are those of
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, field, replace
@@ -74,7 +75,7 @@ class Run:
     steps: int
     """Optimizer steps in all; extending a run by raising it resumes from its last checkpoint."""
     seq_len: int
-    """Tokens per sample; attention never crosses a sample or a document."""
+    """Tokens per sample, at least 2; attention never crosses a sample or a document."""
     samples_per_step: int
     """Samples per optimizer step."""
     samples_per_micro_batch: int
@@ -120,6 +121,16 @@ class Run:
                      "checkpoint_every", "keep_checkpoints", "max_skipped_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if getattr(self, name) >= 2**31:
+                raise ValueError(f"{name}={getattr(self, name)} must be below 2**31 = {2**31}")
+        if self.seq_len < 2:
+            raise ValueError(f"seq_len={self.seq_len} leaves nothing to attend to; give at least 2 tokens per sample")
+        tokens = self.seq_len * self.samples_per_micro_batch
+        if tokens >= 2**31:
+            raise ValueError(
+                f"seq_len={self.seq_len} x samples_per_micro_batch={self.samples_per_micro_batch} are {tokens} tokens; "
+                f"a micro-batch holds fewer than 2**31 = {2**31}; lower one of them"
+            )
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
             raise ValueError(f"name={self.name!r} becomes a folder's name; use letters, digits, '_', '-' and '.'")
         most = 4 * (os.cpu_count() or 1)
@@ -129,10 +140,12 @@ class Run:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.samples_per_step % self.samples_per_micro_batch:
-            divisors = [n for n in range(1, self.samples_per_step + 1) if self.samples_per_step % n == 0]
+            small = [n for n in range(1, math.isqrt(self.samples_per_step) + 1) if self.samples_per_step % n == 0]
+            divisors = {*small, *(self.samples_per_step // n for n in small)}
+            near = sorted(sorted(divisors, key=lambda n: abs(n - self.samples_per_micro_batch))[:4])
             raise ValueError(
                 f"samples_per_micro_batch={self.samples_per_micro_batch} must divide "
-                f"samples_per_step={self.samples_per_step}; try one of {divisors}"
+                f"samples_per_step={self.samples_per_step}; try one of {near}"
             )
         if self.model.vocab_size < self.data.vocab_size:
             raise ValueError(

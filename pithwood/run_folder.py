@@ -10,7 +10,8 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +19,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pithwood.checkpoint.load import latest_checkpoint, list_checkpoints, load_checkpoint
-from pithwood.checkpoint.storage import read_manifest
+from pithwood.checkpoint.load import (
+    checkpoints_folder,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    verify_checkpoint,
+)
+from pithwood.checkpoint.lock import RunLock
+from pithwood.checkpoint.storage import read_manifest, read_state
 from pithwood.config import config_hash, from_dict, to_dict
 from pithwood.data.corpus import MANIFEST, Corpus, open_corpus
 from pithwood.data.mixture import MixtureConfig, corpora_of, find_data, open_data
 from pithwood.data.tokenizer import Tokenizer
 from pithwood.data.tokenizer import load_tokenizer as load_tokenizer_file
 from pithwood.models.qwen3_moe import Qwen3MoE
-from pithwood.observe.events import to_json, write_atomically
+from pithwood.observe.events import EVENTS_FILE, read_events, to_json, write_atomically
 from pithwood.observe.summary import SUMMARY_FILE
 from pithwood.run import DTYPES, LENGTH_AND_LOGGING, Run, pick_device
 
@@ -170,11 +178,13 @@ def find_run(reference: str, runs_dir: Path) -> Path:
 
     Runs that --new moved aside are meant by their whole name only. ValueError names what there is.
     """
+    if not reference:
+        raise ValueError("which run? give a run folder, its name, or the start of its name")
     for path in (Path(reference), runs_dir / reference):
         if (path / CONFIG_FILE).is_file():
             return path
     folders = [p for p in runs_dir.glob("[!.]*/") if (p / CONFIG_FILE).is_file() and ".old" not in p.name]
-    have = sorted(folders, key=lambda p: (p / CONFIG_FILE).stat().st_mtime_ns)
+    have = sorted(folders, key=lambda p: (_start_number(p), (p / CONFIG_FILE).stat().st_mtime_ns))
     of_recipe = [p for p in have if p.name.rpartition("-")[0] == reference]
     matches = of_recipe or [p for p in have if p.name.startswith(reference)]
     if matches:
@@ -221,7 +231,26 @@ def load_run(folder: Path) -> Run:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that the run was trained with; every run folder holds its own copy."""
-    return load_tokenizer_file(folder / "tokenizer.json")
+    path = folder / "tokenizer.json"
+    try:
+        if not path.is_file():
+            raise ValueError(f"tokenizer {path} is missing")
+        return load_tokenizer_file(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; copy tokenizer.json from the run's corpus (in corpora/ beside the run folder): "
+            "the model's tokens mean nothing to another one"
+        ) from None
+
+
+def check_tokenizer(folder: Path, run: Run, tokenizer: Tokenizer, state: dict[str, Any]) -> None:
+    """Raise ValueError if a run folder's tokenizer is not the one that a checkpoint was trained with."""
+    trained = state.get("tokenizer")
+    if tokenizer.vocab_size != run.data.vocab_size if trained is None else tokenizer.fingerprint() != trained:
+        raise ValueError(
+            f"{folder}/tokenizer.json ({tokenizer.vocab_size} tokens) is not the tokenizer that the run was trained "
+            f"with ({run.data.vocab_size} tokens); copy it from the run's corpus (in corpora/ beside the run folder)"
+        )
 
 
 def model_of(run: Run, step: int, tensors: dict[str, Tensor], averaged: bool) -> Qwen3MoE:
@@ -235,9 +264,52 @@ def model_of(run: Run, step: int, tensors: dict[str, Tensor], averaged: bool) ->
     return model.eval()
 
 
+def check_origin(run: Run, path: Path, state: dict[str, Any], *, branch: bool) -> None:
+    """Raise ValueError if a checkpoint is no state of a training run, or `run` ends before it.
+
+    branch  another run is to start from it, which must then have a step to do
+    """
+    if absent := {"data", "tokens", "rng"} - state.keys():
+        raise ValueError(f"{path} is not a checkpoint of `pithwood train`: its state lacks {', '.join(sorted(absent))}")
+    if int(state["step"]) > run.steps:
+        raise ValueError(
+            f"{path} is already past steps={run.steps}; raise steps to at least {state['step']}, "
+            "or start over with --new"
+        )
+    if branch and int(state["step"]) >= run.steps:
+        raise ValueError(f"{path} already has the {run.steps} steps asked for; raise steps to train on from it")
+
+
+def check_fits(path: Path, saved: Mapping[str, Any], model: Qwen3MoE) -> None:
+    """Raise ValueError naming what differs unless saved tensors (or their descriptions) have the model's shapes."""
+    expected = model.state_dict()
+    wrong = [n for n in expected if n not in saved or tuple(saved[n].shape) != tuple(expected[n].shape)]
+    wrong += [name for name in saved if name not in expected]
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit this model: {', '.join(sorted(wrong)[:4])} differ; "
+            "use the settings that it was saved with"
+        )
+
+
+def check_branch(run: Run, reference: str, runs_dir: Path) -> Path:
+    """The checkpoint that --from means, after all checks that need neither the corpus nor memory for a model."""
+    path = find_checkpoint(reference, runs_dir)
+    tensors, state = verify_checkpoint(path).tensors, read_state(path)
+    step = int(path.name.rpartition("-")[2])
+    check_origin(run, path, {**state, "step": step}, branch=True)
+    with torch.device("meta"):
+        model = Qwen3MoE(replace(run.model, attention=run.phase(max(step - 1, 0)).attention))
+    check_fits(path, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, model)
+    return path
+
+
 def write_config(folder: Path, run: Run, command: str, origin: str | None) -> None:
     """config.json: the resolved tree, with the command that asked for it and the branch it came from."""
-    content = {"run": to_dict(run), "command": command, "branched_from": origin}
+    # a number that rises with every start tells which run is the newest, whatever the clock says
+    others = [_start_number(path) for path in folder.parent.glob("*/") if path != folder]
+    number = max(others, default=0) + 1
+    content = {"run": to_dict(run), "command": command, "branched_from": origin, "start_number": number}
     write_atomically(folder / CONFIG_FILE, (to_json(content, indent=2) + "\n").encode())
 
 
@@ -248,9 +320,24 @@ def finished_summary(folder: Path, run: Run) -> dict[str, Any] | None:
         return None
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(summary, dict) or not isinstance(summary.get("steps"), int):
+            raise ValueError("it does not say how many steps were done")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, and the same command writes it again") from None
-    return summary if summary.get("steps") == run.steps else None
+    # where it lies now: the folder may have been moved or copied since
+    return {**summary, "run_dir": str(folder)} if summary["steps"] == run.steps else None
+
+
+def check_not_lost(folder: Path) -> None:
+    """Raise ValueError if a run's checkpoints are gone: to begin from scratch would throw its training away."""
+    if list_checkpoints(folder) or not (folder / EVENTS_FILE).is_file():
+        return
+    saved = [event["step"] for event in read_events(folder) if event["kind"] == "checkpoint"]
+    if saved:
+        raise ValueError(
+            f"{folder} saved a checkpoint of step {saved[-1]}, but {checkpoints_folder(folder)} holds none; "
+            "restore it from a copy, or start over with --new (which moves the old folder aside)"
+        )
 
 
 def branched_from(folder: Path) -> str | None:
@@ -262,6 +349,28 @@ def branched_from(folder: Path) -> str | None:
         return None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the configuration of a run ({error}); restore it, or use --new") from None
+
+
+def _start_number(folder: Path) -> int:
+    try:
+        number = json.loads((folder / "config.json").read_text(encoding="utf-8"))["start_number"]
+    except (OSError, KeyError, TypeError, ValueError):
+        return 0
+    return number if isinstance(number, int) else 0
+
+
+@contextmanager
+def moved_aside(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
+    """Context in which a run folder is out of the way; it comes back if none took its place, as after bad settings."""
+    with RunLock(folder):
+        moved = start_over(folder)
+    tell(f"starting over; the old run is now {moved}")
+    try:
+        yield
+    finally:
+        if moved is not None and not folder.exists():
+            moved.rename(folder)
+            tell(f"nothing was started; the old run is {folder} again")
 
 
 def start_over(folder: Path) -> Path | None:

@@ -24,7 +24,7 @@ from pithwood.attention.base import Cost
 from pithwood.checkpoint.load import latest_checkpoint, list_checkpoints, load_checkpoint
 from pithwood.checkpoint.lock import RunLock
 from pithwood.checkpoint.rng import capture_rng, restore_rng
-from pithwood.checkpoint.save import clean_leftovers, save_checkpoint
+from pithwood.checkpoint.save import check_can_save, clean_leftovers, save_checkpoint
 from pithwood.checkpoint.signals import StopRequest
 from pithwood.config import config_hash, to_dict
 from pithwood.data.batches import Batch, TrainingBatches
@@ -35,13 +35,14 @@ from pithwood.data.usage import data_plan, epochs_read, read_so_far, training_ba
 from pithwood.evaluate.parts import evaluate_data, losses
 from pithwood.finish import finish
 from pithwood.losses import LossLedger
+from pithwood.memory import check_memory, explained_memory, memory_limit
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.moe.balance import load_stats
 from pithwood.moe.layer import MoELayer
 from pithwood.objectives import Objective
 from pithwood.observe.clock import StepClock
 from pithwood.observe.console import ConsoleSink
-from pithwood.observe.events import EventLog, read_events
+from pithwood.observe.events import EventLog, read_events, write_atomically
 from pithwood.observe.metrics import (
     block_fields,
     measure_peak_flops,
@@ -55,8 +56,19 @@ from pithwood.ops.packing import Packing
 from pithwood.optim.config import MuonConfig
 from pithwood.optim.groups import MATRIX_KINDS, plan_parameters
 from pithwood.optim.optimizer import Optimizer
+from pithwood.optim.schedule import idle_end, schedule_spans
 from pithwood.run import DTYPES, Run, pick_device
-from pithwood.run_folder import branched_from, find_checkpoint, finished_summary, run_dir, start_over, write_config
+from pithwood.run_folder import (
+    branched_from,
+    check_fits,
+    check_not_lost,
+    check_origin,
+    find_checkpoint,
+    finished_summary,
+    moved_aside,
+    run_dir,
+    write_config,
+)
 
 
 def train(
@@ -77,10 +89,10 @@ def train(
                  one did
     raises       ValueError before any work for settings that cannot work or a folder in use
     """
-    run.validate()
-    check_phases(run)
+    figures = plan(run)
     check_sinks(run.logging)
     device = pick_device(run)
+    crowded = check_memory(run, figures, device)
     if run.threads:
         torch.set_num_threads(run.threads)
     folder = run_dir(run, runs_dir)
@@ -88,11 +100,8 @@ def train(
     tell = partial(print, file=sys.stderr, flush=True) if console else lambda line: None
     if origin is not None and new and folder in origin.parents:
         raise ValueError(f"--new would move away {folder}, from which --from wants to start; change a setting instead")
-    if new and folder.exists():
-        with RunLock(folder):
-            moved = start_over(folder)
-        tell(f"starting over; the old run is now {moved}")
-    with RunLock(folder), StopRequest() as stop:
+    aside = moved_aside(folder, tell) if new and folder.exists() else nullcontext()
+    with aside, RunLock(folder), StopRequest() as stop, explained_memory(run, folder):
         begun_from = branched_from(folder)
         if branch_from not in (None, begun_from) and list_checkpoints(folder):
             raise ValueError(
@@ -104,6 +113,7 @@ def train(
             tell(f"{folder} is complete ({run.steps} steps); raise steps to train on, or start over with --new")
             return done
         clean_leftovers(folder)
+        check_not_lost(folder)
         corpus = open_data(run.data, runs_dir / "corpora", tell)
         if stop.requested:
             return _interrupted(run, folder, 0, 0, stop, command)
@@ -111,9 +121,10 @@ def train(
         epochs = epochs_read(corpus, source.curriculum, run.steps)
         trainer = Trainer(run, device, corpus)
         start = trainer.resume(folder, origin)
+        check_can_save(folder, sum(value.nbytes for value in trainer.tensors().values()))
         write_config(folder, run, command, branch_from or begun_from)
-        corpus.tokenizer.save(folder / "tokenizer.json")
-        for line in trainer.describe(folder, start, epochs):
+        write_atomically(folder / "tokenizer.json", corpus.tokenizer.to_json().encode())
+        for line in (*trainer.describe(folder, start, epochs), *crowded, *idle_end(run.optim.schedule, run.steps)):
             tell(line)
         sinks = open_sinks(run.logging, folder, to_dict(run))
         if console:
@@ -206,7 +217,7 @@ class Trainer:
         self.step = 0
         """Optimizer steps done."""
         self.tokens = 0
-        self.corpus_fingerprint = corpus.fingerprint
+        self.corpus_fingerprint, self.tokenizer_fingerprint = corpus.fingerprint, corpus.tokenizer.fingerprint()
         self.phase = 0
         self.parked: dict[str, Tensor] = {}
         """Parameters that the present phase's mixers do not use; they are saved and come back with a phase that
@@ -356,6 +367,7 @@ class Trainer:
                 "samples_per_step": self.run.samples_per_step,
                 "next_step": self.step,
             },
+            "tokenizer": self.tokenizer_fingerprint,
             "config_hash": config_hash(self.run),
             "rng": capture_rng(),
         }
@@ -367,15 +379,7 @@ class Trainer:
         if path is None:
             return 0
         tensors, state = load_checkpoint(path, device=self.device)
-        if int(state["step"]) > self.run.steps:
-            raise ValueError(
-                f"{path} is already past steps={self.run.steps}; raise steps to at least {state['step']}, "
-                "or start over with --new"
-            )
-        if path == origin and int(state["step"]) >= self.run.steps:
-            raise ValueError(
-                f"{path} already has the {self.run.steps} steps asked for; raise steps to train on from it"
-            )
+        check_origin(self.run, path, state, branch=path == origin)
         if state["data"]["corpus"] != self.corpus_fingerprint:
             raise ValueError(
                 f"{path} was trained on another corpus than `data` describes now (text or tokenizer differ); "
@@ -385,14 +389,7 @@ class Trainer:
         for begin in (phase.until_step for phase in self.run.phases if phase.until_step < int(state["step"])):
             self.enter_phase(begin)
         model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-        expected = self.model.state_dict()
-        wrong = [name for name in expected if name not in model or model[name].shape != expected[name].shape]
-        wrong += [name for name in model if name not in expected]
-        if wrong:
-            raise ValueError(
-                f"{path} does not fit this model: {', '.join(sorted(wrong)[:4])} differ; "
-                "use the settings that it was saved with"
-            )
+        check_fits(path, model, self.model)
         self.model.load_state_dict(model)
         self.parked = {
             name.removeprefix("parked."): value for name, value in tensors.items() if name.startswith("parked.")
@@ -480,6 +477,10 @@ def report_skips(run: Run, events: EventLog, folder: Path, written: list[dict[st
 
 def check_phases(run: Run) -> None:
     """Build every phase without memory and raise ValueError for what would fail only when its step arrives."""
+    try:
+        schedule_spans(run.optim.schedule, run.steps)
+    except ValueError as error:
+        raise ValueError(f"optim.schedule: {error}") from None
     shapes: dict[str, torch.Size] = {}
     for index in range(max(len(run.phases), 1)):
         step = run.phases[index - 1].until_step if index else 0
@@ -520,15 +521,18 @@ def plan(run: Run, cache_dir: Path | None = None) -> dict[str, Any]:
     check_phases(run)
     with torch.device("meta"):
         model = Qwen3MoE(dataclasses.replace(run.model, attention=run.phase(0).attention))
-    counts = model.num_params()
+    counts, device = model.num_params(), pick_device(run)
     stages = run.stages()
     data, reading = find_data(run.data, cache_dir) if cache_dir else None, None
     if data is not None:
         batches = training_batches(data, stages, seed=run.seed, steps=run.steps)
         reading = data_plan(data, batches.curriculum, run.steps)
-    packings = [Packing.from_lengths([stage.seq_len] * stage.samples_per_batch) for stage in stages]
+    # samples of one length cost the same: a thousand of them are priced, one by one, and multiplied
+    priced = [min(stage.samples_per_batch, 1000) for stage in stages]
+    packings = [Packing.from_lengths([stage.seq_len] * many) for stage, many in zip(stages, priced, strict=True)]
     costs = [model.cost(packing, element_size=DTYPES[run.precision].itemsize) for packing in packings]
-    micro = max(costs, key=lambda cost: cost.model_flops)
+    shares = [stage.samples_per_batch / many for stage, many in zip(stages, priced, strict=True)]
+    micro, share = max(zip(costs, shares, strict=True), key=lambda pair: pair[0].model_flops * pair[1])
     micro_batches = run.samples_per_step // run.samples_per_micro_batch
     roles, by_muon = model.parameter_roles(), isinstance(run.optim, MuonConfig)
     muon_params = sum(p.numel() for name, p in model.named_parameters() if by_muon and roles[name].kind in MATRIX_KINDS)
@@ -541,10 +545,11 @@ def plan(run: Run, cache_dir: Path | None = None) -> dict[str, Any]:
         "active_parameters": counts["active"],
         "tokens_per_step": run.samples_per_step * run.seq_len,
         "tokens": run.steps * run.samples_per_step * run.seq_len,
-        "training_flops_per_step": 3.0 * micro.model_flops * micro_batches,
+        "training_flops_per_step": 3.0 * micro.model_flops * share * micro_batches,
         "weights_gradients_optimizer_gb": state / 1e9,
-        "activations_gb": (micro.saved_bytes + micro.workspace_bytes) / 1e9,
-        "device": str(pick_device(run)),
+        "activations_gb": (micro.saved_bytes * share + micro.workspace_bytes) / 1e9,
+        "device": str(device),
+        "device_memory_gb": memory_limit(device)[0] / 1e9,
         "data": reading,
     }
 

@@ -27,7 +27,7 @@ PACKAGE = sorted((ROOT / "pithwood").rglob("*.py"))
 SOURCES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "bench").rglob("*.py"))]
 
 LAYERS: tuple[set[str], ...] = (
-    {"config"},
+    {"config", "errors"},
     {"schema", "ops", "losses"},
     {"parallel", "optim", "data", "checkpoint", "observe"},
     {"attention"},
@@ -35,7 +35,7 @@ LAYERS: tuple[set[str], ...] = (
     {"models"},
     {"objectives"},
     {"run"},
-    {"run_folder", "recipes"},
+    {"memory", "run_folder", "recipes"},
     {"generate", "evaluate", "facts"},
     {"finish", "delete_run"},
     {"train", "bench", "report"},

@@ -8,7 +8,6 @@ falls out of the same pass.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -121,15 +120,3 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def explain_os_error(error: OSError) -> str:
-    """The reason of a failed write in words, with what to do about it."""
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{reason}; free some space or keep fewer checkpoints"
-    if error.errno == errno.EFBIG:
-        return f"{reason}; raise the limit on file sizes (ulimit -f)"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{reason}; make the folder writable or choose another"
-    return reason

@@ -27,11 +27,11 @@ from pithwood.checkpoint.files import (
     DTYPES,
     TensorEntry,
     check_storable,
-    explain_os_error,
     sync_folder,
     write_file,
     write_safetensors,
 )
+from pithwood.errors import explain_os_error
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -34,6 +34,8 @@ def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """Step and folder of a run's complete checkpoints, oldest first; whether they are undamaged is not looked at."""
     parent = checkpoints_folder(run_dir)
     if not parent.is_dir():
+        if parent.exists():
+            raise ValueError(f"{parent} is not a folder; move that file away")
         return []
     named = ((re.fullmatch(r"step-(\d{8,})", path.name), path) for path in parent.iterdir())
     return sorted((int(match[1]), path) for match, path in named if match is not None and path.is_dir())
@@ -56,8 +58,8 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
             return path
     if problems:
         raise ValueError(
-            f"all {len(problems)} checkpoints in {checkpoints_folder(run_dir)} are damaged, the newest: {problems[0]}; "
-            "restore one from a copy, or remove the folder to start over"
+            f"all {len(problems)} checkpoints in {checkpoints_folder(run_dir)} are damaged (see above); "
+            "restore one from a copy, or start over with --new"
         )
     return None
 

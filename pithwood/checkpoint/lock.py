@@ -12,19 +12,37 @@ from types import TracebackType
 class RunLock:
     """Context manager that holds `RUN/.lock`; the folder is made if it is not there.
 
-    Raises ValueError naming the holder if another process has it. The file itself stays: removing it would let a third
-    process lock a new file while a second one waits on the old. Forked children share the lock until they exit or exec.
+    Raises ValueError naming the holder if another process has it. Forked children share the lock until they exit or
+    exec. The file stays, unless the folder was made here and nothing else came into it: then the folder goes again.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = Path(run_dir)
         self._handle: int | None = None
+        self._made: list[Path] = []
 
     def __enter__(self) -> RunLock:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._made = [path for path in (self.run_dir, *self.run_dir.parents) if not path.exists()]
+        while self._handle is None:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._handle = self._take()
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        return self
+
+    def _take(self) -> int | None:
+        """A locked handle of the file that has the name now; None if the folder went away meanwhile."""
+        path = self.run_dir / ".lock"
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            return None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its holder may have removed the file after it was opened here: the lock of a lost file protects nothing.
+            named = os.stat(path)
+            if (named.st_dev, named.st_ino) == (os.fstat(handle).st_dev, os.fstat(handle).st_ino):
+                return handle
         except BlockingIOError:
             holder = os.pread(handle, 256, 0).decode(errors="replace").strip()
             os.close(handle)
@@ -32,17 +50,25 @@ class RunLock:
                 f"run folder {self.run_dir} is in use by {holder or 'another process'}; "
                 "wait for it to end, stop it, or give this run another folder"
             ) from None
+        except FileNotFoundError:
+            pass
         except BaseException:
             os.close(handle)
             raise
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        self._handle = handle
-        return self
+        os.close(handle)
+        return None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        if self._handle is None:
+            return
+        if self.run_dir in self._made and self.run_dir.is_dir() and os.listdir(self.run_dir) == [".lock"]:
+            (self.run_dir / ".lock").unlink()
+            for path in self._made:
+                try:
+                    path.rmdir()
+                except OSError:
+                    break
+        os.close(self._handle)
+        self._handle = None

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner
 from torch.distributed.tensor import DTensor
 
-from pithwood.checkpoint.files import check_storable, explain_os_error, sync_folder
+from pithwood.checkpoint.files import check_storable, sync_folder
 from pithwood.checkpoint.load import checkpoints_folder, list_checkpoints
 from pithwood.checkpoint.storage import CheckpointWriter, Manifest, reraise_first, write_manifest
+from pithwood.errors import explain_os_error
 
 
 def save_checkpoint(
@@ -73,6 +74,27 @@ def save_checkpoint(
         raise
     _rotate(parent, step, keep, keep_every)
     return final
+
+
+def check_can_save(run_dir: Path, num_bytes: float) -> None:
+    """Find out before any training whether a checkpoint of `num_bytes` could be written; raises ValueError or OSError.
+
+    The folder is tried by making and removing an empty one, as nothing else tells whether the system will allow it.
+    """
+    parent = checkpoints_folder(run_dir)
+    probe = parent / f".tmp-step-00000000-{os.getpid()}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(parent)) from error
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise ValueError(
+            f"a checkpoint takes {num_bytes / 1e9:,.2f} GB, but the disk of {parent} has {free / 1e9:,.2f} GB free; "
+            "free some space, or choose another folder with --runs-dir"
+        )
 
 
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

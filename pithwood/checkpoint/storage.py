@@ -265,7 +265,13 @@ def read_manifest(folder: Path, *, hashes: bool = True) -> Manifest:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The state as it was saved; check the folder with `read_manifest` first."""
-    return json.loads(_read(folder, STATE))
+    try:
+        state = json.loads(_read(folder, STATE))
+    except ValueError as error:
+        raise damaged(folder, STATE, f"not JSON ({error})") from error
+    if not isinstance(state, dict):
+        raise damaged(folder, STATE, "not a JSON object")
+    return state
 
 
 def reraise_first(wrapped: CheckpointException) -> NoReturn:

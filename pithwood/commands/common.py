@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -16,6 +18,9 @@ class Parser(argparse.ArgumentParser):
     """Reports an error as one line, without the usage in front of it."""
 
     def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        near = difflib.get_close_matches(unknown[1], re.findall(r"[\w-]+", unknown[2]), 1) if unknown else []
+        message += f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"{message}; see {self.prog} --help")
 
 

@@ -42,11 +42,13 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
 
     run = apply_overrides(load_recipe(args.recipe), args.overrides)
     if args.dry_run:
+        from pithwood.run_folder import check_branch
         from pithwood.train import plan
 
-        return 0, json_text(
-            {"config": to_dict(run), "plan": plan(run, args.runs_dir / "corpora")}, indent=None if args.json else 2
-        )
+        figures = plan(run, args.runs_dir / "corpora")
+        if args.branch_from:
+            figures["from"] = str(check_branch(run, args.branch_from, args.runs_dir))
+        return 0, json_text({"config": to_dict(run), "plan": figures}, indent=None if args.json else 2)
 
     from pithwood.observe.summary import closing_lines
     from pithwood.train import train

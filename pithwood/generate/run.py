@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pithwood.checkpoint.load import load_checkpoint
+from pithwood.errors import is_out_of_memory
 from pithwood.generate.sample import generate
-from pithwood.run_folder import find_checkpoint, load_run, load_tokenizer, model_of
+from pithwood.run_folder import check_tokenizer, find_checkpoint, load_run, load_tokenizer, model_of
 
 
 def generate_from_run(
@@ -36,22 +37,30 @@ def generate_from_run(
     run = load_run(folder)
     tokenizer = load_tokenizer(folder)
     tensors, state = load_checkpoint(path)
+    check_tokenizer(folder, run, tokenizer, state)
     model = model_of(run, int(state["step"]), tensors, averaged=True)
     # every document of the corpus begins with the end-of-text token, so a prompt does too
     tokens = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
     started = time.perf_counter()
-    new = generate(
-        model,
-        [tokens],
-        max_new_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k or None,
-        top_p=top_p,
-        seed=seed,
-        eos_id=tokenizer.end_of_text_id,
-        attention=attention,
-        num_tokens=tokenizer.vocab_size,
-    )[0]
+    try:
+        new = generate(
+            model,
+            [tokens],
+            max_new_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k or None,
+            top_p=top_p,
+            seed=seed,
+            eos_id=tokenizer.end_of_text_id,
+            attention=attention,
+            num_tokens=tokenizer.vocab_size,
+        )[0]
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"out of memory; lower --max-tokens={max_tokens} or shorten the prompt of {len(tokens)} tokens"
+        ) from error
     seconds = time.perf_counter() - started
     return {
         "prompt": prompt,

@@ -13,6 +13,7 @@ rows, k experts per token, X vocabulary.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +37,20 @@ from pithwood.ops.packing import Packing
 from pithwood.ops.rms_norm import rms_norm
 from pithwood.ops.rope import Rope
 from pithwood.optim.groups import ParamRole
+
+_MOST = {
+    "vocab_size": 2**24,
+    "model_dim": 2**20,
+    "num_layers": 2**10,
+    "num_heads": 2**12,
+    "num_kv_heads": 2**12,
+    "head_dim": 2**14,
+    "dense_dim": 2**22,
+    "num_experts": 2**14,
+    "expert_dim": 2**20,
+    "num_shared_experts": 2**10,
+}
+"""Largest sizes that are taken for meant: beyond them, describing the model alone would take minutes or overflow."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +97,18 @@ class Qwen3MoEConfig:
 
     def validate(self) -> None:
         """Raise ValueError in the words of the configuration if the sizes do not fit together."""
-        for name in ("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("rope_theta", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        sizes = {name: getattr(self, name) for name in _MOST if hasattr(self, name)}
+        sizes |= {
+            f"moe.{name}": getattr(self.moe, name) for name in ("num_experts", "expert_dim", "num_shared_experts")
+        }
+        for name, size in sizes.items():
+            if size < 1 and name != "moe.num_shared_experts":
+                raise ValueError(f"{name}={size} must be at least 1")
+            if size > (most := _MOST[name.removeprefix("moe.")]):
+                raise ValueError(f"{name}={size} is beyond any model; at most {most}")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and finite")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         if self.head_dim % 2:

@@ -62,7 +62,7 @@ class WarmupStableDecay:
     decay_fraction: float | None = None
     """Decay as a share of the run, 0 to 1."""
     final_fraction: float = 0.0
-    """Rate of the very last step as a share of the full rate, 0 to 1."""
+    """Rate of the very last step as a share of the full rate, 0 to 1; at 0 that step changes nothing."""
     shape: DecayShape = "linear"
     """Form of the decay: linear, 1-sqrt (fast first; Hagele et al. 2024, arXiv 2405.18392, section 3) or cosine."""
 
@@ -118,6 +118,16 @@ def schedule_spans(schedule: Schedule, total_steps: int) -> tuple[int, int]:
             f"{total_steps} steps; shorten them, give them as fractions, or raise steps"
         )
     return warmup, decay
+
+
+def idle_end(schedule: Schedule, total_steps: int) -> list[str]:
+    """A warning, or none: a decay to 0 makes the last step change nothing, which a short run should know."""
+    if schedule_factor(schedule, total_steps - 1, total_steps) > 0 or total_steps >= 20:
+        return []
+    return [
+        f"WARNING: the learning rate of the last of {total_steps} steps is 0, so that step changes nothing; "
+        "set optim.schedule.final_fraction above 0 (0.1, for instance) to use it"
+    ]
 
 
 def _decay_factor(shape: DecayShape, progress: float, final_fraction: float) -> float:

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -36,7 +37,10 @@ def load_recipe(name: str) -> Run:
     recipe = _function_of_file(name) if ":" in name or name.endswith(".py") else _function_of_package(name)
     from pithwood.run import Run  # imports torch: only once a recipe is really wanted
 
-    run = recipe()
+    try:
+        run = recipe()
+    except Exception as error:
+        raise ValueError(f"recipe {name!r} failed: {_of_user(error)}") from error
     if not isinstance(run, Run):
         raise ValueError(f"recipe {name!r} returned a {type(run).__name__}; it must return a pithwood.run.Run")
     return run
@@ -81,7 +85,7 @@ def _function_of_file(name: str):
         raise ValueError(f"recipe file {file!r} does not exist; give path/to/file.py:function")
     try:
         recipes = [node.name for node in _recipe_functions(path)]
-    except SyntaxError as error:
+    except (SyntaxError, ValueError) as error:  # ValueError: no UTF-8, or a NUL
         raise ValueError(f"recipe file {file!r} is not valid Python: {error}") from error
     if not function:
         raise ValueError(f"{name!r} names no function; write {file}:{recipes[0] if recipes else 'function'}")
@@ -99,20 +103,31 @@ def import_file(path: Path) -> ModuleType:
 
     raises ValueError if the file is not there, or its name cannot be a module's or is another module's
     """
-    path = path.resolve()
+    given, path = path, path.resolve()
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a Python file")
+        raise ValueError(f"{given} does not exist; give a Python file")
     name = path.stem
     if not name.isidentifier():
         raise ValueError(f"{path.name} cannot be imported; its name must be a Python identifier")
     if name in sys.modules:
         module = sys.modules[name]
         if getattr(module, "__file__", None) != str(path):
-            raise ValueError(f"{path} has the name of another module that is loaded; rename the file")
+            raise ValueError(f"{given} has the name of another module that is loaded; rename the file")
         return module
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None or Path(spec.origin).resolve() != path:
-        raise ValueError(f"{path} has the name of another module ({spec.origin if spec else None}); rename the file")
-    return importlib.import_module(name)
+        raise ValueError(f"{given} has the name of another module ({spec.origin if spec else None}); rename the file")
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise ValueError(f"{given} cannot be imported: {_of_user(error)}") from error
+
+
+def _of_user(error: Exception) -> str:
+    """An error in somebody's own file: what and where; PITHWOOD_TRACEBACK=1 shows the rest."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith("<") and frame.filename != __file__]
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{where}"

@@ -1,0 +1,45 @@
+"""Errors of the system in words."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+
+from pithwood.errors import explain_failure, explain_os_error, is_out_of_memory
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "code"),
+    [
+        (errno.ENOSPC, "free some space", 3),
+        (errno.EDQUOT, "of this user", 3),
+        (errno.EROFS, "mounted for writing", 2),
+        (errno.EMFILE, "ulimit -n", 2),
+    ],
+)
+def test_a_file_error_names_the_file_and_a_remedy(number, words, code):
+    told = explain_failure(OSError(number, "reason", "some/file"))
+    assert told is not None
+    assert told[0].startswith("reason: some/file; ")
+    assert words in told[0]
+    assert told[1] == code
+
+
+def test_an_explained_error_is_not_explained_again():
+    once = explain_os_error(OSError(errno.ENOSPC, "No space left on device", "a"))
+    assert explain_os_error(OSError(errno.ENOSPC, once, "b")) == once
+
+
+def test_the_allocator_of_torch_is_known_by_what_it_says():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(refused.value)
+
+
+def test_errors_of_the_program_are_left_alone():
+    assert explain_failure(RuntimeError("shapes differ")) is None
+    assert explain_failure(KeyError("a")) is None
