@@ -117,6 +117,7 @@ class MoBA(HeadsMixer):
             tie=c.tie,
             route_per=c.route_per,
             mean_dtype=c.mean_dtype,
+            impl=self.decode_impl if self.decodes(ctx) else None,
         )
 
     def cache_fields(self) -> tuple[CacheField, ...]:

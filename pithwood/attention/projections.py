@@ -59,7 +59,7 @@ class HeadsMixer(Mixer):
     """Base of the attention mixers: x_TD -> q, k, v per head, and heads -> y_TD."""
 
     decode_impl: str | None = None
-    """The `impl` of `decode_attend` in decode steps; None lets it choose."""
+    """The `impl` of the ops in decode steps; None lets each choose."""
 
     def __init__(self, config: HeadsConfig, shape: MixerShape) -> None:
         super().__init__()

@@ -78,8 +78,24 @@ def select(
     if impl == "triton" and misfit:
         raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='torch'")
     if impl == "triton" or (impl is None and not misfit and q_THK.is_cuda):
+        from pithwood.ops.select.few_triton import decodes_few, select_few
         from pithwood.ops.select.triton import select_blocks
 
+        plain = packing.causal and own and route_per == "q_head" and not packing.self_attention
+        if plain and decodes_few(packing, q_THK.shape[1], s_UGK.shape[0], top_k, block_size):
+            ids_TSk, count_TS = select_few(
+                q_THK,
+                s_UGK,
+                packing.cu_q,
+                packing.cu_k,
+                packing.max_q,
+                packing.max_k,
+                top_k,
+                block_size,
+                tie,
+                mean_dtype,
+            )
+            return Selection(ids_TSk, count_TS, block_size, 1, own)
         ids_TSk, count_TS = select_blocks(
             q_THK,
             s_UGK,
