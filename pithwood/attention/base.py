@@ -100,6 +100,12 @@ class LayerCache(Protocol):
         """All rows of a block field, packed by sequence, and how many each sequence holds."""
         ...
 
+    def blocks_in_place(self, name: str) -> tuple[Tensor, Tensor]:
+        """As `blocks`, but nothing is packed: (rows that hold all sequences with room between, [N] int64 first row of
+        each).
+        """
+        ...
+
     def read(self, name: str) -> Tensor:
         """[N, *shape] of a sequence or tail field; zeros before the first write."""
         ...

@@ -95,16 +95,22 @@ class MoBA(HeadsMixer):
             self._keep_block_means(k_TGK, start_N, ctx.packing, ctx.cache)
         if full:
             return self.output(self.decode(q_THK, k_TGK, v_TGK, start_N, ctx))
-        blocks = ctx.decide("blocks", lambda: self.route(q_THK, k_TGK, ctx))
+        blocks = ctx.decide("blocks", lambda: self.route(q_THK, k_TGK, ctx, in_place=start_N is not None))
         if self.decodes(ctx):
             return self.output(self.decode(q_THK, k_TGK, v_TGK, start_N, ctx, blocks))
         o_THK, _ = attend(q_THK, k_TGK, v_TGK, ctx.packing, blocks, scale=self.softmax_scale)
         return self.output(o_THK)
 
-    def route(self, q_THK: Tensor, k_TGK: Tensor, ctx: LayerContext) -> Selection:
-        """The blocks of every query: its own, and the past ones whose mean key it scores highest."""
+    def route(self, q_THK: Tensor, k_TGK: Tensor, ctx: LayerContext, in_place: bool = False) -> Selection:
+        """The blocks of every query: its own, and the past ones whose mean key it scores highest.
+
+        in_place  read cached means where they lie instead of packing them
+        """
         c = self.config
-        if ctx.cache is None:
+        unit_start_N = None
+        if ctx.cache is not None and in_place:
+            mean_UGK, unit_start_N = ctx.cache.blocks_in_place("block_mean")
+        elif ctx.cache is None:
             mean_UGK = summarise(k_TGK, ctx.packing, c.block_size)
         else:
             mean_UGK = _cached_means(ctx.packing, ctx.cache, c.block_size)
@@ -117,6 +123,7 @@ class MoBA(HeadsMixer):
             tie=c.tie,
             route_per=c.route_per,
             mean_dtype=c.mean_dtype,
+            unit_start_N=unit_start_N,
             impl=self.decode_impl if self.decodes(ctx) else None,
         )
 

@@ -281,6 +281,12 @@ class SequenceCache:
             return store[0, : counts[0]], counts
         return torch.cat([store[n, :count] for n, count in enumerate(counts)]), counts
 
+    def blocks_in_place(self, name: str) -> tuple[Tensor, Tensor]:
+        """As `blocks`, without a copy: (all rows with room between the sequences, [N] int64 first row of each)."""
+        store = self._field(name, "block")
+        start_N = torch.arange(store.shape[0], device=store.device) * store.shape[1]
+        return store.flatten(0, 1), start_N
+
     def read(self, name: str) -> Tensor:
         """[N, *shape] of a sequence or tail field as it was before this step; zeros before the first write."""
         return self._field(name, "sequence", "tail")

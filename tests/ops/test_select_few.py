@@ -34,7 +34,7 @@ def _select(inputs: Inputs, block: int, top_k: int, impl: str = "triton", **opti
 
 def _few(inputs: Inputs, block: int, top_k: int, tie: str = "later", mean_dtype: str = "input"):
     p = inputs.packing
-    arguments = (p.cu_q, p.cu_k, p.max_q, p.max_k, top_k, block, tie, mean_dtype)
+    arguments = (None, p.cu_q, p.cu_k, p.max_q, p.max_k, top_k, block, tie, mean_dtype)
     return few_triton.select_few(inputs.q, _summary(inputs, block), *arguments)
 
 
@@ -164,8 +164,39 @@ def test_select_takes_these_kernels_for_decode_steps():
 def test_the_custom_op_passes_torch_s_own_checks():
     inputs = on_device(make_inputs([1, 2], [40, 33], heads=2))
     p = inputs.packing
-    arguments = (inputs.q, _summary(inputs, 4), p.cu_q, p.cu_k, p.max_q, p.max_k, 3, 4, "later", "centered")
+    arguments = (inputs.q, _summary(inputs, 4), None, p.cu_q, p.cu_k, p.max_q, p.max_k, 3, 4, "later", "centered")
     torch.library.opcheck(few_triton.select_few, arguments)
+
+
+@pytest.mark.parametrize("route_per", ["q_head", "kv_group"])
+@pytest.mark.parametrize("impl", ["ref", "torch", "triton"])
+def test_means_where_a_cache_holds_them_give_the_ids_of_packed_ones(impl, route_per):
+    inputs = _integers(*STEPS, heads=4, kv_heads=2)
+    summary, block = _summary(inputs, 2), 2
+    offsets = inputs.packing.unit_offsets(block).tolist()
+    complete = (inputs.packing.cu_k.diff() // block).tolist()
+    room = torch.full_like(summary[:3], float("nan"))
+    parts, start, at = [], [0] * len(complete), 0
+    for n in reversed(range(len(complete))):
+        parts += [room, summary[offsets[n] : offsets[n] + complete[n]]]
+        start[n] = at + len(room)
+        at += len(room) + complete[n]
+    options = {"block_size": block, "impl": impl, "route_per": route_per, "mean_dtype": "centered"}
+    at_N = torch.tensor(start, device=DEVICE)
+    found = select(inputs.q, torch.cat([*parts, room]), inputs.packing, 4, unit_start_N=at_N, **options)
+    expected = select(inputs.q, summary, inputs.packing, 4, **options)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.count, expected.count)
+
+
+def test_starts_that_do_not_fit_are_refused():
+    inputs = on_device(make_inputs([1, 2], [20, 30]))
+    with pytest.raises(ValueError, match=r"one row number per document, \[2\]"):
+        select(inputs.q, _summary(inputs, 4), inputs.packing, 2, block_size=4, unit_start_N=inputs.packing.cu_k)
+    both_ways = on_device(make_inputs([1, 2], [20, 30], causal=False))
+    start_N = both_ways.packing.cu_k[:-1]
+    with pytest.raises(ValueError, match="unit_start is for complete blocks"):
+        select(both_ways.q, _summary(both_ways, 4), both_ways.packing, 2, block_size=4, unit_start_N=start_N)
 
 
 def test_strided_queries_and_means():
@@ -173,7 +204,7 @@ def test_strided_queries_and_means():
     q = inputs.q.transpose(1, 2).contiguous().transpose(1, 2)
     summary = _summary(inputs, 2).transpose(0, 1).contiguous().transpose(0, 1)
     p = inputs.packing
-    ids, _ = few_triton.select_few(q, summary, p.cu_q, p.cu_k, p.max_q, p.max_k, 4, 2, "later", "input")
+    ids, _ = few_triton.select_few(q, summary, None, p.cu_q, p.cu_k, p.max_q, p.max_k, 4, 2, "later", "input")
     assert torch.equal(ids, _select(inputs, 2, 4, "ref").ids)
 
 

@@ -45,6 +45,7 @@ def decodes_few(packing: Packing, num_heads: int, num_units: int, top_k: int, bl
 def select_few(
     q_THK: Tensor,
     s_UGK: Tensor,
+    unit_start_N: Tensor | None,
     cu_q: Tensor,
     cu_k: Tensor,
     max_q: int,
@@ -54,7 +55,10 @@ def select_few(
     tie: str,
     mean_dtype: str,
 ) -> tuple[Tensor, Tensor]:
-    """(ids [T, H, top_k] int32, count [T, H] int32) as `select` promises; sizes depend on shapes and bounds alone."""
+    """(ids [T, H, top_k] int32, count [T, H] int32) as `select` promises; sizes depend on shapes and bounds alone.
+
+    unit_start_N  row of s at which each document's means begin; None: packed
+    """
     num_tokens, heads, dim = q_THK.shape
     ids_THk = torch.empty(num_tokens, heads, top_k, dtype=torch.int32, device=q_THK.device)
     count_TH = torch.empty(num_tokens, heads, dtype=torch.int32, device=q_THK.device)
@@ -71,10 +75,10 @@ def select_few(
     score = torch.empty(num_tokens, heads, num_units, dtype=torch.float32, device=q_THK.device)
     if top_k > 1 and num_units > 0:
         _score_kernel[(num_docs * row_tiles * groups * chunks,)](
-            q_THK, s_UGK, score, cu_q, cu_k, *q_THK.stride(), *s_UGK.stride(),
+            q_THK, s_UGK, score, unit_start_N, cu_q, cu_k, *q_THK.stride(), *s_UGK.stride(),
             row_tiles, groups, chunks, num_units, block_size, DIM=dim, PADDED_DIM=max(triton.next_power_of_2(dim), 16),
-            RATIO=ratio, ROWS=rows, UNITS=UNITS, CENTERED=mean_dtype == "centered", KEEP_FP32=mean_dtype == "fp32",
-            DOCS=DOCS_CHUNK, num_warps=4,
+            RATIO=ratio, ROWS=rows, UNITS=UNITS, PACKED=unit_start_N is None, CENTERED=mean_dtype == "centered",
+            KEEP_FP32=mean_dtype == "fp32", DOCS=DOCS_CHUNK, num_warps=4,
         )  # fmt: skip
     padded = max(triton.next_power_of_2(num_units), 16)
     _choose_kernel[(num_docs * max_q, heads)](
@@ -86,7 +90,7 @@ def select_few(
 
 
 @select_few.register_fake
-def _(q_THK, s_UGK, cu_q, cu_k, max_q, max_k, top_k, block_size, tie, mean_dtype):
+def _(q_THK, s_UGK, unit_start_N, cu_q, cu_k, max_q, max_k, top_k, block_size, tie, mean_dtype):
     num_tokens, heads, _ = q_THK.shape
     ids_THk = q_THK.new_empty(num_tokens, heads, top_k, dtype=torch.int32)
     return ids_THk, q_THK.new_empty(num_tokens, heads, dtype=torch.int32)
@@ -99,11 +103,11 @@ def _units_bound(max_k: int, block_size: int, num_units: int) -> int:
 
 @triton.jit
 def _score_kernel(
-    q, means, score, cu_q, cu_k,
+    q, means, score, unit_start_N, cu_q, cu_k,
     stride_qt, stride_qh, stride_qk, stride_mu, stride_mg, stride_mk,
     row_tiles, num_groups, chunks, num_units, block_size,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
-    CENTERED: tl.constexpr, KEEP_FP32: tl.constexpr, DOCS: tl.constexpr,
+    PACKED: tl.constexpr, CENTERED: tl.constexpr, KEEP_FP32: tl.constexpr, DOCS: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile of rows, a row being a query and head, for UNITS means of one document and KV head; fp32 sums.
 
@@ -120,14 +124,17 @@ def _score_kernel(
     past = (length - 1) // block_size
     if chunk * UNITS >= past or tile * ROWS >= num_queries * RATIO:
         return
-    # Blocks of the documents before.
-    unit0 = 0
-    for first in range(0, doc, DOCS):
-        other = first + tl.arange(0, DOCS)
-        real = other < doc
-        begin = tl.load(cu_k + other, mask=real, other=0)
-        end = tl.load(cu_k + other + 1, mask=real, other=0)
-        unit0 += tl.sum((end - begin + block_size - 1) // block_size, 0)
+    if PACKED:
+        # Blocks of the documents before.
+        unit0 = 0
+        for first in range(0, doc, DOCS):
+            other = first + tl.arange(0, DOCS)
+            real = other < doc
+            begin = tl.load(cu_k + other, mask=real, other=0)
+            end = tl.load(cu_k + other + 1, mask=real, other=0)
+            unit0 += tl.sum((end - begin + block_size - 1) // block_size, 0)
+    else:
+        unit0 = tl.load(unit_start_N + doc)
     dim = tl.arange(0, PADDED_DIM)
     unit = chunk * UNITS + tl.arange(0, UNITS)
     means_at = means + group.to(tl.int64) * stride_mg + tl.cast(unit0, tl.int64) * stride_mu + dim * stride_mk
