@@ -86,12 +86,24 @@ class LayerCache(Protocol):
         """
         ...
 
+    def append_in_place(self, name: str, rows_T: Tensor) -> tuple[Tensor, Tensor]:
+        """As `append`, but nothing is packed: (rows that hold all sequences with room between, [N] int64 first row of
+        each).
+        """
+        ...
+
     def append_blocks(self, name: str, rows_U: Tensor, counts_N: list[int]) -> None:
         """Append counts_N[n] finished block rows to each sequence of a block field; rows_U [sum(counts_N), *shape]."""
         ...
 
     def blocks(self, name: str) -> tuple[Tensor, list[int]]:
         """All rows of a block field, packed by sequence, and how many each sequence holds."""
+        ...
+
+    def blocks_in_place(self, name: str) -> tuple[Tensor, Tensor]:
+        """As `blocks`, but nothing is packed: (rows that hold all sequences with room between, [N] int64 first row of
+        each).
+        """
         ...
 
     def read(self, name: str) -> Tensor:

@@ -28,7 +28,9 @@ class FullAttention(HeadsMixer):
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> MixerOut:
         q_THK, k_TGK, v_TGK = self.project(x_TD, ctx)
-        k_TGK, v_TGK = self.extend(k_TGK, v_TGK, ctx)
+        k_TGK, v_TGK, start_N = self.extend_for_decoding(q_THK, k_TGK, v_TGK, ctx)
+        if self.decodes(ctx):
+            return self.output(self.decode(q_THK, k_TGK, v_TGK, start_N, ctx))
         o_THK, _ = dense_attention(q_THK, k_TGK, v_TGK, ctx.packing, scale=self.softmax_scale)
         return self.output(o_THK)
 

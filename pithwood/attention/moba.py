@@ -17,7 +17,6 @@ from torch import Tensor
 from pithwood.attention.base import CacheField, Cost, LayerCache, LayerContext, MixerOut, MixerShape
 from pithwood.attention.projections import HeadsConfig, HeadsMixer
 from pithwood.ops.attend import attend
-from pithwood.ops.dense_attention import dense_attention
 from pithwood.ops.packing import Packing, Selection
 from pithwood.ops.select import select
 from pithwood.ops.summarise import summarise
@@ -89,23 +88,32 @@ class MoBA(HeadsMixer):
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> MixerOut:
         q_THK, k_TGK, v_TGK = self.project(x_TD, ctx)
-        k_TGK, v_TGK = self.extend(k_TGK, v_TGK, ctx)
+        full = self._decodes_full(ctx)
+        unit = None if full else self.config.block_size
+        k_TGK, v_TGK, start_N = self.extend_for_decoding(q_THK, k_TGK, v_TGK, ctx, unit)
         if ctx.cache is not None:
-            self._keep_block_means(k_TGK, ctx.packing, ctx.cache)
-        if self._decodes_full(ctx):
-            o_THK, _ = dense_attention(q_THK, k_TGK, v_TGK, ctx.packing, scale=self.softmax_scale)
-            return self.output(o_THK)
-        blocks = ctx.decide("blocks", lambda: self.route(q_THK, k_TGK, ctx))
+            self._keep_block_means(k_TGK, start_N, ctx.packing, ctx.cache)
+        if full:
+            return self.output(self.decode(q_THK, k_TGK, v_TGK, start_N, ctx))
+        blocks = ctx.decide("blocks", lambda: self.route(q_THK, k_TGK, ctx, in_place=start_N is not None))
+        if self.decodes(ctx):
+            return self.output(self.decode(q_THK, k_TGK, v_TGK, start_N, ctx, blocks))
         o_THK, _ = attend(q_THK, k_TGK, v_TGK, ctx.packing, blocks, scale=self.softmax_scale)
         return self.output(o_THK)
 
-    def route(self, q_THK: Tensor, k_TGK: Tensor, ctx: LayerContext) -> Selection:
-        """The blocks of every query: its own, and the past ones whose mean key it scores highest."""
+    def route(self, q_THK: Tensor, k_TGK: Tensor, ctx: LayerContext, in_place: bool = False) -> Selection:
+        """The blocks of every query: its own, and the past ones whose mean key it scores highest.
+
+        in_place  read cached means where they lie instead of packing them
+        """
         c = self.config
-        if ctx.cache is None:
+        unit_start_N = None
+        if ctx.cache is not None and in_place:
+            mean_UGK, unit_start_N = ctx.cache.blocks_in_place("block_mean")
+        elif ctx.cache is None:
             mean_UGK = summarise(k_TGK, ctx.packing, c.block_size)
         else:
-            mean_UGK = _cached_means(k_TGK, ctx.packing, ctx.cache, c.block_size)
+            mean_UGK = _cached_means(ctx.packing, ctx.cache, c.block_size)
         return select(
             q_THK,
             mean_UGK,
@@ -115,6 +123,8 @@ class MoBA(HeadsMixer):
             tie=c.tie,
             route_per=c.route_per,
             mean_dtype=c.mean_dtype,
+            unit_start_N=unit_start_N,
+            impl=self.decode_impl if self.decodes(ctx) else None,
         )
 
     def cache_fields(self) -> tuple[CacheField, ...]:
@@ -148,11 +158,11 @@ class MoBA(HeadsMixer):
         return self.projection_cost(packing) + attention
 
     def _decodes_full(self, ctx: LayerContext) -> bool:
-        if ctx.mode != "decode" or ctx.cache is None:
+        if not self.decodes(ctx) or ctx.cache is None:
             return False
         return (ctx.cache.decode_attention or self.config.decode) == "full"
 
-    def _keep_block_means(self, k_TGK: Tensor, packing: Packing, cache: LayerCache) -> None:
+    def _keep_block_means(self, k_TGK: Tensor, start_N: Tensor | None, packing: Packing, cache: LayerCache) -> None:
         """Add the means of the blocks that this call's tokens finish; their keys all lie in the cache by then."""
         size = self.config.block_size
         before_N = [held // size for held in cache.lengths_N]
@@ -160,17 +170,19 @@ class MoBA(HeadsMixer):
         counts_N = [after - before for before, after in zip(before_N, after_N, strict=True)]
         if not any(counts_N):
             return
-        starts = packing.cu_k[:-1].long() + torch.tensor(before_N, device=k_TGK.device) * size
+        starts = packing.cu_k[:-1].long() if start_N is None else start_N
+        starts = starts + torch.tensor(before_N, device=k_TGK.device) * size
         finished = Packing.from_lengths([count * size for count in counts_N], device=k_TGK.device)
         rows = starts[finished.query_doc()] + finished.position_T
         mean_UGK = summarise(k_TGK[rows], finished, size)
         cache.append_blocks("block_mean", mean_UGK[: sum(counts_N)], counts_N)
 
 
-def _cached_means(k_TGK: Tensor, packing: Packing, cache: LayerCache, block_size: int) -> Tensor:
+def _cached_means(packing: Packing, cache: LayerCache, block_size: int) -> Tensor:
     """Cached means laid out as by `summarise`; an open block's row is zero, as only its own queries may see it."""
     rows_UGK, counts_N = cache.blocks("block_mean")
-    mean_UGK = rows_UGK.new_zeros(packing.num_units_bound(k_TGK.shape[0], block_size), *rows_UGK.shape[1:])
+    num_keys = sum(cache.lengths_N) + sum(cache.added_N)
+    mean_UGK = rows_UGK.new_zeros(packing.num_units_bound(num_keys, block_size), *rows_UGK.shape[1:])
     held = Packing.from_lengths(counts_N, device=rows_UGK.device)
     unit = packing.unit_offsets(block_size)[held.query_doc()] + held.position_T
     return mean_UGK.index_copy_(0, unit, rows_UGK)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from pithwood.attention.base import CacheField, Cost, LayerContext, Mixer, MixerConfig, MixerOut, MixerShape
 from pithwood.attention.key_conv import ConvWidth, KeyConv
+from pithwood.ops.decode import decode_attend, decodes_by_kernel
 from pithwood.ops.linear import linear
-from pithwood.ops.packing import Packing
+from pithwood.ops.packing import Packing, Selection
 from pithwood.ops.rms_norm import rms_norm
 
 TILE = 128
@@ -56,6 +57,9 @@ class HeadsConfig(MixerConfig):
 
 class HeadsMixer(Mixer):
     """Base of the attention mixers: x_TD -> q, k, v per head, and heads -> y_TD."""
+
+    decode_impl: str | None = None
+    """The `impl` of the ops in decode steps; None lets each choose."""
 
     def __init__(self, config: HeadsConfig, shape: MixerShape) -> None:
         super().__init__()
@@ -102,6 +106,48 @@ class HeadsMixer(Mixer):
         if ctx.cache is None:
             return k_TGK, v_TGK
         return ctx.cache.append("k", k_TGK), ctx.cache.append("v", v_TGK)
+
+    def extend_for_decoding(
+        self, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, ctx: LayerContext, unit: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `extend`, and where each document's keys begin (None: packed). They stay in the cache where the decode
+        kernel will read them: packing them anew costs as much as full attention.
+
+        unit  keys per unit of the selection that the step attends by; None: it attends to all keys
+        """
+        if ctx.cache is None or ctx.packing.self_attention or not self.decodes(ctx):
+            return *self.extend(k_TGK, v_TGV, ctx), None
+        if self.decode_impl != "triton" and not decodes_by_kernel(q_THK, k_TGK, v_TGV, ctx.packing, unit):
+            return *self.extend(k_TGK, v_TGV, ctx), None
+        k_rows, start_N = ctx.cache.append_in_place("k", k_TGK)
+        return k_rows, ctx.cache.append_in_place("v", v_TGV)[0], start_N
+
+    def decodes(self, ctx: LayerContext) -> bool:
+        """Whether this call is a decode step over cached keys."""
+        return ctx.mode == "decode" and ctx.cache is not None
+
+    def decode(
+        self,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGV: Tensor,
+        start_N: Tensor | None,
+        ctx: LayerContext,
+        selection: Selection | None = None,
+    ) -> Tensor:
+        """o [T, H, K] of a decode step over what `extend_for_decoding` returned; selection None: all keys."""
+        o_THK, _ = decode_attend(
+            q_THK,
+            k_TGK,
+            v_TGV,
+            ctx.packing,
+            selection,
+            self.softmax_scale,
+            key_start_N=start_N,
+            need_lse=False,
+            impl=self.decode_impl,
+        )
+        return o_THK
 
     def output(self, o_THK: Tensor) -> MixerOut:
         """Heads back into the model width."""

@@ -226,6 +226,23 @@ class SequenceCache:
 
         With one sequence the result is a view of the storage; it is valid until the next step.
         """
+        store = self._put(name, rows_T)
+        totals = [held + new for held, new in zip(self.lengths_N, self.added_N, strict=True)]
+        if len(totals) == 1:
+            return store[0, : totals[0]]
+        return torch.cat([store[n, :total] for n, total in enumerate(totals)])
+
+    def append_in_place(self, name: str, rows_T: Tensor) -> tuple[Tensor, Tensor]:
+        """As `append`, without a copy: (all rows with room between the sequences, [N] int64 first row of each).
+
+        The rows are a view of the storage [N * capacity, *shape]; it is valid until the next step.
+        """
+        store = self._put(name, rows_T)
+        start_N = torch.arange(store.shape[0], device=store.device) * store.shape[1]
+        return store.flatten(0, 1), start_N
+
+    def _put(self, name: str, rows_T: Tensor) -> Tensor:
+        """Store this step's rows of a token field; returns the storage [N, capacity, *shape]."""
         store = self._field(name, "token")
         if rows_T.shape != (len(self._step.place_T), *store.shape[2:]):
             raise ValueError(
@@ -233,12 +250,11 @@ class SequenceCache:
                 f"shape {tuple(store.shape[2:])}"
             )
         rows_T = rows_T.detach().to(store.dtype)
-        totals = [held + new for held, new in zip(self.lengths_N, self.added_N, strict=True)]
-        if len(totals) == 1:
-            store[0, self.lengths_N[0] : totals[0]] = rows_T
-            return store[0, : totals[0]]
-        store[self._step.sequence_T, self._step.place_T] = rows_T
-        return torch.cat([store[n, :total] for n, total in enumerate(totals)])
+        if len(self.lengths_N) == 1:
+            store[0, self.lengths_N[0] : self.lengths_N[0] + len(rows_T)] = rows_T
+        else:
+            store[self._step.sequence_T, self._step.place_T] = rows_T
+        return store
 
     def append_blocks(self, name: str, rows_U: Tensor, counts_N: list[int]) -> None:
         """Append the rows of the blocks that this step finishes, counts_N[n] of sequence n; at most once a step."""
@@ -264,6 +280,12 @@ class SequenceCache:
         if len(counts) == 1:
             return store[0, : counts[0]], counts
         return torch.cat([store[n, :count] for n, count in enumerate(counts)]), counts
+
+    def blocks_in_place(self, name: str) -> tuple[Tensor, Tensor]:
+        """As `blocks`, without a copy: (all rows with room between the sequences, [N] int64 first row of each)."""
+        store = self._field(name, "block")
+        start_N = torch.arange(store.shape[0], device=store.device) * store.shape[1]
+        return store.flatten(0, 1), start_N
 
     def read(self, name: str) -> Tensor:
         """[N, *shape] of a sequence or tail field as it was before this step; zeros before the first write."""

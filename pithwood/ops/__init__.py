@@ -1,6 +1,7 @@
 """The attention ops, public names. Each folder holds a readable reference and the implementations used in training."""
 
 from pithwood.ops.attend import attend, attention_mass
+from pithwood.ops.decode import decode_attend
 from pithwood.ops.dense_attention import dense_attention
 from pithwood.ops.merge import merge
 from pithwood.ops.moba import moba_attention
@@ -13,6 +14,7 @@ __all__ = [
     "Selection",
     "attend",
     "attention_mass",
+    "decode_attend",
     "dense_attention",
     "merge",
     "moba_attention",

@@ -92,6 +92,18 @@ def test_capacity_doubles_and_keeps_what_is_held():
     assert cache._storage[0]["k"].shape[1] == 1500
 
 
+def test_rows_read_in_place_are_the_packed_ones_with_room_between():
+    cache = Cache([[TOKEN]], 2, 1000)
+    _append(cache, [200, 100])
+    view = cache.layer(0, cache.begin([1, 200]))
+    rows, start_N = view.append_in_place("k", _rows(201, 500))
+    packed = view.append("k", _rows(201, 500))
+    assert rows.data_ptr() == cache._storage[0]["k"].data_ptr()
+    assert torch.equal(
+        torch.cat([rows[start : start + n] for start, n in zip(start_N, (201, 300), strict=True)]), packed
+    )
+
+
 def test_growing_beyond_max_len_says_so_and_changes_nothing():
     cache = Cache([[TOKEN]], 2, 10)
     _append(cache, [4, 8])

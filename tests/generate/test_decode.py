@@ -11,11 +11,13 @@ from torch import Tensor
 from pithwood.attention.base import MixerConfig
 from pithwood.attention.full import FullAttentionConfig
 from pithwood.attention.moba import MoBAConfig
+from pithwood.attention.projections import HeadsMixer
 from pithwood.attention.window import SlidingWindowConfig
 from pithwood.generate.cache import Cache
 from pithwood.ops.packing import Packing
 from tests.generate.tiny_model import TinyModel, tokens
 from tests.numerics import assert_close, rel_error
+from tests.ops.devices import DEVICE, KERNEL_MARKS
 
 MODELS: dict[str, list[MixerConfig]] = {
     "full": [FullAttentionConfig(), FullAttentionConfig(rope=False)],
@@ -36,7 +38,8 @@ def run_in_steps(model: TinyModel, sequences: list[list[int]], steps: list[list[
             held = cache.lengths
             packing = cache.begin(step)
             new = [t for n, s in enumerate(sequences) for t in s[held[n] : held[n] + step[n]]]
-            hidden_TD = model.forward_cached(torch.tensor(new), packing, cache, "prefill" if i == 0 else "decode")
+            new_T = torch.tensor(new, device=packing.cu_q.device)
+            hidden_TD = model.forward_cached(new_T, packing, cache, "prefill" if i == 0 else "decode")
             cache.advance()
             for n, part in enumerate(hidden_TD.split(step)):
                 parts[n].append(part)
@@ -79,6 +82,23 @@ def test_sequences_of_different_lengths_decode_together(name):
     assert [len(a) for a in actual] == [12, 20, 8, 9]
     for n in range(4):
         assert_close(actual[n], expected[n], 1e-5, f"sequence {n}")
+
+
+@pytest.mark.parametrize("decode", [pytest.param(decode, marks=KERNEL_MARKS) for decode in ("moba", "full")])
+def test_decode_by_kernel_where_the_cache_holds_the_keys_equals_decode_by_plain_torch(decode):
+    model = TinyModel([MoBAConfig(block_size=16, top_k=2), FullAttentionConfig(), MoBAConfig(block_size=17, top_k=2)])
+    sequences = tokens(45, 9, 34)
+    steps = [[40, 0, 31], [1, 1, 1], [2, 0, 1], [0, 8, 0], [1, 0, 1], [1, 0, 0]]
+    expected, prefilled = run_in_steps(model, sequences, steps, decode_attention=decode), whole(model, sequences)
+    model.to(DEVICE)
+    for mixer in model.mixers:
+        assert isinstance(mixer, HeadsMixer)
+        mixer.decode_impl = "triton"
+    actual = run_in_steps(model, sequences, steps, decode_attention=decode, device=DEVICE)
+    for n in range(3):
+        assert_close(actual[n], expected[n], 1e-5, f"sequence {n}")
+        if decode == "moba":
+            assert_close(actual[n], prefilled[n], 1e-5, f"sequence {n} against the whole forward")
 
 
 @pytest.mark.quick

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pithwood.ops.checks import check_choice, check_heads, check_impl, check_packed, check_positive
 from pithwood.ops.packing import Packing, Selection
-from pithwood.ops.select.means import rounded_means, routing_queries
+from pithwood.ops.select.means import packed_summary, rounded_means, routing_queries
 from pithwood.ops.select.ref import select_ref
 from pithwood.ops.select.scores import scores_at
 from pithwood.ops.select.topk import select_topk
@@ -32,6 +32,7 @@ def select(
     tie: str = "later",
     route_per: str = "q_head",
     mean_dtype: str = "input",
+    unit_start_N: Tensor | None = None,
     impl: str | None = None,
 ) -> Selection:
     """Pick the `top_k` key blocks each query attends to, scored by query . block summary, without gradient.
@@ -47,6 +48,8 @@ def select(
     mean_dtype  "input" | "fp32" | "centered"   round the means to the key dtype; keep them; or subtract the mean of the
                                         document's block 0 first and then round. The subtracted vector is common to all
                                         blocks of a document, so exact ranking is invariant and rounding hurts less
+    unit_start_N [N] int                row of s at which the summaries of each document's blocks begin, where they lie
+                                        in a cache; those of complete blocks suffice. Causal packings only. None: packed
     impl        "ref" | "torch" | "triton"   None: "triton" where it fits on CUDA (fp32, fp16 and bf16, K <= 256, top_k
                                         <= 64), "torch" elsewhere
     returns     Selection               ids [T_q, S, top_k], unit = block_size, row_size = 1
@@ -73,11 +76,34 @@ def select(
     check_heads(q_THK.shape[1], s_UGK.shape[1])
     if q_THK.shape[2] != s_UGK.shape[2]:
         raise ValueError(f"q has head dim {q_THK.shape[2]} but the summaries have {s_UGK.shape[2]}; they must agree")
+    check_unit_start(unit_start_N, packing)
     own = forced == "own"
     misfit = triton_misfit(q_THK, s_UGK) or select_misfit(q_THK.shape[2], top_k)
     if impl == "triton" and misfit:
         raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='torch'")
-    if impl == "triton" or (impl is None and not misfit and q_THK.is_cuda):
+    by_kernel = impl == "triton" or (impl is None and not misfit and q_THK.is_cuda)
+    if by_kernel:
+        from pithwood.ops.select.few_triton import decodes_few, select_few
+
+        plain = packing.causal and own and route_per == "q_head" and not packing.self_attention
+        if plain and decodes_few(packing, q_THK.shape[1], s_UGK.shape[0], top_k, block_size):
+            ids_TSk, count_TS = select_few(
+                q_THK,
+                s_UGK,
+                unit_start_N,
+                packing.cu_q,
+                packing.cu_k,
+                packing.max_q,
+                packing.max_k,
+                top_k,
+                block_size,
+                tie,
+                mean_dtype,
+            )
+            return Selection(ids_TSk, count_TS, block_size, 1, own)
+    if unit_start_N is not None:
+        s_UGK = packed_summary(s_UGK, packing, block_size, unit_start_N)
+    if by_kernel:
         from pithwood.ops.select.triton import select_blocks
 
         ids_TSk, count_TS = select_blocks(
@@ -99,6 +125,18 @@ def select(
     run = select_ref if impl == "ref" else select_topk
     ids_TSk = run(queries, means, packing, top_k, block_size, own, tie)
     return Selection(ids_TSk, (ids_TSk >= 0).sum(-1, dtype=torch.int32), block_size, 1, own)
+
+
+def check_unit_start(unit_start_N: Tensor | None, packing: Packing) -> None:
+    if unit_start_N is None:
+        return
+    if not packing.causal:
+        raise ValueError("unit_start is for complete blocks, as causal queries score them; pack the summaries")
+    if unit_start_N.shape != (packing.num_docs,) or unit_start_N.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"unit_start must hold one row number per document, [{packing.num_docs}] int32 or int64, got "
+            f"{tuple(unit_start_N.shape)} {unit_start_N.dtype}"
+        )
 
 
 def select_misfit(head_dim: int, top_k: int) -> str | None:

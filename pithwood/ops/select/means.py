@@ -13,6 +13,20 @@ from pithwood.ops.packing import Packing
 from pithwood.ops.units import unit_table
 
 
+def packed_summary(s_UGK: Tensor, packing: Packing, block_size: int, unit_start_N: Tensor) -> Tensor:
+    """Summaries that begin at row unit_start_N[n] of each document, laid out as `summarise` does; those of blocks that
+    are not complete are zero. Reads nothing on the host.
+    """
+    num_units = packing.num_docs * ((packing.max_k + block_size - 1) // block_size)
+    table = unit_table(packing, block_size, 0, num_units)
+    if s_UGK.shape[0] == 0 or packing.num_docs == 0:
+        return s_UGK.new_zeros(num_units, *s_UGK.shape[1:])
+    inside_U = torch.arange(num_units, device=s_UGK.device) - packing.unit_offsets(block_size)[table.doc_U]
+    complete_U = table.length_U == block_size
+    row_U = torch.where(complete_U, unit_start_N.long()[table.doc_U] + inside_U, 0)
+    return torch.where(complete_U[:, None, None], s_UGK[row_U], 0.0)
+
+
 def rounded_means(s_UGK: Tensor, packing: Packing, block_size: int, mean_dtype: str, key_dtype: torch.dtype) -> Tensor:
     """Block means rounded as mean_dtype says, in fp32 (fp64 if the keys are).
 
