@@ -22,8 +22,8 @@ MOST_QUERIES = 16
 """Queries per document up to which the kernel is the default. It reads a document's keys anew for every 64 rows, a row
 being a query and head; with more queries the kernels of training are faster."""
 TRIED_ON_A_GPU = False
-"""False keeps the kernel from being the default: it passes its tests in Triton's interpreter and compiles for Hopper, but
-has not run on a GPU. impl="triton" (a mixer's `decode_impl`) takes it at one's own risk."""
+"""False keeps the kernel from being the default: it passes its tests in Triton's interpreter and compiles for Hopper,
+but has not run on a GPU. impl="triton" (a mixer's `decode_impl`) takes it at one's own risk."""
 MAX_HEAD_DIM = 256
 """Largest head dim of the Triton kernel."""
 LEAST_UNIT = 16
