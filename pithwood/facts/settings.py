@@ -65,13 +65,19 @@ def classes_in(hint: Any) -> list[tuple[type, str]]:
     found: list[tuple[type, str]] = []
     for member in union_members(hint):
         if is_config_class(member):
-            found += [(cls, "") for cls in class_names((member,), ()).values() if not _only_derived_from(cls)]
+            known = class_names((member,), ()).values()
+            # classes of other packages that happen to be imported are theirs to explain
+            found += [(cls, "") for cls in known if _package(cls) == _package(member) and not _only_derived_from(cls)]
         elif origin_of(member) in (tuple, list):
             for arg in typing.get_args(member):
                 found += [(cls, f".*{suffix}") for cls, suffix in classes_in(arg)] if arg is not Ellipsis else []
         elif origin_of(member) is dict:
             found += [(cls, f".*{suffix}") for arg in typing.get_args(member)[1:] for cls, suffix in classes_in(arg)]
     return found
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
 
 
 def explain(key: str) -> list[dict[str, Any]]:
