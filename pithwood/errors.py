@@ -68,3 +68,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+
+
+def size_text(num_bytes: float) -> str:
+    """A number of bytes in the unit that shows it: "1.50 GB", "3.60 MB", "0.40 kB" (powers of 1000)."""
+    unit, scale = next(((unit, scale) for unit, scale in (("GB", 1e9), ("MB", 1e6)) if num_bytes >= scale), ("kB", 1e3))
+    return f"{num_bytes / scale:,.2f} {unit}"

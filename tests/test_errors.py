@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 
-from pithwood.errors import explain_failure, explain_os_error, is_out_of_memory
+from pithwood.errors import explain_failure, explain_os_error, is_out_of_memory, size_text
 
 pytestmark = pytest.mark.quick
 
@@ -43,3 +43,11 @@ def test_the_allocator_of_torch_is_known_by_what_it_says():
 def test_errors_of_the_program_are_left_alone():
     assert explain_failure(RuntimeError("shapes differ")) is None
     assert explain_failure(KeyError("a")) is None
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "words"),
+    [(400, "0.40 kB"), (1_835_008, "1.84 MB"), (1_500_000_000, "1.50 GB"), (2.64e12, "2,640.00 GB")],
+)
+def test_a_size_is_told_in_a_unit_that_shows_it(num_bytes, words):
+    assert size_text(num_bytes) == words

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from pithwood.checkpoint.files import check_storable, sync_folder
 from pithwood.checkpoint.load import checkpoints_folder, list_checkpoints
 from pithwood.checkpoint.storage import CheckpointWriter, Manifest, reraise_first, write_manifest
-from pithwood.errors import explain_os_error
+from pithwood.errors import explain_os_error, size_text
 
 
 def save_checkpoint(
@@ -92,7 +92,7 @@ def check_can_save(run_dir: Path, num_bytes: float) -> None:
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise ValueError(
-            f"a checkpoint takes {num_bytes / 1e9:,.2f} GB, but the disk of {parent} has {free / 1e9:,.2f} GB free; "
+            f"a checkpoint takes {size_text(num_bytes)}, but the disk of {parent} has {size_text(free)} free; "
             "free some space, or choose another folder with --runs-dir"
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from pithwood.checkpoint.files import DTYPES
 from pithwood.checkpoint.load import latest_checkpoint, list_checkpoints, load_checkpoint, verify_checkpoint
 from pithwood.checkpoint.rng import capture_rng, restore_rng
-from pithwood.checkpoint.save import clean_leftovers, save_checkpoint
+from pithwood.checkpoint.save import check_can_save, clean_leftovers, save_checkpoint
 from pithwood.checkpoint.storage import SUMS
 
 
@@ -323,6 +323,14 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_nothing_else(tmp_path):
     tensors, state = load_checkpoint(tmp_path / "checkpoints" / "step-00000001")
     assert tensors["a"].equal(torch.zeros(1000))
     assert state["tokens"] == 1
+
+
+@pytest.mark.quick
+def test_a_checkpoint_without_room_is_refused_with_both_sizes_and_leaves_nothing_behind(tmp_path):
+    check_can_save(tmp_path, 1000)
+    with pytest.raises(ValueError, match=r"takes 1,000,000,000\.00 GB, but the disk of .* has [\d,.]+ [kMG]B free"):
+        check_can_save(tmp_path, 1e18)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_random_state_comes_back_through_json():
