@@ -13,10 +13,13 @@ NO_GPU := not gpu and not multi_gpu
 INSTALL_INPUTS := pyproject.toml constraints.txt constraints-cuda.txt scripts/install.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick test-slow lint format clean
+.PHONY: help install demo test quick test-slow lint format clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(VENV)/.installed ## the command alone, without what tests need, as $(VENV)/bin/pithwood
+	@echo "installed: $(BIN)/pithwood"
 
 demo: $(VENV)/.installed ## install, then train a sparse language model on real text (under 10 minutes on 2 cores)
 	$(BIN)/pithwood train demo

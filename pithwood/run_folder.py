@@ -119,7 +119,7 @@ def open_run_corpus(
             return corpus
     gone = f"the corpus that {opened.folder.name} was trained on is not in {opened.folder.parent / CORPORA}/"
     way_out = "bring back the folder or the text that it was made of, or give text of your own with --text FILE"
-    progress(f"{gone}; preparing it again")
+    progress(f"opening the corpus of {opened.folder.name} from its source")
     try:
         data = open_data(cfg, opened.folder.parent / CORPORA, progress)
     except (ValueError, OSError) as error:

@@ -135,6 +135,10 @@ def open_corpus(folder: Path) -> Corpus:
     raises ValueError if anything is missing, of another format version, or does not belong together
     """
     path = folder / MANIFEST
+    if not folder.exists():
+        raise ValueError(
+            f"there is no folder {folder}; make a corpus there with `pithwood prepare SOURCE --out {folder}`"
+        )
     if not path.is_file():
         raise ValueError(
             f"{folder} is not a prepared corpus: {MANIFEST} is missing; delete the folder and prepare it again"

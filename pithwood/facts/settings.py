@@ -44,14 +44,17 @@ def import_rooms() -> None:
             importlib.import_module(f"pithwood.{room}.{module.name}")
 
 
-def places_of_classes(root: type = Run) -> dict[type, list[str]]:
-    """Each class that a configuration may hold, with the paths at which it may stand; `*` is any entry."""
+def places_of_classes(root: type = Run, package: str | None = None) -> dict[type, list[str]]:
+    """Each class that a configuration may hold, with the paths at which it may stand; `*` is any entry.
+
+    package  of classes that may stand in another's place only those of this package; None: all that are imported
+    """
     places: dict[type, list[str]] = {root: [""]}
     queue: list[tuple[type, str, tuple[type, ...]]] = [(root, "", (root,))]
     while queue:
         cls, path, above = queue.pop(0)
         for name, hint in field_hints(cls).items():
-            for found, suffix in classes_in(hint):
+            for found, suffix in classes_in(hint, package):
                 place = f"{path}.{name}{suffix}".removeprefix(".")
                 # a class that may hold its own kind, such as a mixture of corpora, is followed once
                 if found not in above and place not in places.setdefault(found, []):
@@ -60,38 +63,38 @@ def places_of_classes(root: type = Run) -> dict[type, list[str]]:
     return places
 
 
-def classes_in(hint: Any) -> list[tuple[type, str]]:
+def classes_in(hint: Any, package: str | None = None) -> list[tuple[type, str]]:
     """The classes in an annotation that can be built, each with what its path has after the field's name."""
     found: list[tuple[type, str]] = []
     for member in union_members(hint):
         if is_config_class(member):
-            known = class_names((member,), ()).values()
-            # classes of other packages that happen to be imported are theirs to explain
-            found += [(cls, "") for cls in known if _package(cls) == _package(member) and not _only_derived_from(cls)]
+            known = [cls for cls in class_names((member,), ()).values() if not _only_derived_from(cls)]
+            found += [(cls, "") for cls in known if package in (None, cls.__module__.partition(".")[0])]
         elif origin_of(member) in (tuple, list):
             for arg in typing.get_args(member):
-                found += [(cls, f".*{suffix}") for cls, suffix in classes_in(arg)] if arg is not Ellipsis else []
+                found += (
+                    [(cls, f".*{suffix}") for cls, suffix in classes_in(arg, package)] if arg is not Ellipsis else []
+                )
         elif origin_of(member) is dict:
-            found += [(cls, f".*{suffix}") for arg in typing.get_args(member)[1:] for cls, suffix in classes_in(arg)]
+            found += [
+                (cls, f".*{suffix}") for arg in typing.get_args(member)[1:] for cls, suffix in classes_in(arg, package)
+            ]
     return found
 
 
-def _package(cls: type) -> str:
-    return cls.__module__.partition(".")[0]
-
-
-def explain(key: str) -> list[dict[str, Any]]:
+def explain(key: str, package: str | None = None) -> list[dict[str, Any]]:
     """What is known of a setting, or of each that a key may mean.
 
     key      a path as in overrides (model.attention.top_k; entries of lists by number or *, of objects by name or *),
              the end of one (attention.top_k, top_k), a class (MoBAConfig) or one of its fields (MoBAConfig.top_k)
+    package  as of `places_of_classes`
     returns  rows {class, field, paths, type, default: JSON, or None where one must be given, required, meaning,
              refused: what the class's own checks say of it, holds: class -> its fields, readers: rows {file, line,
              where}}
     raises   ValueError, naming the nearest setting, if there is none
     """
     import_rooms()
-    places = places_of_classes()
+    places = places_of_classes(package=package)
     wanted = key.strip()
     rows = [(cls, name) for cls in places for name in field_hints(cls)]
     paths = {(cls, name): [f"{place}.{name}".removeprefix(".") for place in places[cls]] for cls, name in rows}

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pithwood.attention.moba import MoBAConfig
 from pithwood.config import field_hints, to_dict
+from pithwood.facts import settings
 from pithwood.facts.compare import flatten_settings
-from pithwood.facts.settings import explain, explain_field, import_rooms, places_of_classes
+from pithwood.facts.settings import explain_field, import_rooms
 from pithwood.recipes import list_recipes, load_recipe
 
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[2]
+# Other test files define mixers of their own, which the same process may have imported.
+explain = partial(settings.explain, package="pithwood")
+places_of_classes = partial(settings.places_of_classes, package="pithwood")
 
 
 def test_a_path_explains_one_setting():
@@ -125,4 +130,4 @@ class Nested:
 
 
 def test_a_class_that_may_hold_its_own_kind_is_followed_once():
-    assert places_of_classes(Nested) == {Nested: [""]}
+    assert settings.places_of_classes(Nested) == {Nested: [""]}

@@ -57,6 +57,13 @@ def attend() -> Iterator[dict[str, Any]]:
             yield {**case, "selection": selection, "sink_H": _normal(4) if sink else None}
 
 
+def decode_attend() -> Iterator[dict[str, Any]]:
+    """Chosen blocks of 16 keys, and all keys."""
+    for case in _attention():
+        yield {**case, "selection": _selection(case["packing"], 4, 16, 2)}
+        yield case
+
+
 def dense_attention() -> Iterator[dict[str, Any]]:
     """Full and sliding-window attention, with and without a sink; half precision once."""
     for case in _attention():
