@@ -72,7 +72,7 @@ def test_another_corpus_of_the_same_tokenizer_is_evaluated(trained, tmp_path):
     other = prepare(dataclasses.replace(trained.run.data, vocab_size=300), tmp_path)
     with pytest.raises(ValueError, match="was made with another tokenizer"):
         evaluate(trained, corpus=other.folder)
-    with pytest.raises(ValueError, match="is not a prepared corpus"):
+    with pytest.raises(ValueError, match="there is no folder"):
         evaluate(trained, corpus=tmp_path / "none")
 
 
