@@ -305,7 +305,7 @@ def test_another_corpus_tokenizer_is_refused(altered):
 
 
 def test_bad_manifests_are_refused(altered, tmp_path):
-    with pytest.raises(ValueError, match="not a prepared corpus"):
+    with pytest.raises(ValueError, match="there is no folder"):
         open_corpus(tmp_path / "absent")
     manifest = json.loads((altered / "manifest.json").read_text())
     (altered / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
