@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     """The parser of the whole command line."""
-    parser = new_parser("pithwood", "Train sparse language models, from a laptop to a cluster.", HELP)
+    parser = new_parser("pithwood", "Train sparse language models, on a laptop or on one GPU.", HELP)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS.values():
         command.add(commands)
