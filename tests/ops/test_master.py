@@ -1,0 +1,57 @@
+"""Copies of master weights and the place where their gradients are added up."""
+
+import pytest
+import torch
+
+from pithwood.ops.master import drop_copies, gradient_sink, in_dtype, keep_copies
+
+pytestmark = pytest.mark.quick
+
+
+def test_a_kept_copy_is_used_until_the_weight_changes():
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    keep_copies([weight], torch.bfloat16)
+    assert in_dtype(weight, torch.bfloat16) is weight.kept_copy[0]
+    with torch.no_grad():
+        weight.add_(1.0)
+    assert torch.equal(in_dtype(weight, torch.bfloat16), weight.to(torch.bfloat16))
+
+
+def test_renewing_writes_into_the_same_memory():
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    keep_copies([weight], torch.bfloat16)
+    first = weight.kept_copy[0]
+    with torch.no_grad():
+        weight.mul_(2.0)
+    keep_copies([weight], torch.bfloat16)
+    assert weight.kept_copy[0] is first
+    assert torch.equal(first, weight.detach().to(torch.bfloat16))
+
+
+def test_a_copy_in_another_dtype_is_not_used():
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    keep_copies([weight], torch.float16)
+    assert in_dtype(weight, torch.bfloat16).dtype == torch.bfloat16
+    assert in_dtype(weight, torch.float32) is weight
+
+
+def test_dropped_copies_are_gone():
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    keep_copies([weight], torch.bfloat16)
+    drop_copies([weight])
+    assert not hasattr(weight, "kept_copy")
+
+
+def test_the_sink_of_a_leaf_is_its_gradient():
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    sink = gradient_sink(weight)
+    assert sink is not None and sink[0] is weight.grad and not sink[1]
+    again = gradient_sink(weight)
+    assert again is not None and again[0] is weight.grad and again[1]
+
+
+def test_what_other_operations_made_and_frozen_weights_have_no_sink():
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    assert gradient_sink(weight * 2) is None
+    weight.requires_grad_(False)
+    assert gradient_sink(weight) is None
