@@ -45,9 +45,13 @@ def test_dropped_copies_are_gone():
 def test_the_sink_of_a_leaf_is_its_gradient():
     weight = torch.nn.Parameter(torch.randn(4, 3))
     sink = gradient_sink(weight)
-    assert sink is not None and sink[0] is weight.grad and not sink[1]
+    assert sink is not None
+    assert sink[0] is weight.grad
+    assert not sink[1]
     again = gradient_sink(weight)
-    assert again is not None and again[0] is weight.grad and again[1]
+    assert again is not None
+    assert again[0] is weight.grad
+    assert again[1]
 
 
 def test_what_other_operations_made_and_frozen_weights_have_no_sink():
