@@ -21,9 +21,6 @@ __all__ = ["decode_attend", "decodes_by_kernel"]
 MOST_QUERIES = 16
 """Queries per document up to which the kernel is the default. It reads a document's keys anew for every 64 rows, a row
 being a query and head; with more queries the kernels of training are faster."""
-TRIED_ON_A_GPU = False
-"""False keeps the kernel from being the default: it passes its tests in Triton's interpreter and compiles for Hopper,
-but has not run on a GPU. impl="triton" (a mixer's `decode_impl`) takes it at one's own risk."""
 MAX_HEAD_DIM = 256
 """Largest head dim of the Triton kernel."""
 LEAST_UNIT = 16
@@ -103,11 +100,10 @@ def decode_attend(
 
 
 def decodes_by_kernel(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, packing: Packing, unit: int | None = None) -> bool:
-    """Whether `decode_attend` takes the Triton kernel of its own accord: never before TRIED_ON_A_GPU; then on CUDA, up
-    to 16 queries per document by packing.max_q, without gradient, fp32, fp16 or bf16, head dims up to 256, units of 16
-    keys or more (None: all keys).
+    """Whether `decode_attend` takes the Triton kernel of its own accord: on CUDA, up to 16 queries per document by
+    packing.max_q, without gradient, fp32, fp16 or bf16, head dims up to 256, units of 16 keys or more (None: all keys).
     """
-    few = TRIED_ON_A_GPU and q_THK.is_cuda and packing.max_q <= MOST_QUERIES
+    few = q_THK.is_cuda and packing.max_q <= MOST_QUERIES
     return few and not _triton_misfit(q_THK, k_TGK, v_TGV, unit)
 
 
