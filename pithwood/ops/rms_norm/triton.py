@@ -21,6 +21,8 @@ TILE_ELEMENTS = 2048
 PARTS = 528
 """Programs of a backward pass: four for each multiprocessor of a Hopper GPU."""
 WARPS = 4
+STAGES = 3
+"""Tiles that a backward program has on their way from memory at a time."""
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -144,6 +146,7 @@ def rms_norm_backward(
             PADDED_D=padded,
             ROWS=per_step,
             ADD=residual_RD is not None,
+            STAGES=STAGES,
             num_warps=WARPS,
         )
     return grad_x, part_PD.sum(0)
@@ -213,12 +216,13 @@ def _backward_kernel(
     PADDED_D: tl.constexpr,
     ROWS: tl.constexpr,
     ADD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * rows_per_program
     dim = tl.arange(0, PADDED_D)
     weight = tl.load(weight_ptr + dim, mask=dim < D, other=0.0).to(tl.float32)[None, :]
     share = tl.zeros([ROWS, PADDED_D], tl.float32)
-    for step in range(0, rows_per_program, ROWS):
+    for step in tl.range(0, rows_per_program, ROWS, num_stages=STAGES):
         row = first + step + tl.arange(0, ROWS)
         real = (row < num_rows)[:, None] & (dim < D)[None, :]
         grad = tl.load(grad_ptr + row[:, None] * stride_grad + dim[None, :], mask=real, other=0.0).to(tl.float32)
