@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from pithwood.attention.base import CacheField, Cost, LayerContext, Mixer, MixerConfig, MixerOut, MixerShape
 from pithwood.attention.key_conv import ConvWidth, KeyConv
 from pithwood.ops.decode import decode_attend, decodes_by_kernel
-from pithwood.ops.linear import linear
+from pithwood.ops.linear import linear, linears
+from pithwood.ops.norm_rope import norm_rope
 from pithwood.ops.packing import Packing, Selection
-from pithwood.ops.rms_norm import rms_norm
 
 TILE = 128
 """Queries and keys that a dense kernel visits together: what it executes is counted in such tiles."""
@@ -82,14 +82,21 @@ class HeadsMixer(Mixer):
         """
         self._check_context(ctx)
         tokens, heads, kv_heads, dim = x_TD.shape[0], self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim
-        q_THK = self.q_proj(x_TD).view(tokens, heads, dim)
-        k_TGK = self.mix_raw_keys(self.k_proj(x_TD), ctx).view(tokens, kv_heads, dim)
-        v_TGK = self.v_proj(x_TD).view(tokens, kv_heads, dim)
+        parts = self.q_proj, self.k_proj, self.v_proj
+        q_TC, k_TC, v_TC = linears(x_TD, [part.weight for part in parts], [part.bias for part in parts])
+        k_TC = self.mix_raw_keys(k_TC, ctx)
+        q_weight, k_weight, eps = None, None, 0.0
         if self.q_norm is not None and self.k_norm is not None:
-            q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
-        if self.rope and ctx.rope is not None:
-            q_THK, k_TGK = ctx.rope.apply(q_THK), ctx.rope.apply(k_TGK)
-        return q_THK, k_TGK, v_TGK
+            q_weight, k_weight, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        q_THK, k_TGK = norm_rope(
+            q_TC.view(tokens, heads, dim),
+            k_TC.view(tokens, kv_heads, dim),
+            q_weight,
+            k_weight,
+            eps,
+            ctx.rope if self.rope else None,
+        )
+        return q_THK, k_TGK, v_TC.view(tokens, kv_heads, dim)
 
     def mix_raw_keys(self, k_TC: Tensor, ctx: LayerContext) -> Tensor:
         """What happens to the key projection's output [T, G*K] before norm and RoPE: the key convolution, if any."""
@@ -220,15 +227,12 @@ class Projection(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMS norm of each head's vector, one weight [K] for all heads; starts at ones."""
+    """Weight [K] and epsilon of the RMS norm of each head's vector, the same for all heads; starts at ones."""
 
     def __init__(self, head_dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(head_dim))
-
-    def forward(self, x_THK: Tensor) -> Tensor:
-        return rms_norm(x_THK, self.weight, self.eps)
 
 
 def visible_pairs(packing: Packing, window: int | None = None, tile: int = 1) -> float:

@@ -34,7 +34,7 @@ from pithwood.moe.layer import MoELayer
 from pithwood.ops.linear import linear
 from pithwood.ops.linear_logprob import CHUNK_BYTES, KEEP_BYTES, linear_logprob
 from pithwood.ops.packing import Packing
-from pithwood.ops.rms_norm import rms_norm
+from pithwood.ops.rms_norm import add_rms_norm, rms_norm
 from pithwood.ops.rope import Rope
 from pithwood.optim.groups import ParamRole
 
@@ -150,6 +150,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def of_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + y, its norm)."""
+        return add_rms_norm(x, y, self.weight, self.eps)
+
 
 class Block(nn.Module):
     """One decoder layer in three stages."""
@@ -165,8 +169,7 @@ class Block(nn.Module):
 
     def attend_and_route(self, x_TD: Tensor, ctx: LayerContext) -> Routed:
         out = self.self_attn(self.input_layernorm(x_TD), ctx)
-        residual_TD = x_TD + out.y_TD
-        ffn_in_TD = self.post_attention_layernorm(residual_TD)
+        residual_TD, ffn_in_TD = self.post_attention_layernorm.of_sum(x_TD, out.y_TD)
         carry = {**ctx.carry, **out.carry}
         if isinstance(self.mlp, DenseMLP):
             return Routed(residual_TD, ffn_in_TD, None, None, carry)
