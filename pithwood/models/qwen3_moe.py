@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pithwood.attention.base import CacheField, Cost, LayerContext, Mixer, MixerConfig, MixerShape, Mode
@@ -31,8 +30,10 @@ from pithwood.moe.config import MoEConfig
 from pithwood.moe.dispatch import combine_tokens, dispatch_tokens
 from pithwood.moe.experts import DenseMLP
 from pithwood.moe.layer import MoELayer
+from pithwood.ops.embed import embed
 from pithwood.ops.linear import linear
 from pithwood.ops.linear_logprob import CHUNK_BYTES, KEEP_BYTES, linear_logprob
+from pithwood.ops.linear_nll import linear_nll
 from pithwood.ops.packing import Packing
 from pithwood.ops.rms_norm import add_rms_norm, rms_norm
 from pithwood.ops.rope import Rope
@@ -252,7 +253,7 @@ class Qwen3MoE(nn.Module):
         cache     a `generate.cache.Cache` in modes prefill and decode
         replay    decisions to reuse, probe: where decisions are collected (see LayerContext.decide)
         """
-        x_TD = F.embedding(tokens_T, self.model["embed_tokens"].weight).to(dtype)  # type: ignore[arg-type]
+        x_TD = embed(tokens_T, self.model["embed_tokens"].weight, dtype)  # type: ignore[arg-type]
         rope = Rope.from_positions(packing.position_T, self.cfg.head_dim, self.cfg.rope_theta)
         ctx = LayerContext(packing, rope, mode=mode, replay=replay, probe=probe, ledger=ledger)
         carry: dict[str, Tensor] = {}
@@ -273,6 +274,10 @@ class Qwen3MoE(nn.Module):
     def logprob(self, hidden_TD: Tensor, target_T: Tensor) -> Tensor:
         """[T] fp32 log-probability of each target, in chunks."""
         return linear_logprob(hidden_TD, self.head_weight, target_T)
+
+    def nll_sum(self, hidden_TD: Tensor, target_T: Tensor, weight_T: Tensor) -> Tensor:
+        """Scalar, fp32: the sum of weight * -log p(target), in chunks."""
+        return linear_nll(hidden_TD, self.head_weight, target_T, weight_T)
 
     @torch.no_grad()
     def init_weights(self, seed: int, only: set[str] | None = None) -> None:

@@ -8,8 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pithwood.ops.checks import compute_dtype
+from pithwood.ops.linear import add_product, adds_in_place
+from pithwood.ops.triton_support import triton_misfit
+
 CHUNK_BYTES = 64 << 20
-"""fp32 logits alive at a time when they are not kept."""
+"""fp32 logits alive at a time when they are not kept, on a CPU."""
+GPU_CHUNK_BYTES = 1 << 30
+"""The same on a GPU, whose products need a thousand rows and more to be fast."""
 KEEP_BYTES = 256 << 20
 """Below this size the logits of all chunks are kept for the backward pass, which then needs no second head product."""
 
@@ -18,11 +24,11 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, weight_XD: Tensor, target_T: Tensor) -> Tensor:  # type: ignore[override]
         num_tokens, vocab = x_TD.shape[0], weight_XD.shape[0]
-        rows = max(1, CHUNK_BYTES // (4 * vocab))
+        rows = max(1, (GPU_CHUNK_BYTES if x_TD.is_cuda else CHUNK_BYTES) // (4 * vocab))
         keep = 4 * num_tokens * vocab <= KEEP_BYTES and any(ctx.needs_input_grad[:2])
         weight = weight_XD.to(x_TD.dtype)
         kept = []
-        logprob_T = torch.empty(num_tokens, dtype=_accumulate_dtype(x_TD), device=x_TD.device)
+        logprob_T = torch.empty(num_tokens, dtype=compute_dtype(x_TD.dtype), device=x_TD.device)
         lse_T = torch.empty_like(logprob_T)
         for start in range(0, num_tokens, rows):
             part = slice(start, min(start + rows, num_tokens))
@@ -55,13 +61,11 @@ class _LinearLogprob(torch.autograd.Function):
             if grad_weight is not None:
                 if x_TD.dtype == grad_weight.dtype:
                     grad_weight.addmm_(grad.t(), x_TD[part])
+                elif x_TD.is_cuda:
+                    add_product(grad_weight, grad, x_TD[part], True)
                 else:
                     grad_weight += (grad.t() @ x_TD[part]).to(grad_weight.dtype)
         return grad_x, None if grad_weight is None else grad_weight.to(weight_XD.dtype), None
-
-
-def _accumulate_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def linear_logprob(x_TD: Tensor, weight_XD: Tensor, target_T: Tensor) -> Tensor:
@@ -70,6 +74,12 @@ def linear_logprob(x_TD: Tensor, weight_XD: Tensor, target_T: Tensor) -> Tensor:
     x_TD       [T, D] any float dtype; the product runs in it, softmax and sums in fp32
     weight_XD  [X, D] master weights, cast to x's dtype
     target_T   [T] int64
-    Logits are kept for the backward pass up to KEEP_BYTES and recomputed chunk by chunk above.
+    Logits are kept for the backward pass up to KEEP_BYTES and recomputed chunk by chunk above. Where no gradient is
+    wanted, half precision on CUDA is read by the kernel of `ops/linear_nll/`.
     """
+    wanted = torch.is_grad_enabled() and (x_TD.requires_grad or weight_XD.requires_grad)
+    if not wanted and adds_in_place(x_TD, weight_XD) and triton_misfit(x_TD, weight_XD) is None:
+        from pithwood.ops.linear_nll.triton import nll_rows_triton
+
+        return -nll_rows_triton(x_TD, weight_XD, target_T)
     return _LinearLogprob.apply(x_TD, weight_XD, target_T)
