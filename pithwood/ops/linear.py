@@ -79,7 +79,7 @@ class _Linears(torch.autograd.Function):
 
 @torch.no_grad()
 def add_weight_gradient(weight: Tensor, grad_TO: Tensor, x_TC: Tensor) -> Tensor | None:
-    """Add grad^T x to the weight's gradient in fp32: in place where the weight has a sink (returns None), else returned.
+    """None after adding grad^T x to the weight's gradient in place, in fp32; the product itself if it has no sink.
 
     grad_TO, x_TC  of one half-precision dtype, on CUDA; any strides that a product takes
     """

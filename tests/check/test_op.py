@@ -96,7 +96,21 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["attend", "decode", "dense_attention", "grouped_mm", "select", "summarise"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attend",
+        "decode",
+        "dense_attention",
+        "embed",
+        "grouped_mm",
+        "linear_nll",
+        "norm_rope",
+        "rms_norm",
+        "select",
+        "summarise",
+    ],
+)
 def test_every_op_with_a_reference_agrees_with_it_on_poisoned_memory(name):
     results = run_gates(op_gates(name, run_tests=False))
     assert passed(results), report(results)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pithwood.ops.packing import Packing, Selection
+from pithwood.ops.rope import Rope
 
 PACKED: tuple[tuple[Sequence[int], Sequence[int] | None], ...] = (
     ([0, 5, 16, 0, 1, 47, 0], None),
@@ -101,3 +102,54 @@ def grouped_mm() -> Iterator[dict[str, Any]]:
                 "w_EXD": _normal(len(sizes), 8, 16, dtype=dtype),
                 "offsets": torch.tensor([0, *sizes]).cumsum(0).to(torch.int32),
             }
+
+
+def rms_norm() -> Iterator[dict[str, Any]]:
+    """No row, few, many; odd widths; half precision once."""
+    for shape in ((0, 8), (3, 5, 24), (7, 3), (70, 129)):
+        yield {"x": _normal(*shape), "weight": _normal(shape[-1]), "eps": 1e-5}
+    yield {"x": _normal(9, 40, dtype=torch.float16), "weight": _normal(40, dtype=torch.float16), "eps": 1e-5}
+
+
+def add_rms_norm() -> Iterator[dict[str, Any]]:
+    """What rms_norm is tried with, and as much to add."""
+    for case in rms_norm():
+        yield {**case, "y": _normal(*case["x"].shape, dtype=case["x"].dtype)}
+
+
+def norm_rope() -> Iterator[dict[str, Any]]:
+    """Norm and rotation, and each alone; half precision once."""
+    for tokens, dim, norm, rotate, dtype in (
+        (37, 16, True, True, torch.float32),
+        (5, 24, True, False, torch.float32),
+        (1, 2, False, True, torch.float32),
+        (20, 16, True, True, torch.float16),
+    ):
+        yield {
+            "q_THK": _normal(tokens, 4, dim, dtype=dtype),
+            "k_TGK": _normal(tokens, 2, dim, dtype=dtype),
+            "q_weight_K": _normal(dim, dtype=dtype) if norm else None,
+            "k_weight_K": _normal(dim, dtype=dtype) if norm else None,
+            "eps": 1e-6,
+            "rope": Rope.from_positions(torch.arange(tokens), dim, 1e4) if rotate else None,
+        }
+
+
+def linear_nll() -> Iterator[dict[str, Any]]:
+    """Tokens that do not count, one token, none. The head is no leaf: it gets its gradient from autograd."""
+    for tokens, vocab in ((37, 29), (1, 1), (0, 7), (20, 300)):
+        target, weight = torch.randint(0, vocab, (tokens,)), torch.rand(tokens)
+        target[3::11], weight[5::7] = -1, 0.0
+        yield {
+            "x_TD": _normal(tokens, 16),
+            "weight_XD": _normal(vocab, 16) * 1.0,
+            "target_T": target,
+            "weight_T": weight,
+        }
+
+
+def embed() -> Iterator[dict[str, Any]]:
+    """Ids that repeat, one, none. The table is no leaf: it gets its gradient from autograd."""
+    for tokens, vocab, dim in ((90, 7, 40), (1, 1, 1), (0, 5, 8)):
+        table = _normal(vocab, dim) * 1.0
+        yield {"token_T": torch.randint(0, vocab, (tokens,)), "weight_XD": table, "dtype": torch.float32}

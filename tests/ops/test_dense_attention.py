@@ -7,6 +7,8 @@ import torch
 
 from pithwood.ops import Packing, dense_attention
 from pithwood.ops.dense_attention import banded
+from pithwood.ops.dense_attention.cudnn import equal_length
+from pithwood.ops.dense_attention.fa4 import installed
 from tests.numerics import assert_close, rel_error
 from tests.ops.reference import assert_lse_close, attention, dense_masks, gradients, make_inputs
 
@@ -144,10 +146,14 @@ def test_bad_arguments_are_refused_with_what_is_allowed():
         dense_attention(*inputs, window=0)
     with pytest.raises(ValueError, match="window=3 needs a causal packing"):
         dense_attention(*inputs[:3], Packing.from_lengths([16], causal=False), window=3)
-    with pytest.raises(ValueError, match="'ref', 'torch', 'varlen'"):
+    with pytest.raises(ValueError, match="'ref', 'torch', 'varlen', 'cudnn', 'fa4'"):
         dense_attention(*inputs, impl="flash")
-    with pytest.raises(ValueError, match="needs CUDA tensors, got cpu; use impl='torch'"):
-        dense_attention(*inputs, impl="varlen")
+    for impl in ("varlen", "cudnn"):
+        with pytest.raises(ValueError, match="needs CUDA tensors, got cpu; use impl='torch'"):
+            dense_attention(*inputs, impl=impl)
+    if not installed():
+        with pytest.raises(ValueError, match="package flash-attn-4 is not installed"):
+            dense_attention(*inputs, impl="fa4")
     with pytest.raises(ValueError, match="one logit per query head"):
         dense_attention(*inputs, sink_H=torch.zeros(3))
     with pytest.raises(ValueError, match="share a dtype"):
@@ -157,19 +163,41 @@ def test_bad_arguments_are_refused_with_what_is_allowed():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["varlen", "fa4"])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("lengths", [([300, 0, 41, 700], None), ([30, 1, 41], [300, 200, 20])])
-def test_varlen_on_the_gpu_agrees_with_fp64(window, lengths):
-    inputs = make_inputs(*lengths, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16)
-    expected = attention(*inputs, dense_masks(inputs.packing, 4, window))
+def test_packed_kernels_on_the_gpu_agree_with_fp64(window, lengths, impl):
+    if impl == "fa4" and not installed():
+        pytest.skip("needs the package flash-attn-4")
+    check_on_gpu(make_inputs(*lengths, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16), impl, window)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("lengths", "heads", "dim"), [([256] * 3, 4, 64), ([700], 8, 128), ([65, 65], 2, 128)])
+def test_documents_of_one_length_by_cudnn_agree_with_fp64(lengths, heads, dim):
+    check_on_gpu(make_inputs(lengths, heads=heads, kv_heads=2, dim=dim, dtype=torch.bfloat16), "cudnn", None)
+
+
+def check_on_gpu(inputs, impl, window):
+    """Output, gradients and log-sum of an implementation against fp64."""
+    expected = attention(*inputs, dense_masks(inputs.packing, inputs.q.shape[1], window))
     wanted = gradients(expected[0], None, inputs[:3])
     q, k, v = (x.detach().cuda().requires_grad_() for x in inputs[:3])
     packing = inputs.packing.to("cuda")
-    o, _ = dense_attention(q, k, v, packing, window=window, impl="varlen")
+    o, _ = dense_attention(q, k, v, packing, window=window, impl=impl)
     assert_close(o, expected[0], 2e-2)
     weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for a, b in zip(torch.autograd.grad((o.double() * weight.cuda()).sum(), (q, k, v)), wanted, strict=True):
         assert_close(a, b, 2e-2)
     with torch.no_grad():
-        _, lse = dense_attention(q, k, v, packing, window=window, need_lse=True, impl="varlen")
+        _, lse = dense_attention(q, k, v, packing, window=window, need_lse=True, impl=impl)
     assert_lse_close(lse.cpu(), expected[1], 1e-2)
+
+
+def test_documents_of_one_length_are_known_without_reading_offsets():
+    assert equal_length(Packing.from_lengths([64, 64])) == 64
+    assert equal_length(Packing.from_lengths([64, 63])) is None
+    assert equal_length(Packing.from_lengths([64, 64], max_q=128)) is None
+    assert equal_length(Packing.from_lengths([64, 64, 0])) is None
+    assert equal_length(Packing.from_lengths([64], [64])) is None
+    assert equal_length(Packing.from_lengths([])) is None

@@ -90,5 +90,8 @@ def test_every_setting_of_a_run_is_on_the_page():
 def test_the_listings_are_complete():
     assert [name for name, _ in list_commands()] == list(COMMANDS)
     assert "| `pithwood train` | train a recipe" in commands_table()
-    assert "| `dense_attention/` | `dense_attention` | `ref`, `torch`, `varlen` | Softmax attention" in ops_table()
+    assert (
+        "| `dense_attention/` | `dense_attention` | `ref`, `torch`, `varlen`, `cudnn`, `fa4` | Softmax attention"
+        in ops_table()
+    )
     assert "`MoBAConfig` | `attention/moba.py` | Mixture of block attention" in mixers_table()

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pithwood.ops.checks import check_impl, check_positive, check_qkv, check_sink
 from pithwood.ops.dense_attention.banded import BandedAttention
+from pithwood.ops.dense_attention.cudnn import cudnn_attention, cudnn_misfit
+from pithwood.ops.dense_attention.fa4 import fa4_attention, fa4_misfit
 from pithwood.ops.dense_attention.ref import dense_ref
 from pithwood.ops.dense_attention.sdpa import sdpa_attention, sdpa_fits
 from pithwood.ops.dense_attention.varlen import varlen_attention, varlen_misfit
@@ -16,6 +18,9 @@ from pithwood.ops.merge import add_sink
 from pithwood.ops.packing import Packing
 
 __all__ = ["dense_attention"]
+
+PREFERRED: tuple[str, ...] = ("varlen",)
+"""What a call takes that names no implementation: the first of these that fits, else "torch"."""
 
 
 def dense_attention(
@@ -37,18 +42,20 @@ def dense_attention(
     window      >= 1                    keys a query sees, its own included; None: all. Causal packings only
     sink_H      [H] float               a logit per head that takes part in the softmax without a value (not scaled)
     need_lse                            also return the log-sum
-    impl        "ref" | "torch" | "varlen"   None: "varlen" (flash attention in torch) where it fits: CUDA, fp16 or
-                                        bf16, V = K <= 256 and a multiple of 8, and no gradient through lse or sink;
-                                        "torch" elsewhere
+    impl        "ref" | "torch" | "varlen" | "cudnn" | "fa4"   None: the first of PREFERRED that fits, "torch" elsewhere
     returns     (o [T_q, H, V] like q, lse [T_q, H] fp32 (fp64 for fp64), sink included, or None)
-    raises      ValueError on shapes, dtypes, window < 1 or without causality, "varlen" where it does not fit
+    raises      ValueError on shapes, dtypes, window < 1 or without causality, an implementation where it does not fit
+
+    "varlen" (flash attention 2 in torch) fits CUDA tensors in fp16 or bf16 with V = K <= 256, a multiple of 8, and no
+    gradient through lse or sink. "fa4" (package flash-attn-4) the same on a Hopper GPU. "cudnn" fits documents of equal
+    length without window, K <= 128.
 
     Differentiable in q, k, v, sink, through o and lse. A query that sees no key gives zero output, lse -inf (without
     sink) and no gradient. "torch" is `scaled_dot_product_attention` document by document for plain full attention, and
     a chunked softmax (memory linear in T, with a window linear in T x window / chunk) for everything else; it reads the
     offsets on the host.
     """
-    check_impl(impl, ("ref", "torch", "varlen"))
+    check_impl(impl, ("ref", "torch", "varlen", "cudnn", "fa4"))
     check_qkv(q_THK, k_TGK, v_TGV, packing)
     check_sink(sink_H, q_THK.shape[1])
     if window is not None:
@@ -58,13 +65,19 @@ def dense_attention(
     scale = q_THK.shape[2] ** -0.5 if scale is None else scale
     needs_lse = need_lse or sink_H is not None
     lse: Tensor | None
-    misfit = varlen_misfit(q_THK, k_TGK, v_TGV, needs_lse)
-    if impl == "varlen" and misfit:
-        raise ValueError(f"impl='varlen' does not fit here: {misfit}; use impl='torch'")
+    args = q_THK, k_TGK, v_TGV
+    if impl is None:
+        impl = next((name for name in PREFERRED if not _misfit(name, *args, packing, window, needs_lse)), "torch")
+    elif misfit := _misfit(impl, *args, packing, window, needs_lse):
+        raise ValueError(f"impl={impl!r} does not fit here: {misfit}; use impl='torch'")
     if impl == "ref":
-        o, lse = dense_ref(q_THK, k_TGK, v_TGV, packing, scale, window)
-    elif impl == "varlen" or (impl is None and not misfit):
-        o, lse = varlen_attention(q_THK, k_TGK, v_TGV, packing, scale, window, needs_lse)
+        o, lse = dense_ref(*args, packing, scale, window)
+    elif impl == "varlen":
+        o, lse = varlen_attention(*args, packing, scale, window, needs_lse)
+    elif impl == "fa4":
+        o, lse = fa4_attention(*args, packing, scale, window, needs_lse)
+    elif impl == "cudnn":
+        o, lse = cudnn_attention(*args, packing, scale)
     elif not needs_lse and window is None and sdpa_fits(q_THK, v_TGV, packing):
         o, lse = sdpa_attention(q_THK, k_TGK, v_TGV, packing, scale), None
     else:
@@ -73,3 +86,16 @@ def dense_attention(
         assert lse is not None
         o, lse = add_sink(o, lse, sink_H)
     return o.to(q_THK.dtype), lse if need_lse else None
+
+
+def _misfit(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, needs_lse: bool
+) -> str | None:
+    """Why this implementation cannot take the call, or None if it can."""
+    if impl == "varlen":
+        return varlen_misfit(q, k, v, needs_lse)
+    if impl == "fa4":
+        return fa4_misfit(q, k, v, needs_lse)
+    if impl == "cudnn":
+        return cudnn_misfit(q, k, v, packing, window, needs_lse)
+    return None

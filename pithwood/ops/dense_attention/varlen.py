@@ -60,10 +60,14 @@ def varlen_attention(
     result: Any = varlen_attn(q_THK, k_TGK, v_TGV, packing.cu_q, packing.cu_k, packing.max_q, packing.max_k, **options)
     o: Tensor = result[0] if need_lse else result
     lse: Tensor | None = result[1].transpose(0, 1) if need_lse else None
-    if not packing.self_attention:
-        # Rows without a visible key: their output and log-sum are our convention, not the kernel's.
-        lengths_N = packing.cu_k.diff()[packing.query_doc()]
-        empty_T = packing.query_key_position() < 0 if packing.causal else lengths_N == 0
-        o = o.masked_fill(empty_T[:, None, None], 0.0)
-        lse = None if lse is None else lse.masked_fill(empty_T[:, None], float("-inf"))
-    return o, lse
+    return blank_without_keys(o, lse, packing)
+
+
+def blank_without_keys(o_THV: Tensor, lse_TH: Tensor | None, packing: Packing) -> tuple[Tensor, Tensor | None]:
+    """Zero output and log-sum -inf in rows without a visible key: our convention, not the kernels'."""
+    if packing.self_attention:
+        return o_THV, lse_TH
+    lengths_N = packing.cu_k.diff()[packing.query_doc()]
+    empty_T = packing.query_key_position() < 0 if packing.causal else lengths_N == 0
+    o_THV = o_THV.masked_fill(empty_T[:, None, None], 0.0)
+    return o_THV, None if lse_TH is None else lse_TH.masked_fill(empty_T[:, None], float("-inf"))

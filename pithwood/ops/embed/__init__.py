@@ -31,7 +31,9 @@ def embed(token_T: Tensor, weight_XD: Tensor, dtype: torch.dtype, *, impl: str |
     """
     check_impl(impl, ("ref", "torch", "triton"))
     if token_T.dim() != 1 or weight_XD.dim() != 2:
-        raise ValueError(f"embed takes tokens [T] and a table [X, D], got {tuple(token_T.shape)}, {tuple(weight_XD.shape)}")
+        raise ValueError(
+            f"embed takes tokens [T] and a table [X, D], got {tuple(token_T.shape)}, {tuple(weight_XD.shape)}"
+        )
     misfit = triton_misfit(weight_XD)
     if impl == "triton" and misfit:
         raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='torch'")

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from pithwood.ops.checks import check_impl
-from pithwood.ops.rms_norm.ref import rms_norm_ref
 from pithwood.ops.rms_norm.eager import rms_norm_eager
+from pithwood.ops.rms_norm.ref import rms_norm_ref
 from pithwood.ops.triton_support import triton_misfit
 
 __all__ = ["add_rms_norm", "rms_norm"]
@@ -35,9 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str | None = None) 
     return rms_norm_ref(x, weight, eps) if impl == "ref" else rms_norm_eager(x, weight, eps)
 
 
-def add_rms_norm(
-    x: Tensor, y: Tensor, weight: Tensor, eps: float, *, impl: str | None = None
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
     """A residual's sum and its norm, (x + y, rms_norm(x + y)): as kernels one pass over memory each way.
 
     x, y      [..., D] of one dtype and shape
