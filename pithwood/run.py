@@ -224,6 +224,9 @@ LENGTH_AND_LOGGING = (
     "sample_prompts",
     "sample_tokens",
     "data.parts.*.max_epochs",
+    "model.moe.save_rows",
+    "model.moe.chunk_tokens",
+    "model.moe.chunk_recompute",
 )
 """Fields that do not change what a step computes: a run keeps its folder when they change."""
 

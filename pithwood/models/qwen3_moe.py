@@ -27,7 +27,6 @@ from pithwood.attention.projections import HeadsConfig
 from pithwood.losses import LossLedger
 from pithwood.models.init import fill_normal
 from pithwood.moe.config import MoEConfig
-from pithwood.moe.dispatch import combine_tokens, dispatch_tokens
 from pithwood.moe.experts import DenseMLP
 from pithwood.moe.layer import MoELayer
 from pithwood.ops.embed import embed
@@ -35,6 +34,7 @@ from pithwood.ops.linear import linear
 from pithwood.ops.linear_logprob import CHUNK_BYTES, KEEP_BYTES, linear_logprob
 from pithwood.ops.linear_nll import linear_nll
 from pithwood.ops.packing import Packing
+from pithwood.ops.permute import RowPlan
 from pithwood.ops.rms_norm import add_rms_norm, rms_norm
 from pithwood.ops.rope import Rope
 from pithwood.optim.groups import ParamRole
@@ -177,19 +177,22 @@ class Block(nn.Module):
         ids_Tk, weight_Tk, ffn_in_TD = self.mlp.route(ffn_in_TD, ctx)
         return Routed(residual_TD, ffn_in_TD, ids_Tk, weight_Tk, carry)
 
-    def experts(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
-        """Routed experts over rows grouped by expert."""
+    def experts(
+        self, rows_RD: Tensor, offsets_E: Tensor, weight_R: Tensor, source: tuple[Tensor, RowPlan] | None = None
+    ) -> Tensor:
+        """Routed experts over rows grouped by expert, each row times its weight; see `GroupedExperts.forward`."""
         assert isinstance(self.mlp, MoELayer)
-        return self.mlp.experts(rows_RD, offsets_E)
+        return self.mlp.experts(rows_RD, offsets_E, weight_R, source)
 
     def merge(self, routed: Routed, out_TD: Tensor | None) -> Tensor:
-        """Residual plus routed output (None in a dense layer) plus what every token computes at home."""
+        """The block's output: out_TD (None in a dense layer), which is the residual plus the routed rows as combine
+        adds them in one pass, plus what every token computes at home.
+        """
         if isinstance(self.mlp, DenseMLP):
             return routed.residual_TD + self.mlp(routed.ffn_in_TD)
         assert out_TD is not None
         shared_TD = self.mlp.shared(routed.ffn_in_TD)
-        y_TD = routed.residual_TD + out_TD
-        return y_TD if shared_TD is None else y_TD + shared_TD
+        return out_TD if shared_TD is None else out_TD + shared_TD
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> tuple[Tensor, dict[str, Tensor]]:
         """The three stages with the one-process exchange between them; returns the output and the carry for the next
@@ -200,9 +203,9 @@ class Block(nn.Module):
         if routed.ids_Tk is not None:
             assert isinstance(self.mlp, MoELayer)
             assert routed.weight_Tk is not None
-            rows_RD, offsets_E, handle = dispatch_tokens(routed.ffn_in_TD, routed.ids_Tk, self.mlp.cfg.num_experts)
-            rows_RD = self.experts(rows_RD, offsets_E)
-            out_TD = combine_tokens(rows_RD, routed.weight_Tk, handle, x_TD.shape[0])
+            out_TD = self.mlp.mix(
+                routed.ffn_in_TD, routed.ids_Tk, routed.weight_Tk, routed.residual_TD, experts=self.experts
+            )
         return self.merge(routed, out_TD), routed.carry
 
 

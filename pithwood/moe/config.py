@@ -47,6 +47,15 @@ class MoEConfig:
     """Weight of the mean squared logsumexp of the router logits, >= 0."""
     routing: Routing = "learned"
     """learned: by score. balanced: slot j of token t goes to expert (t * top_k + j) mod num_experts, for benchmarks."""
+    save_rows: bool = True
+    """Keep the rows that the experts read for the backward pass; false gathers them again from the tokens: top_k times
+    the layer's input less memory for one more copy of it."""
+    chunk_tokens: int = 0
+    """Tokens whose rows exist at a time; 0 means all of a micro-batch. Bounds the top_k rows per token of very long
+    sequences; changes no value beyond rounding."""
+    chunk_recompute: bool = True
+    """With chunk_tokens: compute each chunk's experts again in the backward pass; false keeps what they need of all
+    chunks."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -83,6 +92,8 @@ class MoEConfig:
             )
         if self.bias_update_rate is not None and self.bias_update_rate < 0:
             raise ValueError(f"moe.bias_update_rate={self.bias_update_rate} must be >= 0 or null; 1e-3 is usual")
+        if self.chunk_tokens < 0:
+            raise ValueError(f"moe.chunk_tokens={self.chunk_tokens} must be 0 (all tokens at once) or more")
         if self.z_loss_coef < 0:
             raise ValueError(f"moe.z_loss_coef={self.z_loss_coef} must be >= 0; 1e-3 is usual")
 

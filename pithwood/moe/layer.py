@@ -9,7 +9,11 @@ Legend: T packed tokens, D model width, E experts, F expert width, k experts per
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pithwood.attention.base import Cost, LayerContext
 from pithwood.moe.config import MoEConfig
@@ -37,11 +41,45 @@ class MoELayer(nn.Module):
         """[T, D] sum of the shared experts, or None if the layer has none."""
         return None if self.shared_experts is None else self.shared_experts(x_TD)
 
+    def mix(
+        self,
+        x_TD: Tensor,
+        ids_Tk: Tensor,
+        weight_Tk: Tensor,
+        residual_TD: Tensor | None = None,
+        experts: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """Dispatch, experts, combine, all in this process: [T, D] sum of each token's experts, plus the residual.
+
+        Tokens are taken `chunk_tokens` at a time if the configuration says so: the [R, D] and [R, 2F] rows exist for
+        one chunk only, in the backward pass too. `experts` stands in for the layer's own, of the same signature.
+        """
+        cfg = self.cfg
+        run = self.experts if experts is None else experts
+
+        def part(x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, residual_TD: Tensor | None) -> Tensor:
+            rows_RD, weight_R, plan = dispatch_tokens(x_TD, ids_Tk, weight_Tk, cfg.num_experts)
+            rows_RD = run(rows_RD, plan.offsets, weight_R, None if cfg.save_rows else (x_TD, plan))
+            return combine_tokens(rows_RD, plan, residual_TD)
+
+        num_tokens = x_TD.shape[0]
+        if not 0 < cfg.chunk_tokens < num_tokens:
+            return part(x_TD, ids_Tk, weight_Tk, residual_TD)
+        outs = []
+        for first in range(0, num_tokens, cfg.chunk_tokens):
+            some = slice(first, first + cfg.chunk_tokens)
+            residual = None if residual_TD is None else residual_TD[some]
+            inputs = x_TD[some], ids_Tk[some], weight_Tk[some], residual
+            if cfg.chunk_recompute and torch.is_grad_enabled():
+                outs.append(checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False))
+            else:
+                outs.append(part(*inputs))
+        return torch.cat(outs)
+
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Tensor:
         """Route, dispatch, experts, combine, plus the shared experts: [T, D] -> [T, D], all in this process."""
         ids_Tk, weight_Tk, x_TD = self.route(x_TD, ctx)
-        rows_RD, offsets, handle = dispatch_tokens(x_TD, ids_Tk, self.cfg.num_experts)
-        out_TD = combine_tokens(self.experts(rows_RD, offsets), weight_Tk, handle, x_TD.shape[0])
+        out_TD = self.mix(x_TD, ids_Tk, weight_Tk)
         shared_TD = self.shared(x_TD)
         return out_TD if shared_TD is None else out_TD + shared_TD
 

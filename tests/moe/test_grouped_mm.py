@@ -1,10 +1,9 @@
-"""Grouped products and SwiGLU against plain torch: values, every gradient, empty and overloaded groups."""
+"""Grouped products against plain torch: values, every gradient, empty and overloaded groups."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pithwood.ops.grouped_mm import grouped_mm
@@ -114,28 +113,6 @@ def test_odd_widths_and_other_dtypes_are_refused_on_cuda() -> None:
         grouped_mm(rows, w, offsets)
     with pytest.raises(ValueError, match="takes bfloat16 on CUDA"):
         grouped_mm(rows.half(), w.half(), offsets, impl="torch")
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_swiglu_agrees_with_its_definition(dtype: torch.dtype) -> None:
-    gate_up = (torch.randn(7, 10, dtype=torch.float64) * 2).to(dtype).requires_grad_()
-    pull = torch.randn(7, 5, dtype=torch.float64).to(dtype)
-    out = swiglu(gate_up)
-    gate, up = gate_up.double().chunk(2, dim=-1)
-    expected = gate * torch.sigmoid(gate) * up
-    assert_close(out, expected)
-    (grad,) = torch.autograd.grad(out, gate_up, pull)
-    (want,) = torch.autograd.grad(expected, gate_up, pull.double())
-    assert_close(grad, want)
-
-
-def test_swiglu_gradcheck_and_refusal() -> None:
-    gate_up = torch.randn(3, 2, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(swiglu, gate_up)
-    assert_close(swiglu(gate_up), F.silu(gate_up[..., :4]) * gate_up[..., 4:])
-    with pytest.raises(ValueError, match="equal widths; got 7"):
-        swiglu(torch.zeros(2, 7))
 
 
 @pytest.mark.parametrize("impl", ["ref", "torch"])

@@ -203,9 +203,14 @@ def test_routing_and_experts_compile_as_one_graph_each() -> None:
     assert torch.equal(compiled_ids, ids_Tk)
     assert_close(compiled_weight, weight_Tk)
     assert torch.equal(layer.counts_E, counts_E)
-    rows_RD, offsets, _ = dispatch_tokens(x_TD, ids_Tk, 4)
+    rows_RD, weight_R, plan = dispatch_tokens(x_TD, ids_Tk, weight_Tk, 4)
     experts = torch.compile(layer.experts, fullgraph=True, backend="aot_eager")
-    assert_close(experts(rows_RD, offsets), layer.experts(rows_RD, offsets))
+    compiled, eager = experts(rows_RD, plan.offsets, weight_R), layer.experts(rows_RD, plan.offsets, weight_R)
+    assert_close(compiled, eager)
+    inputs = (x_TD, *layer.experts.parameters())
+    grads, wants = (torch.autograd.grad(out.square().sum(), inputs, retain_graph=True) for out in (compiled, eager))
+    for grad, want in zip(grads, wants, strict=True):
+        assert_close(grad, want)
 
 
 @pytest.mark.gpu

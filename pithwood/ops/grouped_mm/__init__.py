@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pithwood.ops.grouped_mm.ref import grouped_mm_ref
+from pithwood.ops.checks import check_impl
+from pithwood.ops.grouped_mm.ref import grouped_grad_weight_ref, grouped_mm_ref
+from pithwood.ops.triton_support import triton_misfit
 
-__all__ = ["grouped_mm", "grouped_mm_ref"]
+__all__ = ["grouped_grad_weight", "grouped_mm"]
 
 
 def grouped_mm(rows_RD: Tensor, w_EXD: Tensor, offsets: Tensor, impl: Literal["ref", "torch"] | None = None) -> Tensor:
@@ -47,3 +49,50 @@ def grouped_mm(rows_RD: Tensor, w_EXD: Tensor, offsets: Tensor, impl: Literal["r
             )
         return F.grouped_mm(rows_RD, w_EXD.transpose(-2, -1), offs=offsets[1:])
     raise ValueError(f"grouped_mm impl={impl!r} is unknown; choose 'ref', 'torch' or None")
+
+
+@torch.no_grad()
+def grouped_grad_weight(
+    grad_RX: Tensor,
+    rows_RD: Tensor,
+    offsets: Tensor,
+    out_EXD: Tensor,
+    *,
+    add: bool,
+    impl: Literal["ref", "triton"] | None = None,
+) -> Tensor:
+    """The gradient of `grouped_mm` in its weights, written or added into a buffer: grad[group e]^T @ rows[group e].
+
+    grad_RX   [R, X] float
+    rows_RD   [R, D], same dtype
+    offsets   [E + 1] int32 as of `grouped_mm`; rows from offsets[-1] on are not looked at, even if NaN
+    out_EXD   [E, X, D] contiguous, in the rows' dtype or fp32, overwritten or added to
+    add       True: out += gradient, empty groups are left alone. False: out = gradient, empty groups become zero
+    impl      "ref": a loop. "triton": one launch without host sync for fp32, fp16 and bf16, sums in fp32.
+              None: "triton" where it fits on CUDA, "ref" elsewhere.
+    returns   out_EXD
+    raises    ValueError on shapes or dtypes that do not fit, or an impl that does not
+    """
+    check_impl(impl, ("ref", "triton"))
+    num_groups = offsets.shape[0] - 1
+    if grad_RX.dim() != 2 or rows_RD.dim() != 2 or grad_RX.shape[0] != rows_RD.shape[0]:
+        raise ValueError(f"gradient {tuple(grad_RX.shape)} and rows {tuple(rows_RD.shape)} must be [R, X] and [R, D]")
+    if out_EXD.shape != (num_groups, grad_RX.shape[1], rows_RD.shape[1]) or not out_EXD.is_contiguous():
+        raise ValueError(
+            f"out {tuple(out_EXD.shape)} must be contiguous and {(num_groups, grad_RX.shape[1], rows_RD.shape[1])} "
+            "(groups, width of the gradient, width of the rows)"
+        )
+    if grad_RX.dtype != rows_RD.dtype or out_EXD.dtype not in (rows_RD.dtype, torch.float32):
+        raise ValueError(
+            f"gradient {grad_RX.dtype} and rows {rows_RD.dtype} must agree, out {out_EXD.dtype} be theirs or fp32"
+        )
+    misfit = triton_misfit(grad_RX, out_EXD)
+    if impl == "triton" and misfit:
+        raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='ref'")
+    if impl == "triton" or (impl is None and rows_RD.is_cuda and not misfit):
+        from pithwood.ops.grouped_mm import weight_triton  # noqa: F401  (registers the operator)
+
+        torch.ops.pithwood.grouped_grad_weight(grad_RX, rows_RD, offsets, out_EXD, add)
+    else:
+        grouped_grad_weight_ref(grad_RX, rows_RD, offsets, out_EXD, add)
+    return out_EXD

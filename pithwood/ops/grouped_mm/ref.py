@@ -45,6 +45,18 @@ def _grad_weight(grad_RX: Tensor, rows_RD: Tensor, offsets: Tensor) -> Tensor:
     return grad_EXD
 
 
+@torch.no_grad()
+def grouped_grad_weight_ref(grad_RX: Tensor, rows_RD: Tensor, offsets: Tensor, out_EXD: Tensor, add: bool) -> None:
+    """out[e] (+)= grad[group e]^T @ rows[group e], multiplied in the dtype of `out_EXD`; reads offsets on the host."""
+    dtype = out_EXD.dtype
+    for e, group in _groups(offsets):
+        grad_XR, rows = grad_RX[group].to(dtype).t(), rows_RD[group].to(dtype)
+        if add:
+            out_EXD[e].addmm_(grad_XR, rows)
+        else:
+            torch.mm(grad_XR, rows, out=out_EXD[e])
+
+
 @_product.register_fake
 def _(rows_RD: Tensor, w_EXD: Tensor, offsets: Tensor) -> Tensor:
     return rows_RD.new_empty(rows_RD.shape[0], w_EXD.shape[1])

@@ -1,0 +1,161 @@
+"""Tokens to rows sorted by expert and back: the permutation, the copy of tokens to rows, the sum of a token's rows.
+
+Dropless: every (token, slot) pair is one row, and the number of rows is always T * k, so nothing waits for the device.
+Both directions read or write whole rows at places that the plan names, and sums run over the slots of a token in their
+order: nothing depends on scheduling.
+
+Legend: T packed tokens, D model width, E experts, k experts per token, R = T * k rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pithwood.ops.checks import check_impl, check_positive
+from pithwood.ops.permute.plan import RowPlan
+from pithwood.ops.permute.ref import gather_rows_ref, plan_rows_ref, sum_rows_ref
+from pithwood.ops.triton_support import triton_misfit
+
+__all__ = ["RowPlan", "gather_rows", "plan_rows", "row_weights", "sum_rows"]
+
+_IMPLS = ("ref", "triton")
+
+
+@torch.no_grad()
+def plan_rows(ids_Tk: Tensor, num_experts: int, *, impl: str | None = None) -> RowPlan:
+    """Where each (token, slot) pair stands among rows sorted by (expert, token, slot).
+
+    ids_Tk    [T, k] int     0 <= id < num_experts, or -1 for none: such pairs come last
+    impl      "ref": a stable sort. "triton": a counting sort of four small launches, without host sync; int32 and
+              int64 ids. None: "triton" on CUDA, "ref" elsewhere.
+    returns   a RowPlan; the same one whatever the implementation
+    raises    ValueError on ids that are no [T, k] integers, T * k >= 2**31, or an impl that does not fit
+    """
+    check_impl(impl, _IMPLS)
+    check_positive("num_experts", num_experts)
+    if ids_Tk.dim() != 2 or ids_Tk.is_floating_point():
+        raise ValueError(f"expert ids must be integers [tokens, top_k], got {tuple(ids_Tk.shape)} {ids_Tk.dtype}")
+    if ids_Tk.numel() >= 2**31:
+        raise ValueError(f"{ids_Tk.numel()} (token, slot) pairs; at most 2**31 - 1: route fewer tokens at a time")
+    if impl == "triton" or (impl is None and ids_Tk.is_cuda):
+        _check_triton(impl, torch.empty(0, device=ids_Tk.device))
+        if ids_Tk.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"impl='triton' takes int32 and int64 ids, got {ids_Tk.dtype}; cast them, or use impl='ref'"
+            )
+        from pithwood.ops.permute import plan_triton  # noqa: F401  (registers the operator)
+
+        return RowPlan(*torch.ops.pithwood.plan_rows(ids_Tk, num_experts))
+    # On the CPU looking is free, and without -1 ids masks can be left out; on a device it would be a sync.
+    all_routed = ids_Tk.device.type == "cpu" and not bool((ids_Tk < 0).any())
+    return RowPlan(*plan_rows_ref(ids_Tk, num_experts), all_routed=all_routed)
+
+
+def gather_rows(x_TD: Tensor, plan: RowPlan, *, impl: str | None = None) -> Tensor:
+    """Copy each token to its rows; differentiable, its backward pass is `sum_rows`.
+
+    x_TD      [T, D] float
+    impl      "ref": any dtype and device. "triton": fp32, fp16, bf16; a token is read once and written k times.
+              None: "triton" where it fits on CUDA, "ref" elsewhere.
+    returns   [R, D]; rows from plan.offsets[-1] on are unspecified, and so may be their gradient
+    raises    ValueError if the plan is of another number of tokens, or an impl does not fit
+    """
+    if x_TD.dim() != 2 or x_TD.shape[0] != plan.num_tokens:
+        raise ValueError(f"x {tuple(x_TD.shape)} must be [T, D] of the plan's {plan.num_tokens} tokens")
+    if _use_triton(impl, x_TD):
+        return torch.ops.pithwood.gather_rows(x_TD, plan.row_Tk, plan.offsets)
+    return _Gather.apply(x_TD, plan)
+
+
+def sum_rows(rows_RD: Tensor, plan: RowPlan, residual_TD: Tensor | None = None, *, impl: str | None = None) -> Tensor:
+    """Sum of each token's rows in slot order, in fp32 (fp64 for fp64), plus a residual; differentiable in both.
+
+    rows_RD       [R, D] float; rows from plan.offsets[-1] on are not read, even if NaN
+    residual_TD   [T, D] same dtype, added before the one rounding
+    impl          "ref": any dtype and device. "triton": fp32, fp16, bf16. None: "triton" where it fits on CUDA.
+    returns       [T, D] in the dtype of rows_RD; the residual, or zero, for a token without experts
+    raises        ValueError if the rows do not belong to the plan, or an impl does not fit
+    """
+    if rows_RD.dim() != 2 or rows_RD.shape[0] != plan.num_rows:
+        raise ValueError(f"{rows_RD.shape[0]} rows, but the plan has {plan.num_rows}")
+    if residual_TD is not None:
+        if residual_TD.shape != (plan.num_tokens, rows_RD.shape[1]):
+            raise ValueError(
+                f"residual {tuple(residual_TD.shape)} must be {(plan.num_tokens, rows_RD.shape[1])} (tokens, width)"
+            )
+        if residual_TD.dtype != rows_RD.dtype:
+            raise ValueError(f"residual is {residual_TD.dtype} and rows are {rows_RD.dtype}; cast one of them")
+    if _use_triton(impl, rows_RD):
+        return torch.ops.pithwood.sum_rows(rows_RD, plan.row_Tk, plan.offsets, residual_TD)
+    return _Sum.apply(rows_RD, residual_TD, plan)
+
+
+def row_weights(weight_Tk: Tensor, plan: RowPlan) -> Tensor:
+    """[R] weight of each row's pair, in the dtype of weight_Tk; differentiable, rows without an expert give nothing."""
+    if weight_Tk.shape != plan.row_Tk.shape:
+        raise ValueError(
+            f"weights {tuple(weight_Tk.shape)} must fit the plan of {tuple(plan.row_Tk.shape)} (tokens, top_k)"
+        )
+    return _RowWeights.apply(weight_Tk, plan)
+
+
+def _use_triton(impl: str | None, x: Tensor) -> bool:
+    check_impl(impl, _IMPLS)
+    if impl == "triton" or (impl is None and x.is_cuda and triton_misfit(x) is None):
+        _check_triton(impl, x)
+        from pithwood.ops.permute import triton  # noqa: F401  (registers the operators)
+
+        return True
+    return False
+
+
+def _check_triton(impl: str | None, x: Tensor) -> None:
+    misfit = triton_misfit(x)
+    if misfit:
+        raise ValueError(f"impl={impl or 'triton'!r} does not fit here: {misfit}; use impl='ref'")
+
+
+def _none_pairs(plan: RowPlan) -> Tensor | None:
+    """[T, k] bool, True for pairs without an expert; None if there are none for sure."""
+    return None if plan.all_routed else plan.row_Tk >= plan.offsets[-1]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, plan: RowPlan) -> Tensor:  # type: ignore[override]
+        ctx.plan = plan
+        return gather_rows_ref(x_TD, plan.token_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor):  # type: ignore[override]
+        return sum_rows_ref(grad_RD, ctx.plan.row_Tk, _none_pairs(ctx.plan), None), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, residual_TD: Tensor | None, plan: RowPlan) -> Tensor:  # type: ignore[override]
+        ctx.plan = plan
+        return sum_rows_ref(rows_RD, plan.row_Tk, _none_pairs(plan), residual_TD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor):  # type: ignore[override]
+        needs_rows, needs_residual = ctx.needs_input_grad[:2]
+        grad_RD = gather_rows_ref(grad_TD, ctx.plan.token_R) if needs_rows else None
+        return grad_RD, grad_TD if needs_residual else None, None
+
+
+class _RowWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_Tk: Tensor, plan: RowPlan) -> Tensor:  # type: ignore[override]
+        ctx.plan = plan
+        return weight_Tk.reshape(-1).index_select(0, plan.pair_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_R: Tensor):  # type: ignore[override]
+        plan: RowPlan = ctx.plan
+        grad_Tk = grad_R.index_select(0, plan.row_Tk.reshape(-1)).view(plan.row_Tk.shape)
+        none_Tk = _none_pairs(plan)
+        return grad_Tk if none_Tk is None else grad_Tk.masked_fill(none_Tk, 0.0), None

@@ -1,0 +1,117 @@
+"""The plan of rows on a GPU: a stable, deterministic counting sort of (token, slot) pairs by expert.
+
+Pairs are cut into tiles. One launch counts each tile's pairs by expert (and all pairs, by integer atomics, which give
+the same in any order), one turns the counts into the first row of every (tile, expert), one ranks each pair among the
+pairs of its tile and writes its row. Nothing waits for the host.
+
+Legend: T packed tokens, E experts, k experts per token, R = T * k rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 256
+"""Pairs that one program ranks: it compares each with all, in pieces of PIECE."""
+PIECE = 32
+SCAN_TILES = 128
+"""Tiles and bins that one program of the scan takes at a time."""
+SCAN_BINS = 16
+
+
+@torch.library.custom_op("pithwood::plan_rows", mutates_args=())
+def plan_rows(ids_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(offsets [E + 1], row_Tk, pair_R, token_R), all int32, as `plan_rows_ref`; ids int32 or int64."""
+    num_pairs, k = ids_Tk.numel(), ids_Tk.shape[1]
+    ids_Tk = ids_Tk.contiguous()
+    make = lambda *size: torch.empty(size, dtype=torch.int32, device=ids_Tk.device)  # noqa: E731
+    offsets, row_Tk, pair_R, token_R = make(num_experts + 1), make(*ids_Tk.shape), make(num_pairs), make(num_pairs)
+    # One bin more for pairs without an expert, and one for what a last tile has no pairs for.
+    bins = triton.next_power_of_2(num_experts + 2)
+    num_tiles = triton.cdiv(num_pairs, TILE)
+    if num_pairs == 0:
+        return offsets.zero_(), row_Tk, pair_R, token_R
+    total = torch.zeros(bins, dtype=torch.int32, device=ids_Tk.device)
+    first_row = make(num_tiles, bins)
+    _count[(num_tiles,)](ids_Tk, first_row, total, num_pairs, num_experts, TILE=TILE, BINS=bins, num_warps=4)
+    scan_bins = min(SCAN_BINS, bins)
+    _scan[(bins // scan_bins,)](
+        first_row, total, offsets, num_tiles, num_experts, TILES=SCAN_TILES, OWN=scan_bins, BINS=bins, num_warps=4
+    )
+    _rank[(num_tiles,)](
+        ids_Tk, first_row, row_Tk, pair_R, token_R, num_pairs, k, num_experts,
+        TILE=TILE, PIECE=PIECE, BINS=bins, num_warps=8,
+    )  # fmt: skip
+    return offsets, row_Tk, pair_R, token_R
+
+
+@plan_rows.register_fake
+def _(ids_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    make = lambda *size: ids_Tk.new_empty(size, dtype=torch.int32)  # noqa: E731
+    num_pairs = ids_Tk.numel()
+    return make(num_experts + 1), make(*ids_Tk.shape), make(num_pairs), make(num_pairs)
+
+
+@triton.jit
+def _bin_of(ids_ptr, pair, num_pairs, num_experts):
+    """The bin of each pair: its expert, E where it has none, E + 1 beyond the last pair."""
+    expert = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=0).to(tl.int32)
+    none = (expert < 0) | (expert >= num_experts)
+    return tl.where(pair < num_pairs, tl.where(none, num_experts, expert), num_experts + 1)
+
+
+@triton.jit
+def _count(ids_ptr, count_ptr, total_ptr, num_pairs, num_experts, TILE: tl.constexpr, BINS: tl.constexpr):
+    """count[tile, bin], and total[bin] over all tiles."""
+    tile = tl.program_id(0)
+    pair = tile * TILE + tl.arange(0, TILE)
+    count = tl.histogram(_bin_of(ids_ptr, pair, num_pairs, num_experts), BINS)
+    at = tl.arange(0, BINS)
+    tl.store(count_ptr + tile.to(tl.int64) * BINS + at, count)
+    tl.atomic_add(total_ptr + at, count, mask=count > 0, sem="relaxed")
+
+
+@triton.jit
+def _scan(
+    count_ptr, total_ptr, offsets_ptr, num_tiles, num_experts,
+    TILES: tl.constexpr, OWN: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Replace count[tile, bin] by the first row of that tile's pairs in that bin; OWN bins a program."""
+    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    every = tl.arange(0, BINS)
+    total = tl.load(total_ptr + every)
+    start = tl.sum(tl.where(every[None, :] < own[:, None], total[None, :], 0), 1)
+    tl.store(offsets_ptr + own, start, mask=own <= num_experts)
+    for first in range(0, num_tiles, TILES):
+        tile = first + tl.arange(0, TILES)
+        at = count_ptr + tile.to(tl.int64)[:, None] * BINS + own[None, :]
+        real = (tile < num_tiles)[:, None] & (own < BINS)[None, :]
+        count = tl.load(at, mask=real, other=0)  # [TILES, OWN]
+        tl.store(at, start[None, :] + tl.cumsum(count, 0) - count, mask=real)
+        start += tl.sum(count, 0)
+
+
+@triton.jit
+def _rank(
+    ids_ptr, first_row_ptr, row_ptr, pair_ptr, token_ptr, num_pairs, k, num_experts,
+    TILE: tl.constexpr, PIECE: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """A pair's row is the first one of its tile and bin, plus the pairs before it in the tile that share the bin."""
+    tile = tl.program_id(0)
+    inside = tl.arange(0, TILE)
+    pair = tile * TILE + inside
+    bin_ = _bin_of(ids_ptr, pair, num_pairs, num_experts)
+    before = tl.zeros([TILE, PIECE], tl.int32)
+    for first in range(0, TILE, PIECE):
+        other = first + tl.arange(0, PIECE)
+        other_bin = _bin_of(ids_ptr, tile * TILE + other, num_pairs, num_experts)
+        same = (bin_[:, None] == other_bin[None, :]) & (other[None, :] < inside[:, None])
+        before += same.to(tl.int32)
+    real = pair < num_pairs
+    row = tl.load(first_row_ptr + tile.to(tl.int64) * BINS + bin_, mask=real, other=0) + tl.sum(before, 1)
+    tl.store(row_ptr + pair, row, mask=real)
+    tl.store(pair_ptr + row, pair, mask=real)
+    tl.store(token_ptr + row, pair // k, mask=real)

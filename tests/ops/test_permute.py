@@ -1,0 +1,175 @@
+"""Rows sorted by expert: kernels and reference against loops, for empty and overloaded experts and pairs of none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pithwood.ops.permute import RowPlan, gather_rows, plan_rows, row_weights, sum_rows
+from tests.numerics import assert_close
+from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS
+
+IMPLS = ["ref", pytest.param("triton", marks=KERNEL_MARKS)]
+pytestmark = pytest.mark.usefixtures("poison")
+
+CASES = {
+    "no_tokens": (0, 4, 2, 0.0),
+    "one_pair": (1, 1, 1, 0.0),
+    "all_of_one_expert": (300, 1, 1, 0.0),
+    "mixed": (300, 8, 2, 0.0),
+    "some_none": (190, 5, 3, 0.3),
+    "no_expert_at_all": (70, 3, 2, 1.0),
+    "more_experts_than_pairs": (9, 512, 4, 0.1),
+    "many_slots": (40, 16, 16, 0.2),
+    "more_tiles_than_a_scan_takes": (16_450, 3, 2, 0.01),
+}
+
+
+def some_ids(case: str, dtype: torch.dtype = torch.int64) -> tuple[Tensor, int]:
+    """Ids that leave the last expert empty where there are several, and burden the first."""
+    num_tokens, num_experts, k, none = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    most = max(num_experts - 1, 1)
+    ids_Tk = (torch.rand(num_tokens, k, generator=generator).square() * most).to(dtype)
+    ids_Tk[torch.rand(num_tokens, k, generator=generator) < none] = -1
+    return ids_Tk.to(DEVICE), num_experts
+
+
+def by_loop(ids_Tk: Tensor, num_experts: int) -> list[list[int]]:
+    """The pairs of every expert, then those without one, by the definition."""
+    flat = ids_Tk.flatten().tolist()
+    groups: list[list[int]] = [[] for _ in range(num_experts + 1)]
+    for pair, expert in enumerate(flat):
+        groups[expert if expert >= 0 else num_experts].append(pair)
+    return groups
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    [*((torch.int64, case) for case in CASES), (torch.int32, "some_none"), (torch.int32, "mixed")],
+)
+def test_pairs_are_sorted_by_expert_then_token_then_slot(impl: str, dtype: torch.dtype, case: str) -> None:
+    ids_Tk, num_experts = some_ids(case, dtype)
+    plan = plan_rows(ids_Tk, num_experts, impl=impl)
+    groups = by_loop(ids_Tk, num_experts)
+    pairs = [pair for group in groups for pair in group]
+    ends = torch.tensor([0, *(len(group) for group in groups[:-1])]).cumsum(0)
+    assert plan.offsets.tolist() == ends.tolist()
+    assert plan.pair_R.tolist() == pairs
+    assert plan.token_R.tolist() == [pair // ids_Tk.shape[1] for pair in pairs]
+    assert plan.row_Tk.flatten()[plan.pair_R].tolist() == list(range(len(pairs)))
+    assert {x.dtype for x in (plan.offsets, plan.row_Tk, plan.pair_R, plan.token_R)} == {torch.int32}
+
+
+def make_plan(case: str) -> RowPlan:
+    return plan_rows(*some_ids(case), impl="ref")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize(
+    ("dim", "case"),
+    [(24, "no_tokens"), (1, "mixed"), (24, "mixed"), (64, "some_none"), (24, "no_expert_at_all"), (2100, "many_slots")],
+)
+def test_gather_copies_and_its_gradient_sums(impl: str, dtype: torch.dtype, dim: int, case: str) -> None:
+    plan = make_plan(case)
+    x_TD = torch.randn(plan.num_tokens, dim, device=DEVICE).to(dtype).requires_grad_()
+    rows_RD = gather_rows(x_TD, plan, impl=impl)
+    used = int(plan.offsets[-1])
+    assert torch.equal(rows_RD[:used], x_TD[plan.token_R[:used]])
+    pull_RD = torch.randn(plan.num_rows, dim, device=DEVICE).to(dtype)
+    pull_RD[used:] = float("nan")
+    (grad_TD,) = torch.autograd.grad(rows_RD, x_TD, pull_RD)
+    want = torch.zeros(plan.num_tokens, dim, dtype=torch.float64, device=DEVICE)
+    want.index_add_(0, plan.token_R[:used], pull_RD[:used].double())
+    assert grad_TD.dtype == dtype
+    assert_close(grad_TD, want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("case", ["no_tokens", "mixed", "some_none", "no_expert_at_all", "many_slots"])
+def test_sum_adds_a_tokens_rows_and_its_gradient_copies(
+    impl: str, dtype: torch.dtype, with_residual: bool, case: str
+) -> None:
+    plan = make_plan(case)
+    used, dim = int(plan.offsets[-1]), 40
+    rows_RD = torch.randn(plan.num_rows, dim, device=DEVICE).to(dtype)
+    rows_RD[used:] = float("nan")
+    rows_RD.requires_grad_()
+    residual_TD = torch.randn(plan.num_tokens, dim, device=DEVICE).to(dtype).requires_grad_() if with_residual else None
+    out_TD = sum_rows(rows_RD, plan, residual_TD, impl=impl)
+    want = torch.zeros(plan.num_tokens, dim, dtype=torch.float64, device=DEVICE)
+    want.index_add_(0, plan.token_R[:used], rows_RD[:used].double())
+    assert out_TD.dtype == dtype
+    assert_close(out_TD, want if residual_TD is None else want + residual_TD.double())
+    pull_TD = torch.randn(plan.num_tokens, dim, device=DEVICE).to(dtype)
+    grad_RD, *others = torch.autograd.grad(
+        out_TD, [rows_RD] if residual_TD is None else [rows_RD, residual_TD], pull_TD
+    )
+    assert torch.equal(grad_RD[:used], pull_TD[plan.token_R[:used]])
+    assert all(torch.equal(grad, pull_TD) for grad in others)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_sum_is_rounded_once(impl: str) -> None:
+    plan = plan_rows(torch.tensor([[0, 1, 2]], device=DEVICE), 3, impl="ref")
+    rows_RD = torch.tensor([[2048.0], [1.0], [1.0]], dtype=torch.float16, device=DEVICE)
+    # in fp16 neighbours of 2048 are 2 apart: one after the other, the ones would vanish
+    assert sum_rows(rows_RD, plan, impl=impl).item() == 2050.0
+    residual = torch.tensor([[-2048.0]], dtype=torch.float16, device=DEVICE)
+    rows_RD[2] = 0.0
+    assert sum_rows(rows_RD, plan, residual, impl=impl).item() == 1.0
+
+
+@pytest.mark.parametrize("case", ["mixed", "some_none", "no_expert_at_all"])
+def test_weights_follow_their_rows(case: str) -> None:
+    plan = make_plan(case)
+    weight_Tk = torch.rand(plan.row_Tk.shape, device=DEVICE, requires_grad=True)
+    weight_R = row_weights(weight_Tk, plan)
+    assert torch.equal(weight_R, weight_Tk.flatten()[plan.pair_R])
+    pull_R = torch.randn(plan.num_rows, device=DEVICE)
+    used = int(plan.offsets[-1])
+    pull_R[used:] = float("nan")
+    (grad_Tk,) = torch.autograd.grad(weight_R, weight_Tk, pull_R)
+    want = torch.zeros(plan.num_rows, device=DEVICE)
+    want[plan.pair_R[:used]] = pull_R[:used]
+    assert torch.equal(grad_Tk.flatten(), want)
+
+
+def test_bad_input_is_refused() -> None:
+    plan = plan_rows(torch.zeros(3, 2, dtype=torch.int64), 2, impl="ref")
+    with pytest.raises(ValueError, match=r"must be integers \[tokens, top_k\]"):
+        plan_rows(torch.zeros(3, 2), 2)
+    with pytest.raises(ValueError, match="num_experts=0 must be at least 1"):
+        plan_rows(torch.zeros(3, 2, dtype=torch.int64), 0)
+    with pytest.raises(ValueError, match="of the plan's 3 tokens"):
+        gather_rows(torch.zeros(4, 2), plan)
+    with pytest.raises(ValueError, match="5 rows, but the plan has 6"):
+        sum_rows(torch.zeros(5, 2), plan)
+    with pytest.raises(ValueError, match="cast one of them"):
+        sum_rows(torch.zeros(6, 2), plan, torch.zeros(3, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"residual \(3, 1\) must be \(3, 2\)"):
+        sum_rows(torch.zeros(6, 2), plan, torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="must fit the plan"):
+        row_weights(torch.zeros(3, 1), plan)
+    with pytest.raises(ValueError, match=r"allowed are 'ref', 'triton'"):
+        gather_rows(torch.zeros(3, 2), plan, impl="torch")
+    with pytest.raises(ValueError, match=r"kernels take fp32, fp16 and bf16, got torch\.float64; use impl='ref'"):
+        sum_rows(torch.zeros(6, 2, dtype=torch.float64), plan, impl="triton")
+
+
+@pytest.mark.parametrize("impl", [pytest.param("triton", marks=KERNEL_MARKS)])
+def test_the_operators_are_known_to_the_compiler(impl: str) -> None:
+    from pithwood.ops.permute import plan_triton, triton
+
+    ids_Tk, num_experts = some_ids("some_none")
+    plan = plan_rows(ids_Tk, num_experts, impl=impl)
+    x_TD = torch.randn(plan.num_tokens, 8, device=DEVICE)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(plan_triton.plan_rows, (ids_Tk, num_experts), test_utils=tests)
+    torch.library.opcheck(triton.sum_rows, (x_TD[plan.token_R], plan.row_Tk, plan.offsets, x_TD), test_utils=tests)
+    assert torch.compile(lambda x: gather_rows(x, plan, impl=impl), fullgraph=True, backend="aot_eager")(x_TD).shape
