@@ -96,7 +96,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["attend", "decode", "dense_attention", "grouped_mm", "select", "summarise"])
+@pytest.mark.parametrize("name", ["attend", "decode", "dense_attention", "gram", "grouped_mm", "select", "summarise"])
 def test_every_op_with_a_reference_agrees_with_it_on_poisoned_memory(name):
     results = run_gates(op_gates(name, run_tests=False))
     assert passed(results), report(results)
