@@ -82,7 +82,9 @@ def _launch(
         TensorDescriptor.from_tensor(x_MRC if square else out_MKK, tile),
         TensorDescriptor.from_tensor(out_MKK, tile),
         TensorDescriptor.from_tensor(out_MKK, mirror),
-        out_MKK if scale_M is None else scale_M,
+        # always a pointer to fp32, so that there is one variant with and without
+        out_MKK.view(-1)[:0].float() if scale_M is None else scale_M.float(),
+        int(scale_M is not None),
         total,
         tiles,
         depth,
@@ -92,7 +94,6 @@ def _launch(
         c,
         TALL=tall,
         SQUARE=square,
-        HAS_SCALE=scale_M is not None,
         ROWS=TILE_ROWS,
         COLS=TILE_COLS,
         DEPTH=TILE_DEPTH,
@@ -102,7 +103,8 @@ def _launch(
     )
 
 
-@triton.jit
+# Few variants to compile: what differs from call to call is no constant.
+@triton.jit(do_not_specialize=["has_scale", "total", "tiles", "programs"])
 def _symmetric_product(
     row_desc,
     col_desc,
@@ -110,6 +112,7 @@ def _symmetric_product(
     out_desc,
     mirror_desc,
     scale_ptr,
+    has_scale,
     total,
     tiles,
     depth,
@@ -119,7 +122,6 @@ def _symmetric_product(
     c,
     TALL: tl.constexpr,
     SQUARE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -139,16 +141,14 @@ def _symmetric_product(
                 right = col_desc.load([matrix, col0, k]).reshape(COLS, DEPTH)
                 acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
 
+        scale = tl.load(scale_ptr + matrix, mask=has_scale != 0, other=1.0)
         if SQUARE:
             own = own_desc.load([matrix, row0, col0]).reshape(ROWS, COLS)
             acc = c * acc + b * own.to(tl.float32)
             row = row0 + tl.arange(0, ROWS)[:, None]
             col = col0 + tl.arange(0, COLS)[None, :]
-            acc += tl.where(row == col, a, 0.0)
-            if HAS_SCALE:
-                acc *= tl.load(scale_ptr + matrix)
-        elif HAS_SCALE:
-            scale = tl.load(scale_ptr + matrix)
+            acc = scale * (acc + tl.where(row == col, a, 0.0))
+        else:
             acc *= scale * scale
         result = acc.to(out_desc.dtype)
         out_desc.store([matrix, row0, col0], result.reshape(1, ROWS, COLS))
