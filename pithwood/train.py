@@ -53,7 +53,7 @@ from pithwood.observe.metrics import (
 from pithwood.observe.sinks import check_sinks, open_sinks
 from pithwood.observe.spikes import SpikeWatch
 from pithwood.ops.packing import Packing
-from pithwood.optim.config import MuonConfig
+from pithwood.optim.config import MuonConfig, state_bytes
 from pithwood.optim.groups import MATRIX_KINDS, plan_parameters
 from pithwood.optim.optimizer import Optimizer
 from pithwood.optim.schedule import idle_end, schedule_spans
@@ -238,6 +238,7 @@ class Trainer:
             run.steps,
             trainable=phase.trainable,
             lr_scales=phase.lr_scales,
+            seed=run.seed,
         )
         self._cost_cache: dict[tuple[int, ...], Cost] = {}
         self.spikes = SpikeWatch(run.spikes, run.log_every)
@@ -536,10 +537,9 @@ def plan(run: Run, cache_dir: Path | None = None) -> dict[str, Any]:
     micro_batches = run.samples_per_step // run.samples_per_micro_batch
     roles, by_muon = model.parameter_roles(), isinstance(run.optim, MuonConfig)
     muon_params = sum(p.numel() for name, p in model.named_parameters() if by_muon and roles[name].kind in MATRIX_KINDS)
-    # weights, gradients and the average; one momentum for Muon's, two moments for AdamW's
-    state = 4.0 * (
-        counts["total"] * (2 + (run.optim.ema_decay > 0)) + muon_params + 2 * (counts["total"] - muon_params)
-    )
+    # weights, gradients and the average; momentum and moments
+    state = 4.0 * counts["total"] * (2 + (run.optim.ema_decay > 0))
+    state += state_bytes(run.optim, muon_params, counts["total"] - muon_params, device)
     return {
         "parameters": counts["total"],
         "active_parameters": counts["active"],

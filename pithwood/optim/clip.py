@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pithwood.ops.norms import tensor_norms
+
 
 def global_norm(grads: list[Tensor]) -> Tensor:
     """Return the 2-norm over all gradients as an fp32 scalar on their device; no host sync.
@@ -21,8 +23,7 @@ def global_norm(grads: list[Tensor]) -> Tensor:
         raise ValueError(
             "global_norm needs at least one gradient: run backward first, and leave some parameter trainable"
         )
-    norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return torch.linalg.vector_norm(tensor_norms(grads))
 
 
 def clip_scale(norm: Tensor, max_norm: float | None) -> Tensor:

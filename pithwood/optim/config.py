@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
 
 from pithwood.optim.groups import WeightDecayRule
 from pithwood.optim.muon import NS_DTYPES, NSDtype
 from pithwood.optim.schedule import Constant, Schedule
+
+StateDtype = Literal["fp32", "bf16"]
+STATE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _check_at_least_zero(owner: str, **values: float | None) -> None:
@@ -29,6 +35,12 @@ def _check_common(cfg: MuonConfig | AdamWConfig) -> None:
     _check_below_one(owner, **{"betas.0": cfg.betas[0], "betas.1": cfg.betas[1]}, ema_decay=cfg.ema_decay)
     if cfg.clip_norm is not None and not cfg.clip_norm > 0.0:
         raise ValueError(f"{owner}: clip_norm={cfg.clip_norm} must be above 0; give null for no clipping")
+    _check_state_dtype(owner, "adam_state_dtype", cfg.adam_state_dtype)
+
+
+def _check_state_dtype(owner: str, name: str, value: str) -> None:
+    if value not in STATE_DTYPES:
+        raise ValueError(f"{owner}: {name}={value!r} must be one of {', '.join(STATE_DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -65,11 +77,19 @@ class MuonConfig:
     """Whether embeddings and head decay too."""
     weight_decay_rules: tuple[WeightDecayRule, ...] = ()
     """Exceptions by name, the last match deciding."""
+    momentum_dtype: StateDtype = "fp32"
+    """What momentum is kept in: fp32, or bf16 rounded up or down by chance, which saves 2 bytes a parameter."""
+    adam_state_dtype: StateDtype = "fp32"
+    """What AdamW's moments are kept in: fp32, or bf16 rounded up or down by chance, which saves 4 bytes a parameter."""
+    offload_state: bool = False
+    """Keep momentum and moments in pinned host memory and stream them through a GPU during the update; on a CPU, whose
+    memory holds them anyway, it changes nothing."""
 
     def __post_init__(self) -> None:
         _check_common(self)
         _check_at_least_zero("MuonConfig", adamw_lr=self.adamw_lr)
         _check_below_one("MuonConfig", momentum=self.momentum)
+        _check_state_dtype("MuonConfig", "momentum_dtype", self.momentum_dtype)
         if not 1 <= self.ns_steps <= 20:
             raise ValueError(f"MuonConfig: ns_steps={self.ns_steps} must lie between 1 and 20")
         if self.ns_dtype not in NS_DTYPES:
@@ -100,9 +120,22 @@ class AdamWConfig:
     """Whether embeddings and head decay too."""
     weight_decay_rules: tuple[WeightDecayRule, ...] = ()
     """Exceptions by name, the last match deciding."""
+    adam_state_dtype: StateDtype = "fp32"
+    """What AdamW's moments are kept in: fp32, or bf16 rounded up or down by chance, which saves 4 bytes a parameter."""
+    offload_state: bool = False
+    """Keep momentum and moments in pinned host memory and stream them through a GPU during the update; on a CPU, whose
+    memory holds them anyway, it changes nothing."""
 
     def __post_init__(self) -> None:
         _check_common(self)
 
 
 OptimizerConfig = MuonConfig | AdamWConfig
+
+
+def state_bytes(cfg: OptimizerConfig, muon_parameters: int, adamw_parameters: int, device: torch.device) -> int:
+    """Bytes of momentum and moments that stay on the device between steps, for so many parameters of each kind."""
+    if cfg.offload_state and device.type == "cuda":
+        return 0
+    momentum = STATE_DTYPES[cfg.momentum_dtype].itemsize if isinstance(cfg, MuonConfig) else 0
+    return momentum * muon_parameters + 2 * STATE_DTYPES[cfg.adam_state_dtype].itemsize * adamw_parameters

@@ -13,12 +13,19 @@ be kept).
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from pithwood.ops.checks import check_impl
+from pithwood.ops.gram import gram, gram_polynomial
+from pithwood.ops.triton_support import INSTALLED, triton_misfit
+from pithwood.optim.offload import Residence, in_place
+from pithwood.optim.rounding import RoundingKey, random_bits, round_to_bf16
 
 NSDtype = Literal["auto", "fp32", "bf16"]
 NS_DTYPES = ("auto", "fp32", "bf16")
@@ -27,10 +34,11 @@ NS_DTYPES = ("auto", "fp32", "bf16")
 QUINTIC = (3.4445, -4.7750, 2.0315)
 NORM_EPS = 1e-7
 
-# Elements orthogonalised at once. A CPU is fastest while a chunk's temporaries stay in a core's L2 cache (1 to 2 MiB);
-# a GPU wants large batches, bounded by their temporaries (about 20 bytes per element).
 CPU_CHUNK_ELEMENTS = 250_000
-GPU_CHUNK_ELEMENTS = 1 << 26
+"""Elements orthogonalised at once on a CPU: fastest while a chunk's temporaries stay in a core's L2 cache (1 to 2 MiB).
+"""
+GPU_CHUNK_BYTES = 1 << 30
+"""Bytes of temporaries that a GPU may take: it wants large batches, and at this size they fill it many times over."""
 
 
 def resolve_ns_dtype(ns_dtype: NSDtype, device: torch.device) -> torch.dtype:
@@ -78,6 +86,30 @@ def orthogonalize(update_MRC: Tensor, ns_steps: int, dtype: torch.dtype) -> Tens
     return x
 
 
+def orthogonalize_scaled(x_MRC: Tensor, scale_M: Tensor, ns_steps: int) -> Tensor:
+    """As `orthogonalize` for s X, each matrix with its own s, without a pass that scales them; x may be overwritten.
+
+    x_MRC    [M, R, C] contiguous
+    scale_M  [M] fp32, the inverse norms
+    returns  [M, R, C] in x's dtype
+
+    The scale goes into the first round's Gram matrices and polynomials, and the a X of a round is a on the polynomial's
+    diagonal: (a I + b G + c G^2) X is a single product that reads and writes each X once. Sums are rounded once, after
+    the scale and the diagonal, so that one rounding of X is saved and one of the diagonal added.
+    """
+    num, rows, cols = x_MRC.shape
+    tall, x = rows > cols, x_MRC
+    gram_MKK = x.new_empty(num, min(rows, cols), min(rows, cols))
+    poly_MKK, out = torch.empty_like(gram_MKK), torch.empty_like(x)
+    for number in range(ns_steps):
+        scale = scale_M if number == 0 else None
+        gram(x, scale_M=scale, out_MKK=gram_MKK)
+        gram_polynomial(gram_MKK, *QUINTIC, scale_M=scale, out_MKK=poly_MKK)
+        torch.bmm(x if tall else poly_MKK, poly_MKK if tall else x, out=out)
+        x, out = out, x
+    return x
+
+
 def update_scale(rows: int, cols: int) -> float:
     """Return the factor that gives an orthogonal [rows, cols] update the usual root mean square of AdamW's, 0.2."""
     return 0.2 * math.sqrt(max(rows, cols))
@@ -85,30 +117,56 @@ def update_scale(rows: int, cols: int) -> float:
 
 @dataclass
 class MuonSlice:
-    """A stack [M, R, C] of one parameter's matrices with what its update needs; fp32 views, changed in place."""
+    """A stack [M, R, C] of one parameter's matrices with what its update needs; views, changed in place."""
 
     param: Tensor
     grad: Tensor
     momentum: Tensor
+    """fp32, or bf16 that is rounded by chance; it may lie in host memory."""
     lr: float
     """Learning rate of this step, with the parameter's own scale in it."""
     weight_decay: float
+    copy: Tensor | None = None
+    """The parameter's copy in another dtype, renewed with it."""
+    key: RoundingKey = (0, 0)
+    first: int = 0
+    """The parameter's element that is this slice's first: with the key it decides how momentum is rounded."""
 
     def split(self, max_matrices: int) -> list[MuonSlice]:
-        if self.param.shape[0] <= max_matrices:
-            return [self]
-        parts = zip(*(t.split(max_matrices) for t in (self.param, self.grad, self.momentum)), strict=True)
-        return [MuonSlice(p, g, m, self.lr, self.weight_decay) for p, g, m in parts]
+        num, rows, cols = self.param.shape
+        parts = []
+        for start in range(0, num, max_matrices):
+            cut = slice(start, start + max_matrices)
+            parts.append(
+                replace(
+                    self,
+                    param=self.param[cut],
+                    grad=self.grad[cut],
+                    momentum=self.momentum[cut],
+                    copy=None if self.copy is None else self.copy[cut],
+                    first=self.first + start * rows * cols,
+                )
+            )
+        return parts
 
 
-def chunk_slices(slices: list[MuonSlice], max_elements: int) -> list[list[MuonSlice]]:
-    """Gather slices of one matrix shape, in order, into chunks of at most `max_elements`, or of a single matrix."""
+def matrices_per_chunk(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many [rows, cols] matrices are orthogonalised at once, at least one: see the constants above."""
+    if device.type != "cuda":
+        return max(1, CPU_CHUNK_ELEMENTS // (rows * cols))
+    # X twice, Gram matrix and polynomial
+    temporaries = 2 * (rows * cols + min(rows, cols) ** 2) * dtype.itemsize
+    return max(1, GPU_CHUNK_BYTES // temporaries)
+
+
+def chunk_slices(slices: list[MuonSlice], dtype: torch.dtype) -> list[list[MuonSlice]]:
+    """Gather slices of one matrix shape, in order, into chunks of at most `matrices_per_chunk` matrices."""
     by_shape: dict[tuple[int, int], list[MuonSlice]] = {}
     for item in slices:
         by_shape.setdefault((item.param.shape[1], item.param.shape[2]), []).append(item)
     chunks: list[list[MuonSlice]] = []
     for (rows, cols), items in by_shape.items():
-        max_matrices = max(1, max_elements // (rows * cols))
+        max_matrices = matrices_per_chunk(rows, cols, dtype, items[0].param.device)
         held = max_matrices
         for part in (part for item in items for part in item.split(max_matrices)):
             if held + part.param.shape[0] > max_matrices:
@@ -128,31 +186,107 @@ def muon_update(
     ns_dtype: torch.dtype,
     grad_scale: Tensor,
     ok: Tensor,
+    residence: Residence = in_place,
+    impl: Literal["torch", "triton"] | None = None,
 ) -> None:
     """Take one Muon step in place on every slice; where `ok` is false parameters and momentum keep every bit.
 
     grad_scale  fp32 scalar on the device, multiplies the gradients (clipping)
     ok          bool scalar on the device
+    residence   brings each chunk's momentum to the device and back where it does not live there
+    impl        "torch": plain operations. "triton": element-wise work fused into two passes, which on a GPU is told
+                from torch's own writes only by whoever calls `torch.autograd.graph.increment_version`. None: "triton"
+                on CUDA, "torch" elsewhere
+    raises      ValueError for an impl that does not fit
 
     Momentum is the running mean m <- m + (1 - momentum) (g - m) of torch.optim.Muon. Both writes go through a select
     on `ok`, not a product with it, since 0 * NaN is NaN. No host sync.
     """
     if not slices:
         return
-    limit = GPU_CHUNK_ELEMENTS if slices[0].param.is_cuda else CPU_CHUNK_ELEMENTS
-    for chunk in chunk_slices(slices, limit):
-        updates: list[Tensor] = []
-        for item in chunk:
-            grad_MRC = item.grad * grad_scale
-            mean_MRC = torch.lerp(item.momentum, grad_MRC, 1.0 - momentum)
-            torch.where(ok, mean_MRC, item.momentum, out=item.momentum)
-            updates.append((grad_MRC.lerp_(mean_MRC, momentum) if nesterov else mean_MRC).to(ns_dtype))
-        ortho_MRC = orthogonalize(updates[0] if len(updates) == 1 else torch.cat(updates), ns_steps, ns_dtype)
-        scale = update_scale(ortho_MRC.shape[1], ortho_MRC.shape[2])
-        start = 0
-        for item in chunk:
-            stop = start + item.param.shape[0]
-            moved_MRC = item.param * (1.0 - item.lr * item.weight_decay)
-            moved_MRC.add_(ortho_MRC[start:stop], alpha=-item.lr * scale)
-            torch.where(ok, moved_MRC, item.param, out=item.param)
-            start = stop
+    check_impl(impl, ("torch", "triton"))
+    on_gpu = slices[0].param.is_cuda
+    misfit = triton_misfit(slices[0].param)
+    if impl == "triton" and misfit:
+        raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='torch'")
+    run = _fused_chunk if impl == "triton" or (impl is None and on_gpu and INSTALLED) else _plain_chunk
+    chunks = chunk_slices(slices, ns_dtype)
+    for index, momenta in enumerate(residence([[item.momentum for item in chunk] for chunk in chunks])):
+        run(chunks[index], momenta, momentum, nesterov, ns_steps, ns_dtype, grad_scale, ok)
+
+
+def _plain_chunk(
+    chunk: list[MuonSlice],
+    momenta: list[Tensor],
+    momentum: float,
+    nesterov: bool,
+    ns_steps: int,
+    ns_dtype: torch.dtype,
+    grad_scale: Tensor,
+    ok: Tensor,
+) -> None:
+    updates: list[Tensor] = []
+    for item, held_MRC in zip(chunk, momenta, strict=True):
+        grad_MRC = item.grad * grad_scale
+        old_MRC = held_MRC.float()
+        mean_MRC = torch.lerp(old_MRC, grad_MRC, 1.0 - momentum)
+        if held_MRC.dtype == torch.float32:
+            torch.where(ok, mean_MRC, held_MRC, out=held_MRC)
+        else:
+            # What bf16 holds already is rounded to itself: a skipped step changes nothing.
+            bits = random_bits(held_MRC.numel(), item.key, item.first, held_MRC.device)
+            held_MRC.copy_(round_to_bf16(torch.where(ok, mean_MRC, old_MRC), bits))
+        updates.append((grad_MRC.lerp_(mean_MRC, momentum) if nesterov else mean_MRC).to(ns_dtype))
+    ortho_MRC = orthogonalize(updates[0] if len(updates) == 1 else torch.cat(updates), ns_steps, ns_dtype)
+    scale = update_scale(ortho_MRC.shape[1], ortho_MRC.shape[2])
+    start = 0
+    for item in chunk:
+        stop = start + item.param.shape[0]
+        moved_MRC = item.param * (1.0 - item.lr * item.weight_decay)
+        moved_MRC.add_(ortho_MRC[start:stop], alpha=-item.lr * scale)
+        torch.where(ok, moved_MRC, item.param, out=item.param)
+        if item.copy is not None:
+            item.copy.copy_(item.param)
+        start = stop
+
+
+def _fused_chunk(
+    chunk: list[MuonSlice],
+    momenta: list[Tensor],
+    momentum: float,
+    nesterov: bool,
+    ns_steps: int,
+    ns_dtype: torch.dtype,
+    grad_scale: Tensor,
+    ok: Tensor,
+) -> None:
+    from pithwood.optim.kernels_triton import momentum_pass, weights_pass
+
+    _, rows, cols = chunk[0].param.shape
+    stops = list(itertools.accumulate(item.param.shape[0] for item in chunk))
+    update_MRC = chunk[0].param.new_empty(stops[-1], rows, cols, dtype=ns_dtype)
+    squares = [
+        momentum_pass(
+            item.grad.contiguous(),
+            held_MRC,
+            update_MRC[stop - item.param.shape[0] : stop],
+            momentum=momentum,
+            nesterov=nesterov,
+            grad_scale=grad_scale,
+            ok=ok,
+            key=item.key,
+            first=item.first,
+        )
+        for item, held_MRC, stop in zip(chunk, momenta, stops, strict=True)
+    ]
+    inverse_M = torch.cat(squares).sqrt_().clamp_(min=NORM_EPS).reciprocal_()
+    ortho_MRC = orthogonalize_scaled(update_MRC, inverse_M, ns_steps)
+    for item, stop in zip(chunk, stops, strict=True):
+        weights_pass(
+            item.param,
+            ortho_MRC[stop - item.param.shape[0] : stop],
+            item.copy,
+            decay=1.0 - item.lr * item.weight_decay,
+            step_size=item.lr * update_scale(rows, cols),
+            ok=ok,
+        )

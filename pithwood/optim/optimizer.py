@@ -14,12 +14,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pithwood.optim.adamw import adamw_update
+from pithwood.optim.adamw import AdamWSlice, adamw_update
 from pithwood.optim.clip import clip_scale, global_norm
-from pithwood.optim.config import MuonConfig, OptimizerConfig
+from pithwood.optim.config import STATE_DTYPES, MuonConfig, OptimizerConfig
 from pithwood.optim.ema import WeightAverage
 from pithwood.optim.groups import ParamPlan, ParamRole, check_parameters, plan_parameters
 from pithwood.optim.muon import MuonSlice, muon_update, resolve_ns_dtype
+from pithwood.optim.offload import HostState, Residence, in_place
+from pithwood.optim.rounding import rounding_key
 from pithwood.optim.schedule import schedule_factor, schedule_spans
 
 MOMENTUM, EXP_AVG, EXP_AVG_SQ, COUNT = "muon.momentum.", "adamw.exp_avg.", "adamw.exp_avg_sq.", "adamw.step."
@@ -34,6 +36,7 @@ class Optimizer:
     total_steps       length of the run, for the schedule
     trainable         globs of the names that train, with "!" for exceptions; the others get requires_grad False
     lr_scales         glob -> multiple of the learning rate, the last match deciding
+    seed              of the chances by which state in bf16 is rounded
     raises            ValueError for anything that does not fit, before any parameter is touched
     """
 
@@ -46,10 +49,14 @@ class Optimizer:
         *,
         trainable: tuple[str, ...] = ("*",),
         lr_scales: Mapping[str, float] | None = None,
+        seed: int = 0,
     ) -> None:
         schedule_spans(cfg.schedule, total_steps)
-        self.cfg, self.total_steps = cfg, total_steps
+        self.cfg, self.total_steps, self.seed = cfg, total_steps, seed
         self.state: dict[str, Tensor] = {}
+        """Moments and counts by key. Where they live on the host, call `state_dict` to read them."""
+        self.host: HostState | None = None
+        """Where momentum and moments live if not on the device."""
         self.average: WeightAverage | None = None
         """The averaged weights, None unless cfg.ema_decay is above 0."""
         self.set_phase(named_parameters, roles, trainable=trainable, lr_scales=lr_scales)
@@ -91,6 +98,8 @@ class Optimizer:
                         "a parameter that changes its shape between phases needs a new name"
                     )
         self.device, self.plans = device, plans
+        if self.cfg.offload_state and device.type == "cuda" and self.host is None:
+            self.host = HostState(device)
         self.params: dict[str, Tensor] = dict(named_parameters)
         for name, plan in plans.items():
             param = named_parameters[name]
@@ -98,10 +107,10 @@ class Optimizer:
             if not plan.trainable:
                 param.grad = None
             elif plan.muon and MOMENTUM + name not in self.state:
-                self.state[MOMENTUM + name] = torch.zeros_like(param, requires_grad=False)
+                self.state[MOMENTUM + name] = self._zeros(MOMENTUM, param)
             elif not plan.muon and EXP_AVG + name not in self.state:
-                self.state[EXP_AVG + name] = torch.zeros_like(param, requires_grad=False)
-                self.state[EXP_AVG_SQ + name] = torch.zeros_like(param, requires_grad=False)
+                self.state[EXP_AVG + name] = self._zeros(EXP_AVG, param)
+                self.state[EXP_AVG_SQ + name] = self._zeros(EXP_AVG_SQ, param)
                 self.state[COUNT + name] = torch.zeros((), dtype=torch.float32, device=device)
         if self.average is not None:
             self.average.add(self.params)
@@ -112,6 +121,18 @@ class Optimizer:
             if self.average is not None:
                 self.average.average = {name: self.average.average[name] for name in plans}
 
+    def _state_dtype(self, prefix: str) -> torch.dtype:
+        """What state of this kind is kept in."""
+        if prefix == MOMENTUM and isinstance(self.cfg, MuonConfig):
+            return STATE_DTYPES[self.cfg.momentum_dtype]
+        return STATE_DTYPES[self.cfg.adam_state_dtype] if prefix in (EXP_AVG, EXP_AVG_SQ) else torch.float32
+
+    def _zeros(self, prefix: str, param: Tensor) -> Tensor:
+        dtype = self._state_dtype(prefix)
+        if self.host is not None:
+            return self.host.zeros_like(param, dtype)
+        return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+
     @torch.no_grad()
     def step(self, step: int, grad_norm: Tensor | None = None) -> dict[str, Tensor]:
         """Update the parameters from their `.grad`, whose content is spent; return device scalars, no host sync.
@@ -121,10 +142,11 @@ class Optimizer:
         returns    fp32 grad_norm (before clipping), clipped, skipped (0 or 1), lr (of cfg.lr); int64 consecutive_skips
 
         If the norm is not finite, every parameter, moment, count and average keeps every bit. Parameters without a
-        gradient are left alone, as torch's optimizers do.
+        gradient are left alone, as torch's optimizers do. Kept copies of parameters (`ops.master`) are renewed on the
+        way.
         """
         factor = schedule_factor(self.cfg.schedule, step, self.total_steps)
-        active = []
+        active: list[tuple[ParamPlan, Tensor, Tensor]] = []
         for name, plan in self.plans.items():
             grad = self.params[name].grad
             if plan.trainable and grad is not None:
@@ -136,8 +158,9 @@ class Optimizer:
         norm = global_norm([grad for _, _, grad in active]) if grad_norm is None else grad_norm.detach().float()
         ok = torch.isfinite(norm)
         scale = clip_scale(norm, self.cfg.clip_norm)
-        self._step_muon([item for item in active if item[0].muon], factor, scale, ok)
-        self._step_adamw([item for item in active if not item[0].muon], factor, scale, ok)
+        self._step_muon([item for item in active if item[0].muon], step, scale, ok)
+        self._step_adamw([item for item in active if not item[0].muon], step, scale, ok)
+        self._note_changes([plan.name for plan, _, _ in active])
         if self.average is not None:
             self.average.update(self.params, ok)
         self.consecutive_skips.add_(1).mul_(~ok)
@@ -150,22 +173,25 @@ class Optimizer:
             "lr": torch.full_like(norm, self.cfg.lr * factor),
         }
 
-    def _step_muon(
-        self, active: list[tuple[ParamPlan, Tensor, Tensor]], factor: float, scale: Tensor, ok: Tensor
-    ) -> None:
+    def _step_muon(self, active: list[tuple[ParamPlan, Tensor, Tensor]], step: int, scale: Tensor, ok: Tensor) -> None:
         cfg = self.cfg
         if not isinstance(cfg, MuonConfig):
             return
-        slices = [
-            MuonSlice(
-                param.view(plan.matrix_shape),
-                grad.reshape(plan.matrix_shape),
-                self.state[MOMENTUM + plan.name].view(plan.matrix_shape),
-                cfg.lr * factor * plan.lr_scale,
-                plan.weight_decay,
+        lr = cfg.lr * schedule_factor(cfg.schedule, step, self.total_steps)
+        slices = []
+        for plan, param, grad in active:
+            copy = self._kept_copy(plan.name)
+            slices.append(
+                MuonSlice(
+                    param.view(plan.matrix_shape),
+                    grad.reshape(plan.matrix_shape),
+                    self.state[MOMENTUM + plan.name].view(plan.matrix_shape),
+                    lr * plan.lr_scale,
+                    plan.weight_decay,
+                    None if copy is None else copy.view(plan.matrix_shape),
+                    rounding_key(self.seed, plan.name, step),
+                )
             )
-            for plan, param, grad in active
-        ]
         muon_update(
             slices,
             momentum=cfg.momentum,
@@ -174,31 +200,46 @@ class Optimizer:
             ns_dtype=resolve_ns_dtype(cfg.ns_dtype, self.device),
             grad_scale=scale,
             ok=ok,
+            residence=self._residence(),
         )
 
-    def _step_adamw(
-        self, active: list[tuple[ParamPlan, Tensor, Tensor]], factor: float, scale: Tensor, ok: Tensor
-    ) -> None:
+    def _step_adamw(self, active: list[tuple[ParamPlan, Tensor, Tensor]], step: int, scale: Tensor, ok: Tensor) -> None:
         cfg = self.cfg
-        lr = cfg.lr if not isinstance(cfg, MuonConfig) or cfg.adamw_lr is None else cfg.adamw_lr
-        groups: dict[tuple[float, float], list[tuple[str, Tensor, Tensor]]] = {}
+        peak = cfg.lr if not isinstance(cfg, MuonConfig) or cfg.adamw_lr is None else cfg.adamw_lr
+        lr = peak * schedule_factor(cfg.schedule, step, self.total_steps)
+        slices = []
         for plan, param, grad in active:
-            # The fused kernel walks memory and needs the gradient laid out as the parameter.
-            groups.setdefault((plan.lr_scale, plan.weight_decay), []).append((plan.name, param, grad.contiguous()))
-        for (lr_scale, weight_decay), members in groups.items():
-            adamw_update(
-                [param for _, param, _ in members],
-                [grad for _, _, grad in members],
-                [self.state[EXP_AVG + name] for name, _, _ in members],
-                [self.state[EXP_AVG_SQ + name] for name, _, _ in members],
-                [self.state[COUNT + name] for name, _, _ in members],
-                lr=lr * factor * lr_scale,
-                betas=cfg.betas,
-                eps=cfg.eps,
-                weight_decay=weight_decay,
-                grad_scale=scale,
-                ok=ok,
+            copy = self._kept_copy(plan.name)
+            slices.append(
+                AdamWSlice(
+                    param.view(-1),
+                    # Kernels walk memory and need the gradient laid out as the parameter.
+                    grad.contiguous().view(-1),
+                    self.state[EXP_AVG + plan.name].view(-1),
+                    self.state[EXP_AVG_SQ + plan.name].view(-1),
+                    self.state[COUNT + plan.name],
+                    lr * plan.lr_scale,
+                    plan.weight_decay,
+                    None if copy is None else copy.view(-1),
+                    rounding_key(self.seed, plan.name, step),
+                )
             )
+        adamw_update(slices, betas=cfg.betas, eps=cfg.eps, grad_scale=scale, ok=ok, residence=self._residence())
+
+    def _residence(self) -> Residence:
+        return in_place if self.host is None else self.host
+
+    def _kept_copy(self, name: str) -> Tensor | None:
+        kept: tuple[Tensor, int] | None = getattr(self.params[name], "kept_copy", None)
+        return None if kept is None else kept[0]
+
+    def _note_changes(self, names: list[str]) -> None:
+        """Tell autograd of writes that kernels made, and that kept copies are those of the parameters as they are."""
+        for name in names:
+            param, copy = self.params[name], self._kept_copy(name)
+            torch.autograd.graph.increment_version(param)
+            if copy is not None:
+                param.kept_copy = (copy, param._version)  # type: ignore[attr-defined]
 
     def zero_grad(self) -> None:
         """Drop all gradients; the next backward pass allocates them anew."""
@@ -216,7 +257,10 @@ class Optimizer:
             yield
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all state by key: the live tensors, which the next step changes; copy them to keep them."""
+        """Return all state by key: the live tensors, which the next step changes; copy them to keep them. Where state
+        lives on the host, this waits until it is there."""
+        if self.host is not None:
+            self.host.settle()
         flat = {**self.state, SKIPS: self.consecutive_skips}
         if self.average is not None:
             flat |= {AVERAGE + name: value for name, value in self.average.average.items()}
@@ -244,22 +288,24 @@ class Optimizer:
         for key in foreign:
             prefix, name = _split_key(key)
             if name in self.params:
-                wanted[key] = (torch.Size() if prefix == COUNT else self.params[name].shape, torch.float32)
+                wanted[key] = (torch.Size() if prefix == COUNT else self.params[name].shape, self._state_dtype(prefix))
         for key, (shape, dtype) in wanted.items():
             if flat[key].shape != shape or flat[key].dtype != dtype:
                 raise ValueError(
-                    f"{key} is {flat[key].dtype} {tuple(flat[key].shape)}, but {dtype} {tuple(shape)} is needed"
+                    f"{key} is {flat[key].dtype} {tuple(flat[key].shape)}, but {dtype} {tuple(shape)} is needed; "
+                    "momentum_dtype, adam_state_dtype and the model must be those that saved it"
                 )
         for key, value in flat.items():
             if key in own:
                 own[key].copy_(value)
                 continue
             prefix, name = _split_key(key)
-            held = value.detach().to(self.device, copy=True)
             if prefix == AVERAGE and self.average is not None:
-                self.average.average[name] = held
+                self.average.average[name] = value.detach().to(self.device, copy=True)
+            elif prefix in (MOMENTUM, EXP_AVG, EXP_AVG_SQ) and self.host is not None:
+                self.state[key] = self.host.zeros_like(value, value.dtype).copy_(value)
             elif prefix not in ("", AVERAGE):
-                self.state[key] = held
+                self.state[key] = value.detach().to(self.device, copy=True)
         return missing, unexpected
 
     def _waits(self, key: str) -> bool:

@@ -103,6 +103,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "decode",
         "dense_attention",
         "embed",
+        "gram",
         "grouped_mm",
         "linear_nll",
         "norm_rope",

@@ -65,6 +65,20 @@ def decode_attend() -> Iterator[dict[str, Any]]:
         yield case
 
 
+def gram() -> Iterator[dict[str, Any]]:
+    """Wide, tall and square matrices, within one tile and over several; with and without a scale."""
+    for shape in ((3, 40, 64), (2, 200, 48), (1, 136, 136), (2, 8, 16)):
+        yield {"x_MRC": torch.randn(shape), "scale_M": torch.rand(shape[0]) if shape[0] > 1 else None}
+
+
+def gram_polynomial() -> Iterator[dict[str, Any]]:
+    """Gram matrices of random ones, within one tile and over several; with and without a scale."""
+    for number, size in ((3, 40), (1, 136), (2, 8)):
+        x_MKK = torch.randn(number, size, size)
+        scale_M = torch.rand(number) if number > 1 else None
+        yield {"g_MKK": x_MKK @ x_MKK.mT / size, "a": 3.4, "b": -4.8, "c": 2.0, "scale_M": scale_M}
+
+
 def dense_attention() -> Iterator[dict[str, Any]]:
     """Full and sliding-window attention, with and without a sink; half precision once."""
     for case in _attention():

@@ -122,13 +122,14 @@ def test_chunks_do_not_change_the_result(monkeypatch):
         assert_close(results[2][name], results[0][name], tol=1e-6, what=name)
 
 
-def test_chunks_hold_every_matrix_once_and_stay_within_the_limit():
+def test_chunks_hold_every_matrix_once_and_stay_within_the_limit(monkeypatch):
+    monkeypatch.setattr(muon, "CPU_CHUNK_ELEMENTS", 18)
     slices = [
         MuonSlice(torch.full((m, 2, 3), float(i)), torch.zeros(m, 2, 3), torch.zeros(m, 2, 3), 0.1, 0.0)
         for i, m in enumerate((1, 7, 2, 4))
     ]
     slices.append(MuonSlice(torch.zeros(2, 3, 2), torch.zeros(2, 3, 2), torch.zeros(2, 3, 2), 0.1, 0.0))
-    chunks = chunk_slices(slices, 18)
+    chunks = chunk_slices(slices, torch.float32)
     for chunk in chunks:
         assert len({item.param.shape[1:] for item in chunk}) == 1
         assert sum(item.param.shape[0] for item in chunk) <= 3

@@ -1,0 +1,170 @@
+"""Symmetric products on a GPU: only tiles that touch the lower triangle are computed, and each is written twice.
+
+A program walks over the tiles of all matrices, matrix by matrix, so that the programs which run together read the same
+few matrices from the L2 cache. Tiles come and go through TMA descriptors, which read zeros beyond an edge and write
+nothing there; sums are fp32.
+
+Legend: M matrices, R rows, C columns, K min(R, C).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+TILE_ROWS, TILE_COLS = 128, 128
+"""Tile of the result that a program computes at a time; TILE_COLS is TILE_ROWS or a multiple of it."""
+TILE_DEPTH = 64
+"""Elements of the contracted side per load: 128 bytes of bf16, the widest swizzle of shared memory."""
+WARPS, STAGES = 4, 2
+PROGRAMS_PER_SM = 2
+"""Two programs with 96 KiB of shared memory each live on an SM: one multiplies while the other writes."""
+
+
+def gram_misfit(x_MRC: Tensor) -> str | None:
+    """Why the kernels cannot take this stack, or None if they can: TMA wants rows that start at multiples of 16 bytes,
+    and a Hopper GPU."""
+    if not x_MRC.is_contiguous():
+        return "kernels take contiguous stacks"
+    row_bytes = [side * x_MRC.element_size() for side in (x_MRC.shape[2], min(x_MRC.shape[1:]))]
+    if x_MRC.numel() == 0 or any(size % 16 for size in row_bytes) or x_MRC.data_ptr() % 16:
+        return "rows of matrices and of results must be multiples of 16 bytes, and start at one"
+    if x_MRC.is_cuda and torch.cuda.get_device_capability(x_MRC.device) < (9, 0):
+        return "kernels need a GPU of compute capability 9.0 or later"
+    return None
+
+
+def gram_triton(x_MRC: Tensor, scale_M: Tensor | None, out_MKK: Tensor) -> Tensor:
+    """As gram_ref, written to `out_MKK`; the scale is applied to the fp32 sums."""
+    _launch(x_MRC, out_MKK, scale_M, 0.0, 0.0, 1.0, square=False)
+    return out_MKK
+
+
+def gram_polynomial_triton(
+    g_MKK: Tensor, a: float, b: float, c: float, scale_M: Tensor | None, out_MKK: Tensor
+) -> Tensor:
+    """As gram_polynomial_ref, written to `out_MKK`; everything is added up in fp32 and rounded once."""
+    _launch(g_MKK, out_MKK, scale_M, a, b, c, square=True)
+    return out_MKK
+
+
+def tile_count(size: int) -> int:
+    """Tiles of a [size, size] result that touch its lower triangle."""
+    ratio = TILE_COLS // TILE_ROWS
+    return sum(row // ratio + 1 for row in range(triton.cdiv(size, TILE_ROWS)))
+
+
+@cache
+def _programs(device: torch.device) -> int:
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _launch(
+    x_MRC: Tensor, out_MKK: Tensor, scale_M: Tensor | None, a: float, b: float, c: float, *, square: bool
+) -> None:
+    num, rows, cols = x_MRC.shape
+    tall = rows > cols
+    size, depth = (cols, rows) if tall else (rows, cols)
+    tiles = tile_count(size)
+    total = num * tiles
+    # The interpreter takes programs one after the other: a few of them show the walk over tiles.
+    programs = min(total, _programs(x_MRC.device) if x_MRC.is_cuda else 5)
+    row_side, col_side = ([1, TILE_DEPTH, side] if tall else [1, side, TILE_DEPTH] for side in (TILE_ROWS, TILE_COLS))
+    tile, mirror = [1, TILE_ROWS, TILE_COLS], [1, TILE_COLS, TILE_ROWS]
+    _symmetric_product[(programs,)](
+        TensorDescriptor.from_tensor(x_MRC, row_side),
+        TensorDescriptor.from_tensor(x_MRC, col_side),
+        TensorDescriptor.from_tensor(x_MRC if square else out_MKK, tile),
+        TensorDescriptor.from_tensor(out_MKK, tile),
+        TensorDescriptor.from_tensor(out_MKK, mirror),
+        # always a pointer to fp32, so that there is one variant with and without
+        out_MKK.view(-1)[:0].float() if scale_M is None else scale_M.float(),
+        int(scale_M is not None),
+        total,
+        tiles,
+        depth,
+        programs,
+        a,
+        b,
+        c,
+        TALL=tall,
+        SQUARE=square,
+        ROWS=TILE_ROWS,
+        COLS=TILE_COLS,
+        DEPTH=TILE_DEPTH,
+        PRECISION="ieee" if x_MRC.dtype == torch.float32 else "tf32",
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+
+
+# Few variants to compile: what differs from call to call is no constant.
+@triton.jit(do_not_specialize=["has_scale", "total", "tiles", "programs"])
+def _symmetric_product(
+    row_desc,
+    col_desc,
+    own_desc,
+    out_desc,
+    mirror_desc,
+    scale_ptr,
+    has_scale,
+    total,
+    tiles,
+    depth,
+    programs,
+    a,
+    b,
+    c,
+    TALL: tl.constexpr,
+    SQUARE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    for number in tl.range(tl.program_id(0), total, programs):
+        matrix = number // tiles
+        row0, col0 = _tile_origin(number % tiles, ROWS, COLS)
+        acc = tl.zeros([ROWS, COLS], tl.float32)
+        for k in range(0, depth, DEPTH):
+            if TALL:
+                left = row_desc.load([matrix, k, row0]).reshape(DEPTH, ROWS)
+                right = col_desc.load([matrix, k, col0]).reshape(DEPTH, COLS)
+                acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
+            else:
+                left = row_desc.load([matrix, row0, k]).reshape(ROWS, DEPTH)
+                right = col_desc.load([matrix, col0, k]).reshape(COLS, DEPTH)
+                acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
+
+        scale = tl.load(scale_ptr + matrix, mask=has_scale != 0, other=1.0)
+        if SQUARE:
+            own = own_desc.load([matrix, row0, col0]).reshape(ROWS, COLS)
+            acc = c * acc + b * own.to(tl.float32)
+            row = row0 + tl.arange(0, ROWS)[:, None]
+            col = col0 + tl.arange(0, COLS)[None, :]
+            acc = scale * (acc + tl.where(row == col, a, 0.0))
+        else:
+            acc *= scale * scale
+        result = acc.to(out_desc.dtype)
+        out_desc.store([matrix, row0, col0], result.reshape(1, ROWS, COLS))
+        # tiles on the diagonal hold both of an element's places
+        if col0 + COLS <= row0:
+            mirror_desc.store([matrix, col0, row0], result.T.reshape(1, COLS, ROWS))
+
+
+@triton.jit
+def _tile_origin(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """First row and column of a tile of the lower triangle. Bands of COLS / ROWS tile rows have equally many tiles."""
+    RATIO: tl.constexpr = COLS // ROWS
+    step = tile // RATIO
+    # the largest band with band (band + 1) / 2 <= step; the root is off by one at most
+    band = ((tl.sqrt((8 * step + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
+    band = tl.where(band * (band + 1) // 2 > step, band - 1, band)
+    band = tl.where((band + 1) * (band + 2) // 2 <= step, band + 1, band)
+    left = tile - RATIO * (band * (band + 1) // 2)
+    return (RATIO * band + left // (band + 1)) * ROWS, (left % (band + 1)) * COLS

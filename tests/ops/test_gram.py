@@ -1,0 +1,96 @@
+"""Symmetric products against their definition: shapes, edges, scales, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pithwood.ops.gram import gram, gram_polynomial
+from tests.numerics import REL_ERROR, assert_close
+from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS
+
+pytestmark = [pytest.mark.usefixtures("poison"), *KERNEL_MARKS]
+
+SHAPES = [(3, 40, 64), (2, 200, 48), (1, 136, 136), (2, 264, 520), (1, 8, 16)]
+
+
+def matrices(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).to(DEVICE)
+
+
+def gram_matrices(num: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(num, size, size, dtype=torch.float64)
+    return (x @ x.mT / (4 * size)).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gram_matrices_are_those_of_the_definition(shape, dtype, impl):
+    x = matrices(shape, dtype)
+    scale = torch.rand(shape[0], device=DEVICE) + 0.5
+    for scale_M in (None, scale):
+        found = gram(x, scale_M=scale_M, impl=impl)
+        assert found.dtype == dtype
+        assert_close(found, gram(x.double(), scale_M=scale_M, impl="ref"), REL_ERROR[dtype])
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel_writes_symmetric_matrices(shape, dtype):
+    found = gram(matrices(shape, dtype) / shape[2], impl="triton")
+    assert torch.equal(found, found.mT)
+    poly = gram_polynomial(found, 3.4, -4.8, 2.0, impl="triton")
+    assert torch.equal(poly, poly.mT)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("size", [8, 40, 136, 264])
+def test_polynomials_are_those_of_the_definition(size, dtype, impl):
+    g = gram_matrices(2, size, dtype)
+    for scale_M in (None, torch.rand(2, device=DEVICE) + 0.5):
+        expected = gram_polynomial(g.double(), 3.4, -4.8, 2.0, scale_M=scale_M, impl="ref")
+        assert_close(gram_polynomial(g, 3.4, -4.8, 2.0, scale_M=scale_M, impl=impl), expected, REL_ERROR[dtype])
+
+
+@pytest.mark.parametrize("tile", [(32, 32, 16), (32, 64, 16), (16, 64, 32)])
+def test_tiles_of_other_shapes_cover_the_same_matrix(tile, monkeypatch):
+    from pithwood.ops.gram import triton as kernels
+
+    for name, value in zip(("TILE_ROWS", "TILE_COLS", "TILE_DEPTH"), tile, strict=True):
+        monkeypatch.setattr(kernels, name, value)
+    for shape in ((3, 40, 64), (2, 200, 48), (1, 136, 72)):
+        x = matrices(shape)
+        found = gram(x, impl="triton")
+        assert_close(found, gram(x, impl="ref"))
+        assert_close(gram_polynomial(found, 1.0, 0.5, 0.1, impl="triton"), gram_polynomial(found, 1.0, 0.5, 0.1))
+
+
+def test_a_matrix_of_nan_spoils_no_other():
+    x = matrices((3, 40, 64))
+    x[1] = float("nan")
+    found = gram(x, impl="triton")
+    assert found[1].isnan().all()
+    assert not found[::2].isnan().any()
+
+
+def test_results_are_written_where_they_are_wanted():
+    x = matrices((2, 40, 64))
+    for impl in ("ref", "torch", "triton"):
+        out = torch.empty(2, 40, 40, device=DEVICE)
+        assert gram(x, out_MKK=out, impl=impl) is out
+        assert_close(out, x @ x.mT)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"multiples of 16 bytes.*use impl='torch'"):
+        gram(matrices((2, 5, 6)), impl="triton")
+    with pytest.raises(ValueError, match=r"contiguous stacks.*use impl='torch'"):
+        gram(matrices((2, 16, 8)).mT, impl="triton")
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
+        gram(matrices((2, 8, 8)).double(), impl="triton")
+    with pytest.raises(ValueError, match=r"stacks of matrices \[M, R, C\], got \(4, 8\)"):
+        gram(matrices((4, 8)))
+    with pytest.raises(ValueError, match="square matrices"):
+        gram_polynomial(matrices((2, 4, 8)), 1.0, 1.0, 1.0)
