@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pithwood.checkpoint.load import list_checkpoints
 from pithwood.data.curriculum import Stage
-from pithwood.errors import is_out_of_memory
+from pithwood.errors import is_out_of_memory, size_text
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.models.recompute import ActivationPlan
 from pithwood.ops.packing import Packing
@@ -159,8 +159,10 @@ def memory_line(run: Run, device: torch.device, copies: bool) -> str:
         for name, text in kept.items()
         if name in each
     )
-    weights = f"{run.precision} copies of the weights ({_gb(kinds['weight_copies'])})" if copies else "no weight copies"
-    return f"about {_gb(sum(kinds.values()))} at most; {counts}; {weights}"
+    weights = (
+        f"{run.precision} copies of the weights ({size_text(kinds['weight_copies'])})" if copies else "no weight copies"
+    )
+    return f"about {size_text(sum(kinds.values()))} at most; {counts}; {weights}"
 
 
 def _wants_copies(run: Run, device: torch.device) -> bool:

@@ -123,7 +123,8 @@ class ActivationPlan:
     """One entry per block."""
     offload: bool = False
     """Whether the inputs of recomputed blocks wait in host memory; on a CUDA GPU only."""
-    _stash: HostStash | None = field(default=None, init=False, repr=False)
+    stash: HostStash | None = field(default=None, init=False, repr=False)
+    """Made by the first offloaded block."""
 
     @staticmethod
     def keep_all(num_layers: int) -> ActivationPlan:
@@ -149,9 +150,9 @@ class ActivationPlan:
         """`block(x_TD, ctx)` with what the plan says of layer `ctx.layer`; only training passes recompute."""
         if self.recompute[ctx.layer] != "block" or ctx.mode != "train":
             return block(x_TD, ctx)
-        if self.offload and self._stash is None:
-            self._stash = HostStash(x_TD.device)
-        return recomputed(block, x_TD, ctx, self._stash)
+        if self.offload and self.stash is None:
+            self.stash = HostStash(x_TD.device)
+        return recomputed(block, x_TD, ctx, self.stash)
 
 
 def _tensors_in(decisions: Mapping[str, Any]) -> list[Tensor]:
