@@ -192,7 +192,7 @@ class Mixer(nn.Module):
 
     def cost(self, packing: Packing) -> Cost:
         """Cost of one forward over a packing whose offsets lie on the CPU, projections included; its bytes are those
-        of activations (and of a cache) of `activation_bytes` each.
+        of activations (and of a cache) of `activation_bytes` each. Layers of equal configuration cost the same.
         """
         raise NotImplementedError
 

@@ -27,7 +27,7 @@ from pithwood.attention.moba import MoBAConfig
 from pithwood.attention.projections import HeadsConfig
 from pithwood.losses import LossLedger
 from pithwood.models.init import fill_normal
-from pithwood.models.recompute import ActivationPlan
+from pithwood.models.recompute import ActivationPlan, BlockCost
 from pithwood.moe.config import MoEConfig
 from pithwood.moe.dispatch import combine_tokens, dispatch_tokens
 from pithwood.moe.experts import DenseMLP
@@ -163,6 +163,10 @@ class Block(nn.Module):
         self.mlp = (
             DenseMLP(cfg.model_dim, cfg.dense_dim) if layer in cfg.dense_layers else MoELayer(cfg.moe, cfg.model_dim)
         )
+
+    def norms(self) -> tuple[nn.Module, ...]:
+        """The modules whose output is cheap to compute again."""
+        return self.input_layernorm, self.post_attention_layernorm
 
     def attend_and_route(self, x_TD: Tensor, ctx: LayerContext) -> Routed:
         out = self.self_attn(self.input_layernorm(x_TD), ctx)
@@ -377,11 +381,18 @@ class Qwen3MoE(nn.Module):
             saved_bytes=8.0 * tokens * self.cfg.head_dim + 2 * row + kept,
             workspace_bytes=2 * min(logits, CHUNK_BYTES),
         )
-        blocks = [self.block_cost(layer, packing, element_size) for layer in range(self.cfg.num_layers)]
+        # layers of one kind cost the same, and a long packing takes milliseconds to price
+        known: dict[tuple[MixerConfig, bool], BlockCost] = {}
+        blocks = []
+        for layer, mixer in enumerate(self.cfg.mixers()):
+            kind = mixer, layer in self.cfg.dense_layers
+            if kind not in known:
+                known[kind] = self.block_cost(layer, packing, element_size)
+            blocks.append(known[kind])
         return cost + self.activations.costs(blocks)
 
-    def block_cost(self, layer: int, packing: Packing, element_size: int = 4) -> tuple[Cost, float]:
-        """Cost of one block's forward that keeps everything, and the bytes of its input and decisions alone."""
+    def block_cost(self, layer: int, packing: Packing, element_size: int = 4) -> BlockCost:
+        """Cost of one block's forward, and what it is made of."""
         block, tokens = self.blocks[layer], packing.num_queries
         row = float(tokens * self.cfg.model_dim * element_size)
         assert isinstance(block.self_attn, Mixer)
@@ -390,13 +401,16 @@ class Qwen3MoE(nn.Module):
         mixer.activation_bytes = element_size
         # with the inputs of the two norms
         cost = mixer.cost(packing) + Cost(saved_bytes=2 * row)
-        kept = row + mixer.decision_bytes(packing)
+        inputs, cheap = row + mixer.decision_bytes(packing), 2 * row
         if isinstance(block.mlp, DenseMLP):
             dense_dim = self.cfg.dense_dim
             flops = 6.0 * tokens * self.cfg.model_dim * dense_dim
             # the input; gate, silu(gate), up and their product
-            return cost + Cost(flops, flops, saved_bytes=row + 4.0 * tokens * dense_dim * element_size), kept
-        return cost + block.mlp.cost(tokens, element_size), kept + 8.0 * tokens * block.mlp.cfg.top_k
+            mlp = Cost(flops, flops, saved_bytes=row + 4.0 * tokens * dense_dim * element_size)
+            return BlockCost(cost + mlp, inputs, cheap)
+        return BlockCost(
+            cost + block.mlp.cost(tokens, element_size), inputs + 8.0 * tokens * block.mlp.cfg.top_k, cheap
+        )
 
     def hf_config(self) -> dict[str, Any]:
         """config.json of the Hugging Face form; raises ValueError if Qwen3-MoE cannot express this model.

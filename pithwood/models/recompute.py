@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,60 @@ def recomputed(
     anchor = torch.empty(0, requires_grad=True)
     y_TD, *changed = _Recomputed.apply(call, anchor, x_TD, *ctx.carry.values())
     return y_TD, {**ctx.carry, **dict(zip(call.changed, changed, strict=True))}
+
+
+def cheaply_recomputed(
+    block: nn.Module, x_TD: Tensor, ctx: LayerContext, cheap: Sequence[nn.Module]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`block(x_TD, ctx)`, in whose graph the outputs of `cheap` modules are not kept but computed again from their
+    inputs, which are.
+
+    cheap   submodules of one tensor to one, such as norms; whoever saves their output gets it anew, once for all
+    """
+    made: dict[tuple[int, torch.Size, torch.dtype], tuple[Tensor, _Again]] = {}
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        # the output is held until the block is done, so that no other tensor can take its address
+        made[out.data_ptr(), out.shape, out.dtype] = out, _Again(module, args[0].detach())
+
+    def pack(tensor: Tensor) -> Tensor | _Again:
+        found = made.get((tensor.data_ptr(), tensor.shape, tensor.dtype)) if tensor.is_contiguous() else None
+        return tensor if found is None else found[1].saved()
+
+    def unpack(kept: Tensor | _Again) -> Tensor:
+        return kept.get() if isinstance(kept, _Again) else kept
+
+    hooks = [module.register_forward_hook(note) for module in cheap]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return block(x_TD, ctx)
+    finally:
+        # whatever was saved holds `pack`, and would hold the outputs through it
+        made.clear()
+        for hook in hooks:
+            hook.remove()
+
+
+class _Again:
+    """The output of a module, computed again when it is asked for first and let go when it was asked for last."""
+
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        self.module, self.x, self.uses = module, x, 0
+        self.value: Tensor | None = None
+
+    def saved(self) -> _Again:
+        self.uses += 1
+        return self
+
+    def get(self) -> Tensor:
+        if self.value is None:
+            with torch.no_grad():
+                self.value = self.module.forward(self.x)
+        value = self.value
+        self.uses -= 1
+        if self.uses <= 0:
+            self.value = None
+        return value
 
 
 class _Call:
@@ -115,6 +169,17 @@ class _Recomputed(torch.autograd.Function):
         return None, None, x_TD.grad, *(value.grad for value in carry)
 
 
+class BlockCost(NamedTuple):
+    """What one block's forward costs."""
+
+    whole: Cost
+    """When it keeps everything."""
+    input_bytes: float
+    """Its input and its decisions."""
+    cheap_bytes: float
+    """Of what it keeps, what a selective block computes again."""
+
+
 @dataclass
 class ActivationPlan:
     """How a model's blocks keep what their backward pass needs: a runtime object, made once per run and device."""
@@ -131,25 +196,29 @@ class ActivationPlan:
         nothing: Recompute = "none"
         return ActivationPlan((nothing,) * num_layers)
 
-    def costs(self, blocks: Sequence[tuple[Cost, float]]) -> Cost:
-        """Cost of a forward through all blocks, given of each its cost when it keeps everything, and the bytes of its
-        input and decisions.
-        """
+    def costs(self, blocks: Sequence[BlockCost]) -> Cost:
+        """Cost of a forward through all blocks, of which each keeps what the plan says."""
         total, inputs = Cost(), []
-        for (cost, kept), recompute in zip(blocks, self.recompute, strict=True):
+        for block, recompute in zip(blocks, self.recompute, strict=True):
+            cost = block.whole
             if recompute == "block":
-                inputs.append(kept)
-                whole = cost.workspace_bytes + cost.saved_bytes
-                cost = replace(cost, saved_bytes=0.0, workspace_bytes=whole)
+                inputs.append(block.input_bytes)
+                both = cost.workspace_bytes + cost.saved_bytes
+                cost = replace(cost, saved_bytes=0.0, workspace_bytes=both)
+            elif recompute == "selective":
+                cost = replace(cost, saved_bytes=cost.saved_bytes - block.cheap_bytes)
             total = total + cost
         # offloaded, two blocks' inputs are on the device at a time: one at work, one on its way
         inputs = sorted(inputs)[-2:] if self.offload else inputs
         return total + Cost(saved_bytes=sum(inputs))
 
-    def run(self, block: nn.Module, x_TD: Tensor, ctx: LayerContext) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, block: Any, x_TD: Tensor, ctx: LayerContext) -> tuple[Tensor, dict[str, Tensor]]:
         """`block(x_TD, ctx)` with what the plan says of layer `ctx.layer`; only training passes recompute."""
-        if self.recompute[ctx.layer] != "block" or ctx.mode != "train":
+        recompute = self.recompute[ctx.layer] if ctx.mode == "train" and torch.is_grad_enabled() else "none"
+        if recompute == "none":
             return block(x_TD, ctx)
+        if recompute == "selective":
+            return cheaply_recomputed(block, x_TD, ctx, block.norms())
         if self.offload and self.stash is None:
             self.stash = HostStash(x_TD.device)
         return recomputed(block, x_TD, ctx, self.stash)
