@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pithwood.checkpoint.load import list_checkpoints
-from pithwood.errors import is_out_of_memory
-from pithwood.run import Run
+from pithwood.data.curriculum import Stage
+from pithwood.errors import is_out_of_memory, size_text
+from pithwood.models.qwen3_moe import Qwen3MoE
+from pithwood.models.recompute import ActivationPlan
+from pithwood.ops.packing import Packing
+from pithwood.optim.muon import CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS
+from pithwood.optim.optimizer import Optimizer
+from pithwood.run import DTYPES, Run, pick_device
+
+SHARE_FOR_COPIES = 0.9
+"""Copies of the weights are kept if the estimate with them stays below this share of the device's memory."""
+
+_UPDATE_BYTES = 20
+"""Temporary bytes per element of the matrices that Muon moves at once."""
 
 
 def check_memory(run: Run, figures: dict[str, Any], device: torch.device) -> list[str]:
@@ -42,6 +56,121 @@ def knobs(run: Run) -> str:
     model |= {f"moe.{name}": getattr(run.model.moe, name) for name in ("num_experts", "expert_dim")}
     sizes = ", ".join(f"model.{name}={size}" for name, size in model.items())
     return f"lower samples_per_micro_batch={run.samples_per_micro_batch}, seq_len={run.seq_len} or the model ({sizes})"
+
+
+def memory_by_kind(run: Run, device: torch.device | None = None, *, copies: bool | None = None) -> dict[str, float]:
+    """Bytes on the device at the moment when a step holds most, by kind; their sum is the predicted peak.
+
+    device   None: the one that the run would take here. An estimate for a GPU may be asked for on a machine without.
+    copies   whether weight copies are kept; None: as `keep_weight_copies` says, with "auto" as if they fit
+    returns  weights, weight_copies, gradients, optimizer_state, weight_average, activations, workspace
+
+    That moment is the end of a forward pass, or the update; of several phases the one that takes most counts. Nothing
+    is allocated: model and optimizer are built without memory and asked for their sizes. What torch and the driver take
+    for themselves is left out.
+    """
+    device = pick_device(run) if device is None else device
+    if copies is None:
+        copies = run.keep_weight_copies == "always" or (run.keep_weight_copies == "auto" and _wants_copies(run, device))
+    with torch.device("meta"):
+        model = Qwen3MoE(dataclasses.replace(run.model, attention=run.phase(0).attention))
+    model.activations = activation_plan(run)
+    optimizer: Optimizer | None = None
+    worst: dict[str, float] = {}
+    stages = run.stages()
+    for index in range(max(len(run.phases), 1)):
+        begin = run.phases[index - 1].until_step if index else 0
+        phase = run.phase(begin)
+        with torch.device("meta"):
+            if phase.attention != model.cfg.attention:
+                model.set_attention(phase.attention)
+            names, roles = dict(model.named_parameters()), model.parameter_roles()
+            if optimizer is None:
+                optimizer = Optimizer(run.optim, names, roles, run.steps)
+            optimizer.set_phase(names, roles, trainable=phase.trainable, lr_scales=phase.lr_scales)
+        stage = next((stage for stage in stages if begin < stage.until_step), stages[-1])
+        for moment in _moments(run, model, optimizer, stage, device, copies):
+            worst = max(worst, moment, key=lambda kinds: sum(kinds.values()))
+    return worst
+
+
+def _moments(
+    run: Run, model: Qwen3MoE, optimizer: Optimizer, stage: Stage, device: torch.device, copies: bool
+) -> list[dict[str, float]]:
+    """What is on the device at the end of a step's last forward pass, and during its update."""
+    params = list(model.parameters())
+    state = optimizer.state_dict()
+    average = 0.0 if optimizer.average is None else float(_bytes(optimizer.average.average.values()))
+    gradients = float(_bytes(param for param in params if param.requires_grad))
+    resident = {
+        "weights": float(_bytes(params)),
+        "weight_copies": 2.0 * sum(weight.numel() for weight in model.product_weights().values()) if copies else 0.0,
+        "optimizer_state": _bytes(state.values()) - average,
+        "weight_average": average,
+    }
+    # samples of one length cost the same: a thousand of them are priced, one by one, and multiplied
+    many = min(stage.samples_per_batch, 1000)
+    cost = model.cost(Packing.from_lengths([stage.seq_len] * many), element_size=DTYPES[run.precision].itemsize)
+    share = stage.samples_per_batch / many
+    # gradients are dropped after each update: the first backward pass makes the head's while all activations are there,
+    # and the others as the activations go
+    alone = run.samples_per_micro_batch == run.samples_per_step
+    first = float(_bytes([model.head_weight])) if model.head_weight.requires_grad else 0.0
+    moved = [name for name, plan in optimizer.plans.items() if plan.trainable and plan.muon]
+    by_muon = sum(optimizer.params[name].numel() for name in moved)
+    chunk = min(by_muon, GPU_CHUNK_ELEMENTS if device.type == "cuda" else CPU_CHUNK_ELEMENTS)
+    return [
+        {
+            **resident,
+            "gradients": first if alone else gradients,
+            "activations": cost.saved_bytes * share,
+            "workspace": cost.workspace_bytes * share,
+        },
+        {**resident, "gradients": gradients, "activations": 0.0, "workspace": float(_UPDATE_BYTES * chunk)},
+    ]
+
+
+def activation_plan(run: Run) -> ActivationPlan:
+    """How the blocks of a run's model keep their activations."""
+    return ActivationPlan(run.recompute_by_block(), run.offload_activations)
+
+
+def keeps_copies(run: Run, device: torch.device, memory_bytes: float | None = None) -> bool:
+    """Whether a run keeps copies of its weights on a device; memory_bytes: the device's memory, None asks it."""
+    if run.keep_weight_copies != "auto":
+        return run.keep_weight_copies == "always"
+    if not _wants_copies(run, device):
+        return False
+    limit = memory_limit(device)[0] if memory_bytes is None else memory_bytes
+    return sum(memory_by_kind(run, device, copies=True).values()) <= SHARE_FOR_COPIES * limit
+
+
+def memory_line(run: Run, device: torch.device, copies: bool) -> str:
+    """What a run will take and what it does about it, in words: for the lines at its start."""
+    kinds = memory_by_kind(run, device, copies=copies)
+    each = run.recompute_by_block()
+    kept = {
+        "none": "activations kept",
+        "selective": "cheap activations computed again",
+        "block": f"block inputs kept {'in host memory' if run.offload_activations else 'alone'}",
+    }
+    counts = ", ".join(
+        text if each.count(name) == len(each) else f"{text} in {each.count(name)} of {len(each)} blocks"
+        for name, text in kept.items()
+        if name in each
+    )
+    weights = (
+        f"{run.precision} copies of the weights ({size_text(kinds['weight_copies'])})" if copies else "no weight copies"
+    )
+    return f"about {size_text(sum(kinds.values()))} at most; {counts}; {weights}"
+
+
+def _wants_copies(run: Run, device: torch.device) -> bool:
+    return run.precision != "fp32" and device.type == "cuda"
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 @contextmanager

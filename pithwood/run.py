@@ -19,6 +19,7 @@ from pithwood.data.curriculum import Stage, check_lengths
 from pithwood.data.mixture import MixtureConfig
 from pithwood.data.prepare import CorpusConfig
 from pithwood.models.qwen3_moe import Qwen3MoEConfig
+from pithwood.models.recompute import Recompute
 from pithwood.objectives import NextToken, Objective
 from pithwood.observe.sinks import LoggingConfig
 from pithwood.observe.spikes import SpikeConfig
@@ -87,6 +88,15 @@ class Run:
     """Settings that change with the step, in order of until_step; empty: one phase."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Activation dtype; master weights, gradients, optimizer state and reductions are fp32 in both."""
+    recompute: Recompute | tuple[Recompute, ...] = "none"
+    """What the backward pass computes again instead of keeping it, for all blocks or one entry per block. none:
+    nothing. selective: what is cheap. block: everything but the block's input and its decisions (which keys, which
+    experts), for one forward pass more. It changes no digit."""
+    offload_activations: bool = False
+    """Keep the inputs of blocks with recompute=block in host memory between forward and backward pass; GPU only."""
+    keep_weight_copies: Literal["auto", "always", "never"] = "auto"
+    """Whether bf16 copies of the weights stay on the device, renewed after each update, instead of being cast at every
+    use: 2 bytes per parameter against time. auto: on a GPU, with precision=bf16, if they fit. It changes no digit."""
     seed: int = 0
     """Seed of initial weights and of the sample order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -152,6 +162,22 @@ class Run:
                 f"model.vocab_size={self.model.vocab_size} is smaller than data.vocab_size={self.data.vocab_size}; "
                 "the embedding needs a row for every token"
             )
+        layers = self.model.num_layers
+        if not isinstance(self.recompute, str) and len(self.recompute) != layers:
+            raise ValueError(
+                f"recompute has {len(self.recompute)} entries but model.num_layers={layers}; "
+                "give one for all blocks, or exactly one per block"
+            )
+        if self.offload_activations and "block" not in self.recompute_by_block():
+            raise ValueError(
+                "offload_activations=true moves the inputs of blocks that are computed again, and recompute="
+                f"{self.recompute!r} has none; set recompute=block, or offload_activations=false"
+            )
+        if self.keep_weight_copies == "always" and self.precision == "fp32":
+            raise ValueError(
+                "keep_weight_copies=always keeps copies in bf16, but precision=fp32 uses the weights as they are; "
+                "set keep_weight_copies=auto or precision=bf16"
+            )
         ends = [phase.until_step for phase in self.phases]
         if ends != sorted(set(ends)) or (ends and ends[0] < 1):
             raise ValueError(f"phases must have rising until_step of at least 1, given {ends}")
@@ -178,6 +204,10 @@ class Run:
             if not isinstance(self.data, MixtureConfig):
                 raise ValueError(f"{where} needs parts, but data is one corpus; make it a MixtureConfig")
             self.data.shares(phase.weights, where)
+
+    def recompute_by_block(self) -> tuple[Recompute, ...]:
+        """One entry of `recompute` per block."""
+        return (self.recompute,) * self.model.num_layers if isinstance(self.recompute, str) else self.recompute
 
     def phase_index(self, step: int) -> int:
         """Which phase a step belongs to; 0 in a run without phases."""
@@ -221,6 +251,9 @@ LENGTH_AND_LOGGING = (
     "checkpoint_every",
     "keep_checkpoints",
     "max_skipped_steps",
+    "recompute",
+    "offload_activations",
+    "keep_weight_copies",
     "sample_prompts",
     "sample_tokens",
     "data.parts.*.max_epochs",
@@ -240,3 +273,12 @@ def pick_device(run: Run) -> torch.device:
     if run.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(run.device)
+
+
+def check_device_settings(run: Run, device: torch.device) -> None:
+    """Raise ValueError for settings that have no meaning on the device that was picked."""
+    if run.offload_activations and device.type == "cpu":
+        raise ValueError(
+            "offload_activations=true moves activations from a GPU to the host's memory, but the run is on the CPU, "
+            "where they are already; set offload_activations=false"
+        )

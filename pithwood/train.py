@@ -29,13 +29,13 @@ from pithwood.checkpoint.signals import StopRequest
 from pithwood.config import config_hash, to_dict
 from pithwood.data.batches import Batch, TrainingBatches
 from pithwood.data.corpus import Corpus
-from pithwood.data.mixture import Mixture, find_data, open_data
+from pithwood.data.mixture import Mixture, open_data
 from pithwood.data.origins import step_origins
-from pithwood.data.usage import data_plan, epochs_read, read_so_far, training_batches
+from pithwood.data.usage import epochs_read, read_so_far, training_batches
 from pithwood.evaluate.parts import evaluate_data, losses
 from pithwood.finish import finish
 from pithwood.losses import LossLedger
-from pithwood.memory import check_memory, explained_memory, memory_limit
+from pithwood.memory import activation_plan, check_memory, explained_memory, keeps_copies, memory_line
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.moe.balance import load_stats
 from pithwood.moe.layer import MoELayer
@@ -52,12 +52,11 @@ from pithwood.observe.metrics import (
 )
 from pithwood.observe.sinks import check_sinks, open_sinks
 from pithwood.observe.spikes import SpikeWatch
-from pithwood.ops.packing import Packing
-from pithwood.optim.config import MuonConfig, state_bytes
-from pithwood.optim.groups import MATRIX_KINDS, plan_parameters
+from pithwood.ops.master import keep_copies
 from pithwood.optim.optimizer import Optimizer
-from pithwood.optim.schedule import idle_end, schedule_spans
-from pithwood.run import DTYPES, Run, pick_device
+from pithwood.optim.schedule import idle_end
+from pithwood.plan import plan
+from pithwood.run import DTYPES, Run, check_device_settings, pick_device
 from pithwood.run_folder import (
     branched_from,
     check_fits,
@@ -92,6 +91,7 @@ def train(
     figures = plan(run)
     check_sinks(run.logging)
     device = pick_device(run)
+    check_device_settings(run, device)
     crowded = check_memory(run, figures, device)
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -229,8 +229,13 @@ class Trainer:
         )
         """What MFU is relative to: stated and measured peaks of the GPU, or a matmul measured here on a CPU."""
         phase = run.phase(0)
-        self.model = Qwen3MoE(dataclasses.replace(run.model, attention=phase.attention)).to(device)
+        # made where it will lie: no copy of it ever exists on the host
+        with device:
+            self.model = Qwen3MoE(dataclasses.replace(run.model, attention=phase.attention))
         self.model.init_weights(run.seed)
+        self.model.activations = activation_plan(run)
+        self.copies = keeps_copies(run, device)
+        """Whether the weights carry copies in the activations' dtype."""
         self.optimizer = Optimizer(
             run.optim,
             dict(self.model.named_parameters()),
@@ -243,6 +248,12 @@ class Trainer:
         self._cost_cache: dict[tuple[int, ...], Cost] = {}
         self.spikes = SpikeWatch(run.spikes, run.log_every)
         self.spikes.measure(self.optimizer.params, self.model.blocks)
+        self.renew_copies()
+
+    def renew_copies(self) -> None:
+        """Bring the weights' copies up to date; due whenever weights have changed outside a backward pass."""
+        if self.copies:
+            keep_copies(self.model.product_weights().values(), self.dtype)
 
     def train_step(self, step: int, batches: list[Batch], statistics: bool = False) -> tuple[dict[str, Any], float]:
         """Forward, backward and update over the micro-batches of one optimizer step.
@@ -262,7 +273,9 @@ class Trainer:
             forward_backward(self.model, objective, batch, ledger, self.dtype, probe=watched)
         values: dict[str, Any] = dict(self.optimizer.step(step, self.spikes.before_update()))
         self.spikes.after_update(step + 1)
+        # dropped, not zeroed: the next backward pass writes them anew without reading, and their room is free meanwhile
         self.optimizer.zero_grad()
+        self.renew_copies()
         for layer in self.moe_layers():
             if layer.gate.weight.requires_grad:
                 # counts of zero leave the bias as it is: a skipped step must not move it either
@@ -324,6 +337,7 @@ class Trainer:
             lr_scales=phase.lr_scales,
         )
         self.spikes.measure(self.optimizer.params, self.model.blocks)
+        self.renew_copies()
         return True
 
     def strictly_causal(self) -> bool:
@@ -343,6 +357,8 @@ class Trainer:
                 max_samples=max_samples or None,
                 dtype=self.dtype,
             )
+        if self.optimizer.average is not None:
+            self.renew_copies()
         return losses(result)
 
     def averaged_weights(self) -> AbstractContextManager[Any]:
@@ -398,6 +414,7 @@ class Trainer:
         self.optimizer.load_state_dict(
             {name.removeprefix("optim."): value for name, value in tensors.items() if name.startswith("optim.")}
         )
+        self.renew_copies()
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
         restore_rng(state["rng"])
         return self.step
@@ -412,6 +429,7 @@ class Trainer:
             f"{run.steps} steps of {run.samples_per_step * run.seq_len:,} tokens, {tokens / 1e6:.2f}M in all",
             f"data: {', '.join(f'{passes:.3g} epochs of {name}' for name, passes in epochs.items())}",
             f"attention: {', '.join(sorted(mixers))}, {attention_backend(self.device)}",
+            f"memory: {memory_line(run, self.device, self.copies)}",
             f"device: {self.device}, {run.precision}"
             + (f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""),
             f"run folder: {folder}" + (f", resuming after step {start}" if start else ""),
@@ -474,84 +492,6 @@ def report_skips(run: Run, events: EventLog, folder: Path, written: list[dict[st
                 f"changing the weights. Last good checkpoint: {latest_checkpoint(folder) or 'none yet'}. "
                 f"Lower optim.lr, or read the steps before it in {folder}/events.jsonl"
             )
-
-
-def check_phases(run: Run) -> None:
-    """Build every phase without memory and raise ValueError for what would fail only when its step arrives."""
-    try:
-        schedule_spans(run.optim.schedule, run.steps)
-    except ValueError as error:
-        raise ValueError(f"optim.schedule: {error}") from None
-    shapes: dict[str, torch.Size] = {}
-    for index in range(max(len(run.phases), 1)):
-        step = run.phases[index - 1].until_step if index else 0
-        where, active = f"phases.{index}" if run.phases else "model", run.phase(step)
-        with torch.device("meta"):
-            model = Qwen3MoE(dataclasses.replace(run.model, attention=active.attention))
-        parameters = dict(model.named_parameters())
-        for name, param in parameters.items():
-            if shapes.setdefault(name, param.shape) != param.shape:
-                raise ValueError(
-                    f"{where}: {name} would change its shape from {tuple(shapes[name])} to {tuple(param.shape)}; "
-                    "parameters keep their shape over phases"
-                )
-        plan_parameters(
-            parameters,
-            model.parameter_roles(),
-            muon=isinstance(run.optim, MuonConfig),
-            weight_decay=run.optim.weight_decay,
-            decay_embeddings=run.optim.decay_embeddings,
-            weight_decay_rules=run.optim.weight_decay_rules,
-            lr_scales=active.lr_scales,
-            trainable=active.trainable,
-        )
-        last = index == max(len(run.phases), 1) - 1
-        leaky = [block.self_attn for block in model.blocks if block.self_attn.causality != "strict"]
-        if last and leaky:
-            raise ValueError(
-                f"{where}: {type(leaky[0]).__name__} is {leaky[0].causality!r}, so the run could not be validated at "
-                "its end; add a last phase with a strictly causal mixer"
-            )
-
-
-def plan(run: Run, cache_dir: Path | None = None) -> dict[str, Any]:
-    """What a run would take, without starting it: sizes, tokens, FLOPs of a step at its costliest length, bytes of
-    weights and state; what it reads of its data (`data_plan`) if that lies prepared in cache_dir, else null.
-    """
-    run.validate()
-    check_phases(run)
-    with torch.device("meta"):
-        model = Qwen3MoE(dataclasses.replace(run.model, attention=run.phase(0).attention))
-    counts, device = model.num_params(), pick_device(run)
-    stages = run.stages()
-    data, reading = find_data(run.data, cache_dir) if cache_dir else None, None
-    if data is not None:
-        batches = training_batches(data, stages, seed=run.seed, steps=run.steps)
-        reading = data_plan(data, batches.curriculum, run.steps)
-    # samples of one length cost the same: a thousand of them are priced, one by one, and multiplied
-    priced = [min(stage.samples_per_batch, 1000) for stage in stages]
-    packings = [Packing.from_lengths([stage.seq_len] * many) for stage, many in zip(stages, priced, strict=True)]
-    costs = [model.cost(packing, element_size=DTYPES[run.precision].itemsize) for packing in packings]
-    shares = [stage.samples_per_batch / many for stage, many in zip(stages, priced, strict=True)]
-    micro, share = max(zip(costs, shares, strict=True), key=lambda pair: pair[0].model_flops * pair[1])
-    micro_batches = run.samples_per_step // run.samples_per_micro_batch
-    roles, by_muon = model.parameter_roles(), isinstance(run.optim, MuonConfig)
-    muon_params = sum(p.numel() for name, p in model.named_parameters() if by_muon and roles[name].kind in MATRIX_KINDS)
-    # weights, gradients and the average; momentum and moments
-    state = 4.0 * counts["total"] * (2 + (run.optim.ema_decay > 0))
-    state += state_bytes(run.optim, muon_params, counts["total"] - muon_params, device)
-    return {
-        "parameters": counts["total"],
-        "active_parameters": counts["active"],
-        "tokens_per_step": run.samples_per_step * run.seq_len,
-        "tokens": run.steps * run.samples_per_step * run.seq_len,
-        "training_flops_per_step": 3.0 * micro.model_flops * share * micro_batches,
-        "weights_gradients_optimizer_gb": state / 1e9,
-        "activations_gb": (micro.saved_bytes * share + micro.workspace_bytes) / 1e9,
-        "device": str(device),
-        "device_memory_gb": memory_limit(device)[0] / 1e9,
-        "data": reading,
-    }
 
 
 def attention_backend(device: torch.device) -> str:

@@ -36,6 +36,7 @@ LAYERS: tuple[set[str], ...] = (
     {"objectives"},
     {"run"},
     {"memory", "run_folder", "recipes"},
+    {"plan"},
     {"generate", "evaluate", "facts"},
     {"finish", "delete_run"},
     {"train", "bench", "report"},

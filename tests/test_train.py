@@ -26,8 +26,9 @@ from pithwood.observe.events import read_events
 from pithwood.ops.packing import Packing
 from pithwood.optim.config import AdamWConfig, MuonConfig
 from pithwood.optim.schedule import WarmupStableDecay
+from pithwood.plan import plan
 from pithwood.run import Phase, Run
-from pithwood.train import Trainer, forward_backward, plan, train
+from pithwood.train import Trainer, forward_backward, train
 from tests.numerics import assert_close
 
 

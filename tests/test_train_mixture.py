@@ -13,10 +13,11 @@ from pithwood.data.mixture import MixtureConfig, MixturePart, open_data
 from pithwood.data.sources import TextFolder
 from pithwood.data.usage import training_batches
 from pithwood.observe.events import read_events
+from pithwood.plan import plan
 from pithwood.recipes.mixtures import demo_mixture
 from pithwood.run import Phase, Run
 from pithwood.run_folder import run_dir
-from pithwood.train import Trainer, plan, train
+from pithwood.train import Trainer, train
 from tests.test_train import losses, small_corpus, small_run
 
 

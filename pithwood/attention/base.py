@@ -137,6 +137,8 @@ class LayerContext:
     """If given, every decision is stored here under its key."""
     ledger: LossLedger | None = None
     """Where loss terms are recorded and what normalises them; None outside training."""
+    recomputing: bool = False
+    """True while a backward pass repeats this layer's forward pass: what is counted per token was counted before."""
 
     def decide(self, name: str, compute: Callable[[], Any]) -> Any:
         """The value of a discrete decision (block selection, expert ids): replayed if recorded, else computed.
@@ -190,9 +192,15 @@ class Mixer(nn.Module):
 
     def cost(self, packing: Packing) -> Cost:
         """Cost of one forward over a packing whose offsets lie on the CPU, projections included; its bytes are those
-        of activations (and of a cache) of `activation_bytes` each.
+        of activations (and of a cache) of `activation_bytes` each. Layers of equal configuration cost the same.
         """
         raise NotImplementedError
+
+    def decision_bytes(self, packing: Packing) -> float:
+        """Bytes of what this mixer decides in one forward (`LayerContext.decide`): kept where the rest is computed
+        again.
+        """
+        return 0.0
 
     def optimizer_shapes(self) -> dict[str, tuple[int, int, int] | None]:
         """Overrides of how Muon sees parameters, by local name: a [matrices, rows, cols] view, or None for AdamW.

@@ -157,6 +157,10 @@ class MoBA(HeadsMixer):
         )
         return self.projection_cost(packing) + attention
 
+    def decision_bytes(self, packing: Packing) -> float:
+        sets = self.shape.num_heads if self.config.route_per == "q_head" else self.shape.num_kv_heads
+        return 4.0 * packing.num_queries * sets * (self.config.num_blocks + 1)
+
     def _decodes_full(self, ctx: LayerContext) -> bool:
         if not self.decodes(ctx) or ctx.cache is None:
             return False

@@ -25,9 +25,10 @@ from pithwood.data.batches import Batch
 from pithwood.data.mixture import open_data
 from pithwood.data.usage import training_batches
 from pithwood.losses import LossLedger
+from pithwood.plan import check_phases
 from pithwood.recipes import load_recipe
-from pithwood.run import Run
-from pithwood.train import Trainer, check_phases, forward_backward, pick_device
+from pithwood.run import Run, pick_device
+from pithwood.train import Trainer, forward_backward
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -245,7 +245,7 @@ def _extend(args: argparse.Namespace) -> tuple[int, str]:
 def _train(args: argparse.Namespace, run: Any, runs_dir: Path, branch_from: str | None) -> tuple[int, str]:
     if args.dry_run:
         from pithwood.config import to_dict
-        from pithwood.train import plan
+        from pithwood.plan import plan
 
         return 0, json_text({"config": to_dict(run), "plan": plan(run)}, indent=None if args.json else 2)
 

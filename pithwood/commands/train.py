@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
 
     run = apply_overrides(load_recipe(args.recipe), args.overrides)
     if args.dry_run:
+        from pithwood.plan import plan
         from pithwood.run_folder import check_branch
-        from pithwood.train import plan
 
         figures = plan(run, args.runs_dir / "corpora")
         if args.branch_from:

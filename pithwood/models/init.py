@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 22
-"""Elements hashed at a time: bounds the int64 and fp64 temporaries to about 100 MB."""
+_CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 24
+"""Elements hashed at a time: int64 and fp64 temporaries that stay in a core's cache, or fill a GPU (400 MB)."""
 
 
 def normal_values(seed: int, name: str, index: Tensor, std: float) -> Tensor:
@@ -24,8 +24,8 @@ def normal_values(seed: int, name: str, index: Tensor, std: float) -> Tensor:
     """
     bits = _splitmix64(index, _key(seed, name))
     # 53 random bits, centred in their cell so that 0 and 1 cannot occur (erfinv is infinite there)
-    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
-    return (torch.erfinv(2.0 * uniform - 1.0) * (math.sqrt(2.0) * std)).float()
+    uniform = _shift_right(bits, 11).double().add_(0.5).mul_(2.0**-53)
+    return uniform.mul_(2.0).sub_(1.0).erfinv_().mul_(math.sqrt(2.0) * std).float()
 
 
 @torch.no_grad()
@@ -35,8 +35,9 @@ def fill_normal(tensor: Tensor, seed: int, name: str, std: float) -> None:
         tensor.zero_()
         return
     flat = tensor.view(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        stop = min(start + _CHUNK, flat.numel())
+    chunk = _GPU_CHUNK if tensor.is_cuda else _CPU_CHUNK
+    for start in range(0, flat.numel(), chunk):
+        stop = min(start + chunk, flat.numel())
         index = torch.arange(start, stop, dtype=torch.int64, device=tensor.device)
         flat[start:stop] = normal_values(seed, name, index, std).to(tensor.dtype)
 
@@ -48,7 +49,7 @@ def _key(seed: int, name: str) -> int:
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift: torch's >> on int64 keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _signed(value: int) -> int:
@@ -59,7 +60,7 @@ def _splitmix64(index: Tensor, key: int) -> Tensor:
     """The 64-bit finaliser of Steele et al. 2014 over key + (index + 1) * golden ratio; int64 arithmetic wraps as
     needed.
     """
-    x = (index + 1) * _signed(0x9E3779B97F4A7C15) + key
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
+    x = (index + 1).mul_(_signed(0x9E3779B97F4A7C15)).add_(key)
+    x.bitwise_xor_(_shift_right(x, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(0x94D049BB133111EB))
+    return x.bitwise_xor_(_shift_right(x, 31))

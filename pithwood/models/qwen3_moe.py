@@ -26,6 +26,7 @@ from pithwood.attention.moba import MoBAConfig
 from pithwood.attention.projections import HeadsConfig
 from pithwood.losses import LossLedger
 from pithwood.models.init import fill_normal
+from pithwood.models.recompute import ActivationPlan, BlockCost
 from pithwood.moe.config import MoEConfig
 from pithwood.moe.experts import DenseMLP
 from pithwood.moe.layer import MoELayer
@@ -168,6 +169,10 @@ class Block(nn.Module):
             DenseMLP(cfg.model_dim, cfg.dense_dim) if layer in cfg.dense_layers else MoELayer(cfg.moe, cfg.model_dim)
         )
 
+    def norms(self) -> tuple[nn.Module, ...]:
+        """The modules whose output is cheap to compute again."""
+        return self.input_layernorm, self.post_attention_layernorm
+
     def attend_and_route(self, x_TD: Tensor, ctx: LayerContext) -> Routed:
         out = self.self_attn(self.input_layernorm(x_TD), ctx)
         residual_TD, ffn_in_TD = self.post_attention_layernorm.of_sum(x_TD, out.y_TD)
@@ -216,6 +221,8 @@ class Qwen3MoE(nn.Module):
         super().__init__()
         cfg.validate()
         self.cfg = cfg
+        self.activations = ActivationPlan.keep_all(cfg.num_layers)
+        """How the blocks keep what their backward pass needs."""
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(
@@ -262,7 +269,7 @@ class Qwen3MoE(nn.Module):
         carry: dict[str, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layer(layer, packing)
-            x_TD, carry = block(x_TD, replace(ctx, layer=layer, cache=layer_cache, carry=carry))
+            x_TD, carry = self.activations.run(block, x_TD, replace(ctx, layer=layer, cache=layer_cache, carry=carry))
         return self.model["norm"](x_TD)
 
     def forward_cached(self, tokens_T: Tensor, packing: Packing, cache: Any, mode: Mode) -> Tensor:
@@ -319,6 +326,15 @@ class Qwen3MoE(nn.Module):
                     overrides[f"model.layers.{layer}.mlp.experts.{local}"] = shape
         return {name: _role(name, param, overrides) for name, param in self.named_parameters()}
 
+    def product_weights(self) -> dict[str, Tensor]:
+        """The weights that matrix products take in the activations' dtype, by name: all matrices, experts and the head.
+
+        The router's is used in fp32, and an embedding that is no head has its rows cast after they are looked up.
+        """
+        kinds = ("matrix", "experts", "head", *(("embedding",) if self.cfg.tie_embeddings else ()))
+        roles = self.parameter_roles()
+        return {name: param for name, param in self.named_parameters() if roles[name].kind in kinds}
+
     def set_attention(self, attention: MixerConfig | tuple[MixerConfig, ...]) -> tuple[set[str], dict[str, Tensor]]:
         """Replace every layer's mixer; parameters whose names and shapes both have stay the same tensors.
 
@@ -328,9 +344,9 @@ class Qwen3MoE(nn.Module):
         cfg = replace(self.cfg, attention=attention)
         cfg.validate()
         before = dict(self.named_parameters())
-        device = self.head_weight.device
-        for layer, block in enumerate(self.blocks):
-            block.self_attn = cfg.mixers()[layer].build(_mixer_shape(cfg, layer)).to(device)
+        with self.head_weight.device:
+            for layer, block in enumerate(self.blocks):
+                block.self_attn = cfg.mixers()[layer].build(_mixer_shape(cfg, layer))
         self.cfg = cfg
         new = set()
         for name, param in list(self.named_parameters()):
@@ -359,9 +375,12 @@ class Qwen3MoE(nn.Module):
     def cost(self, packing: Packing, element_size: int = 4) -> Cost:
         """Cost of one forward over a packing with offsets on the CPU, log-probabilities of all tokens included.
 
+        Its bytes are those that `activations` leaves on the device: a recomputed block keeps its input and decisions,
+        and the largest of them, whole for its backward pass, counts as workspace.
+
         element_size  bytes per activation: 4 for fp32, 2 for bf16; what is fp32 in either counts 4
         """
-        tokens, dim, dense_dim = packing.num_queries, self.cfg.model_dim, self.cfg.dense_dim
+        tokens, dim = packing.num_queries, self.cfg.model_dim
         row = float(tokens * dim * element_size)
         head, logits = 2.0 * tokens * dim * self.cfg.vocab_size, 4.0 * tokens * self.cfg.vocab_size
         # fp32 cos and sin for all layers, the final norm's input and the head's; all logits are kept or none, and a
@@ -373,20 +392,36 @@ class Qwen3MoE(nn.Module):
             saved_bytes=8.0 * tokens * self.cfg.head_dim + 2 * row + kept,
             workspace_bytes=2 * min(logits, CHUNK_BYTES),
         )
-        for block in self.blocks:
-            assert isinstance(block.self_attn, Mixer)
-            # a shallow copy shares the parameters: asking at one size leaves no trace in the mixer
-            mixer = copy.copy(block.self_attn)
-            mixer.activation_bytes = element_size
-            # with the inputs of the two norms
-            cost = cost + mixer.cost(packing) + Cost(saved_bytes=2 * row)
-            if isinstance(block.mlp, DenseMLP):
-                flops = 6.0 * tokens * dim * dense_dim
-                # the input; gate, silu(gate), up and their product
-                cost = cost + Cost(flops, flops, saved_bytes=row + 4.0 * tokens * dense_dim * element_size)
-            else:
-                cost = cost + block.mlp.cost(tokens, element_size)
-        return cost
+        # layers of one kind cost the same, and a long packing takes milliseconds to price
+        known: dict[tuple[MixerConfig, bool], BlockCost] = {}
+        blocks = []
+        for layer, mixer in enumerate(self.cfg.mixers()):
+            kind = mixer, layer in self.cfg.dense_layers
+            if kind not in known:
+                known[kind] = self.block_cost(layer, packing, element_size)
+            blocks.append(known[kind])
+        return cost + self.activations.costs(blocks)
+
+    def block_cost(self, layer: int, packing: Packing, element_size: int = 4) -> BlockCost:
+        """Cost of one block's forward, and what it is made of."""
+        block, tokens = self.blocks[layer], packing.num_queries
+        row = float(tokens * self.cfg.model_dim * element_size)
+        assert isinstance(block.self_attn, Mixer)
+        # a shallow copy shares the parameters: asking at one size leaves no trace in the mixer
+        mixer = copy.copy(block.self_attn)
+        mixer.activation_bytes = element_size
+        # with the inputs of the two norms
+        cost = mixer.cost(packing) + Cost(saved_bytes=2 * row)
+        inputs, cheap = row + mixer.decision_bytes(packing), 2 * row
+        if isinstance(block.mlp, DenseMLP):
+            dense_dim = self.cfg.dense_dim
+            flops = 6.0 * tokens * self.cfg.model_dim * dense_dim
+            # the input; gate, silu(gate), up and their product
+            mlp = Cost(flops, flops, saved_bytes=row + 4.0 * tokens * dense_dim * element_size)
+            return BlockCost(cost + mlp, inputs, cheap)
+        return BlockCost(
+            cost + block.mlp.cost(tokens, element_size), inputs + 8.0 * tokens * block.mlp.cfg.top_k, cheap
+        )
 
     def hf_config(self) -> dict[str, Any]:
         """config.json of the Hugging Face form; raises ValueError if Qwen3-MoE cannot express this model.

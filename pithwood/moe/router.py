@@ -60,12 +60,15 @@ class Router(nn.Module):
         weight_Tk = self.weights(score_TE, ids_Tk)
 
         counting = self.training and ctx.mode == "train"
-        if counting:
+        if counting and not ctx.recomputing:
             self.counts_E += count_experts(ids_Tk, cfg.num_experts)
         if ctx.ledger is not None:
             if cfg.balance != "none":
                 prob_TE = score_TE if cfg.score == "softmax" else score_TE / score_TE.sum(-1, keepdim=True)
-                step_counts_E = self.counts_E if counting else None
+                step_counts_E = None
+                if counting and cfg.balance == "global_batch":
+                    # by the time of a recomputation the counts may have gone on
+                    step_counts_E = ctx.decide("step_counts", self.counts_E.clone)
                 term = balance_loss(prob_TE, ids_Tk, cfg.balance, cfg.balance_coef, ctx.packing, step_counts_E)
                 x_TD = attach_loss(x_TD, term, ctx.ledger)
             if cfg.z_loss_coef > 0:

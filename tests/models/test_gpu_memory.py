@@ -1,0 +1,152 @@
+"""Recomputation, offload and weight copies on a GPU: the plain step's losses and gradients, no wait for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pithwood.attention.moba import MoBAConfig
+from pithwood.data.batches import Batch
+from pithwood.losses import LossLedger
+from pithwood.models import offload
+from pithwood.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
+from pithwood.models.recompute import ActivationPlan
+from pithwood.moe.config import MoEConfig
+from pithwood.objectives import NextToken
+from pithwood.ops.master import keep_copies
+from pithwood.ops.packing import Packing
+from pithwood.train import forward_backward
+from tests.numerics import rel_error
+
+pytestmark = pytest.mark.gpu
+
+TOKENS = 4096
+CFG = Qwen3MoEConfig(
+    vocab_size=1024, model_dim=256, num_layers=5, num_heads=8, num_kv_heads=2, head_dim=64,
+    attention=MoBAConfig(block_size=64, top_k=3),
+    moe=MoEConfig(num_experts=8, top_k=2, expert_dim=128, balance="global_batch", balance_coef=0.1),
+    rope_theta=10_000.0,
+)  # fmt: skip
+
+
+def make_model(plan: ActivationPlan | None = None, copies: bool = False) -> Qwen3MoE:
+    with torch.device("cuda"):
+        model = Qwen3MoE(CFG)
+    model.init_weights(0)
+    if plan is not None:
+        model.activations = plan
+    if copies:
+        keep_copies(model.product_weights().values(), torch.bfloat16)
+    return model
+
+
+def make_batches() -> tuple[list[Batch], LossLedger]:
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for lengths in ([1000, 96, 3000], [4096]):
+        tokens = torch.randint(0, 1024, (TOKENS,), generator=generator)
+        columns = {"tokens": tokens, "targets": tokens.roll(-1), "loss_weight": torch.ones(TOKENS)}
+        batches.append(Batch(columns, Packing.from_lengths(lengths)).to(torch.device("cuda")))
+    return batches, LossLedger({"tokens": 2.0 * TOKENS, **NextToken().totals(batches)})
+
+
+def step(model: Qwen3MoE, batches: list[Batch], ledger: LossLedger, decisions: dict[str, Any] | None = None) -> None:
+    for number, batch in enumerate(batches):
+        replay = None if decisions is None else decisions[number]
+        forward_backward(model, NextToken(), batch, ledger, torch.bfloat16, replay=replay)
+
+
+def decisions_of(model: Qwen3MoE, batches: list[Batch]) -> dict[int, dict[str, Any]]:
+    """What the plain model decides: replayed, so that gradients can be compared tensor by tensor."""
+    found: dict[int, dict[str, Any]] = {}
+    for number, batch in enumerate(batches):
+        found[number] = {}
+        with torch.no_grad():
+            model.hidden(batch.columns["tokens"], batch.packing, dtype=torch.bfloat16, probe=found[number])
+    for block in model.blocks:
+        block.mlp.reset_step()
+    return found
+
+
+@pytest.mark.parametrize("small", [1, 1 << 20])
+@pytest.mark.parametrize("kind", ["block", "offload", "copies", "all"])
+def test_loss_and_gradients_are_those_of_the_plain_step(monkeypatch, kind, small):
+    monkeypatch.setattr(offload, "SMALL_BYTES", small)
+    batches, ledger = make_batches()
+    plain = make_model()
+    decisions = decisions_of(plain, batches)
+    step(plain, batches, ledger, decisions)
+    plan = ActivationPlan(("block",) * 5, offload=kind in ("offload", "all")) if kind != "copies" else None
+    model = make_model(plan, copies=kind in ("copies", "all"))
+    _, own = make_batches()
+    step(model, batches, own, decisions)
+    assert float(own.means()["loss"]) == pytest.approx(float(ledger.means()["loss"]), rel=1e-6)
+    gradients = dict(model.named_parameters())
+    for name, param in plain.named_parameters():
+        # kernels add parts in any order: the bits of one pass do not repeat in the next
+        assert rel_error(gradients[name].grad, param.grad) < 4e-3, name
+    for one, other in zip(model.blocks, plain.blocks, strict=True):
+        assert torch.equal(one.mlp.counts_E, other.mlp.counts_E)
+
+
+@pytest.mark.parametrize("kind", ["block", "offload"])
+def test_a_step_does_not_wait_for_the_device(monkeypatch, kind):
+    monkeypatch.setattr(offload, "SMALL_BYTES", 1)
+    model = make_model(ActivationPlan(("block",) * 5, offload=kind == "offload"), copies=True)
+    batches, ledger = make_batches()
+    # kernels compile, and pinned buffers are made, in the first step
+    step(model, batches, ledger)
+    batches, ledger = make_batches()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(model, batches, ledger)
+        keep_copies(model.product_weights().values(), torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_pinned_buffers_are_used_again(monkeypatch):
+    monkeypatch.setattr(offload, "SMALL_BYTES", 1)
+    plan = ActivationPlan(("block",) * 5, offload=True)
+    model = make_model(plan)
+
+    def buffers() -> int:
+        batches, ledger = make_batches()
+        step(model, batches, ledger)
+        return sum(len(free) for free in plan.stash._free.values())
+
+    first = buffers()
+    assert first > 0
+    assert buffers() == first
+
+
+def test_a_second_backward_pass_through_offloaded_activations_is_refused():
+    plan = ActivationPlan(("block",) * 5, offload=True)
+    model = make_model(plan)
+    batch = make_batches()[0][0]
+    hidden = model.hidden(batch.columns["tokens"], batch.packing, dtype=torch.bfloat16)
+    hidden.float().sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="run the forward again"):
+        hidden.float().sum().backward()
+
+
+def test_recomputation_and_offload_lower_the_memory_kept():
+    def kept(plan: ActivationPlan) -> int:
+        model = make_model(plan)
+        batch = make_batches()[0][0]
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        hidden = model.hidden(batch.columns["tokens"], batch.packing, dtype=torch.bfloat16)
+        after = torch.cuda.memory_allocated()
+        hidden.float().sum().backward()
+        return after - before
+
+    whole = kept(ActivationPlan.keep_all(5))
+    inputs = kept(ActivationPlan(("block",) * 5))
+    offloaded = kept(ActivationPlan(("block",) * 5, offload=True))
+    assert inputs < whole / 3
+    # of five inputs one or two are on the device, with the outputs and the decisions of all
+    assert offloaded < inputs - 2 * TOKENS * 256 * 2
