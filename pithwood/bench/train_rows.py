@@ -35,8 +35,8 @@ TOLD_BY_COLUMNS = (
 
 
 def workload(run: Run, recipe: str, overrides: Sequence[str], tokens: str) -> Row:
-    """The columns of a row that say what is measured: WORKLOAD, `micro_batch` (samples) and `settings` (the other
-    overrides, sorted).
+    """The columns of a row that say what is measured: WORKLOAD, `micro_batch` (samples), `settings` (the other
+    overrides, sorted), and `overrides`, with which the recipe makes the run again.
     """
     settings = [word for word in overrides if word.partition("=")[0].strip() not in TOLD_BY_COLUMNS]
     return {
@@ -52,6 +52,7 @@ def workload(run: Run, recipe: str, overrides: Sequence[str], tokens: str) -> Ro
         "precision": run.precision,
         "micro_batch": run.samples_per_micro_batch,
         "settings": sorted(settings),
+        "overrides": list(overrides),
     }
 
 
