@@ -21,6 +21,7 @@ from pithwood.commands import (
     check,
     config,
     docs,
+    estimate,
     evaluate,
     explain,
     generate,
@@ -55,6 +56,7 @@ COMMANDS = {
     "config": config,
     "bench": bench,
     "profile": profile,
+    "estimate": estimate,
     "check": check,
     "docs": docs,
 }

@@ -12,9 +12,9 @@ from typing import Any
 
 import pithwood
 from pithwood.attention.base import MixerConfig
-from pithwood.attention.full import FullAttentionConfig
 from pithwood.attention.moba import MoBAConfig
 from pithwood.bench.results import Row, device_name
+from pithwood.estimate.work import attention_op
 from pithwood.optim.config import MuonConfig
 from pithwood.run import Run
 
@@ -58,16 +58,15 @@ def workload(run: Run, recipe: str, overrides: Sequence[str], tokens: str) -> Ro
 
 def attention_of(attention: MixerConfig | Sequence[MixerConfig]) -> dict[str, Any]:
     """The `attention` column: op (full, moba, a mixer's class name, or mixed), block_size, top_k, impl."""
-    kinds = [attention] if isinstance(attention, MixerConfig) else list(dict.fromkeys(attention))
-    first = kinds[0]
-    if len(kinds) > 1:
-        op = "mixed"
-    elif isinstance(first, MoBAConfig):
-        op = "moba"
-    else:
-        op = "full" if isinstance(first, FullAttentionConfig) else type(first).__name__
-    blocks = (first.block_size, first.top_k) if op == "moba" and isinstance(first, MoBAConfig) else (None, None)
-    return {"op": op, "block_size": blocks[0], "top_k": blocks[1], "impl": "pithwood"}
+    kinds = {attention} if isinstance(attention, MixerConfig) else set(attention)
+    first = next(iter(kinds))
+    blocks = (first.block_size, first.top_k) if len(kinds) == 1 and isinstance(first, MoBAConfig) else (None, None)
+    return {
+        "op": attention_op(attention) if len(kinds) == 1 else "mixed",
+        "block_size": blocks[0],
+        "top_k": blocks[1],
+        "impl": "pithwood",
+    }
 
 
 def row_key(row: Row) -> str:

@@ -71,3 +71,17 @@ def breakdown_lines(breakdown: dict[str, Any]) -> list[str]:
         lines.append(f"    {part:<20}{ms:>10.2f}{ms / total:>8.1%}" + ("" if not floor else f"{floor:>10.2f}"))
     floors = sum(breakdown["floor_ms"].values())
     return [*lines, f"    {'all':<20}{total:>10.2f}{'':>8}{floors:>10.2f}"]
+
+
+def comparison_lines(rows: list[Row]) -> list[str]:
+    """Estimates beside measurements, a line each."""
+    lines = [f"{'workload':<40}{'GB':>8}{'estimate':>10}{'error':>8}{'ms':>10}{'estimate':>10}{'error':>8}{'blind':>8}"]
+    for row in rows:
+        what = f"{row['sequences']} x {length_words(row['seq_len'])}, {attention_words(row['attention'])}"
+        name = f"{what}, {row['routing']}"
+        lines.append(
+            f"{name:<40}{row['measured_gb']:>8.1f}{row['estimated_gb']:>10.1f}"
+            f"{row['memory_error']:>+8.1%}{row['measured_ms']:>10.1f}{row['estimated_ms']:>10.1f}"
+            f"{row['time_error']:>+8.1%}{row['others_error']:>+8.1%}"
+        )
+    return [*lines, "blind: the time by the efficiencies of the other rows alone"]

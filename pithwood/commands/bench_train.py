@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
 
     from pithwood.bench import train
     from pithwood.bench.results import device_name, merge_rows, read_results, write_results
+    from pithwood.bench.train_plot import plot_lengths
     from pithwood.bench.train_rows import committed_rows, comparison, measured, row_key, workload
 
     settings = run_of(args)
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
 
     def save() -> Path:
         rows = merge_rows(old, [row], row_key, measured)
+        plot_lengths(rows, folder / "train.png")
         return write_results("train", rows, folder, args.command_line)
 
     path = save()

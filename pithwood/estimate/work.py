@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from pithwood.attention.base import Mixer
-from pithwood.attention.moba import MoBA
+from pithwood.attention.base import Mixer, MixerConfig
+from pithwood.attention.full import FullAttentionConfig
+from pithwood.attention.moba import MoBA, MoBAConfig
 from pithwood.attention.projections import HeadsMixer
 from pithwood.models.qwen3_moe import Block, Qwen3MoE
 from pithwood.moe.experts import DenseMLP
@@ -72,6 +74,22 @@ def meta_model(run: Run) -> Qwen3MoE:
     """The model of the run's first phase, without memory."""
     with torch.device("meta"):
         return Qwen3MoE(dataclasses.replace(run.model, attention=run.phase(0).attention))
+
+
+def attention_op(attention: MixerConfig | Sequence[MixerConfig]) -> str:
+    """What results files call the attention of a model: full, moba, another mixer's class name, or mixed."""
+    kinds = {type(attention)} if isinstance(attention, MixerConfig) else set(map(type, attention))
+    if len(kinds) > 1:
+        return "mixed"
+    (kind,) = kinds
+    names = {FullAttentionConfig: "full", MoBAConfig: "moba"}
+    return names.get(kind, kind.__name__)
+
+
+def step_flops(run: Run) -> float:
+    """FLOPs that MFU counts for one step of the run's first phase, each sample one document: 3 x Cost.model_flops."""
+    stage = run.stages()[0]
+    return TRAINING * stage.samples_per_step * meta_model(run).cost(Packing.from_lengths([stage.seq_len])).model_flops
 
 
 def step_work(run: Run, model: Qwen3MoE | None = None) -> Work:
