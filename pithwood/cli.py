@@ -13,6 +13,7 @@ import difflib
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 
 from pithwood.commands import (
@@ -20,11 +21,13 @@ from pithwood.commands import (
     check,
     config,
     docs,
+    estimate,
     evaluate,
     explain,
     generate,
     inspect,
     prepare,
+    profile,
     recipes,
     report,
     runs,
@@ -52,6 +55,8 @@ COMMANDS = {
     "explain": explain,
     "config": config,
     "bench": bench,
+    "profile": profile,
+    "estimate": estimate,
     "check": check,
     "docs": docs,
 }
@@ -59,9 +64,11 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
+    started = time.perf_counter()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parse(arguments)
+        args.started = started
         args.command_line = shlex.join(["pithwood", *arguments])
         # A stray print must not spoil the one object on stdout, so everything but the result goes to stderr.
         with contextlib.redirect_stdout(sys.stderr):

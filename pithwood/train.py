@@ -210,14 +210,15 @@ def _loop(
 
 
 class Trainer:
-    """Model, optimizer and the counters of one run on one device."""
+    """Model, optimizer and the counters of one run on one device; without a corpus (random tokens) it is not saved."""
 
-    def __init__(self, run: Run, device: torch.device, corpus: Corpus | Mixture) -> None:
+    def __init__(self, run: Run, device: torch.device, corpus: Corpus | Mixture | None) -> None:
         self.run, self.device, self.dtype = run, device, DTYPES[run.precision]
         self.step = 0
         """Optimizer steps done."""
         self.tokens = 0
-        self.corpus_fingerprint, self.tokenizer_fingerprint = corpus.fingerprint, corpus.tokenizer.fingerprint()
+        self.corpus_fingerprint = corpus.fingerprint if corpus else ""
+        self.tokenizer_fingerprint = corpus.tokenizer.fingerprint() if corpus else ""
         self.phase = 0
         self.parked: dict[str, Tensor] = {}
         """Parameters that the present phase's mixers do not use; they are saved and come back with a phase that

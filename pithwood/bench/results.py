@@ -51,14 +51,19 @@ def device_name() -> str:
     return name if count == 1 else f"{name}-x{count}"
 
 
-def write_results(name: str, rows: list[Row], folder: Path, command: str | None = None) -> Path:
-    """Write `<folder>/<name>.json` with the command (default: this process's); returns the path."""
+def write_results(
+    name: str, rows: list[Row], folder: Path, command: str | None = None, device: str | None = None
+) -> Path:
+    """Write `<folder>/<name>.json` with the command (default: this process's); returns the path.
+
+    device  what the rows are about, if it is not the device of this machine
+    """
     content = {
         "name": name,
         "command": command or shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": COMMIT,
         "date": datetime.now(UTC).date().isoformat(),
-        "device": device_name(),
+        "device": device or device_name(),
         "versions": {
             "torch": str(torch.__version__),
             "python": platform.python_version(),

@@ -1,0 +1,126 @@
+"""Profiles steps of the real trainer: kernel by kernel, part by part, each part beside the least time it needs."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from pithwood.bench.timing import Timer, synchronize
+from pithwood.bench.train import Started, Tell, one_step
+from pithwood.estimate.work import Peaks, floors_ms, step_work
+from pithwood.observe.step_trace import STEP, StepProfile, read_trace
+
+
+def profile_steps(
+    started: Started, first: int, count: int, step_ms: float | None, tell: Tell, trace: Path | None = None
+) -> StepProfile:
+    """Do steps `first` to first + count under the profiler, the first of them only to warm it up, and read the trace.
+
+    started  a trainer that has done `first` steps
+    step_ms  time of a step without the profiler
+    trace    where to keep the chrome trace (.json or .json.gz); None keeps none
+    """
+    device = started.trainer.device
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    plan = schedule(wait=0, warmup=1, active=count - 1, repeat=1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+
+        def export(profiler: profile) -> None:
+            profiler.export_chrome_trace(str(path))
+
+        with profile(activities=activities, schedule=plan, on_trace_ready=export, with_stack=True) as profiler:
+            for step in range(first, first + count):
+                with record_function(STEP):
+                    one_step(started, step)
+                    synchronize(device)
+                profiler.step()
+        tell(f"profiled {count - 1} steps; reading {path.stat().st_size / 1e6:,.0f} MB of trace")
+        content = json.loads(path.read_bytes())
+        if trace is not None:
+            _keep(path, trace)
+    return read_trace(content, step_ms)
+
+
+def _keep(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix != ".gz":
+        shutil.copyfile(path, target)
+        return
+    with path.open("rb") as source, gzip.open(target, "wb", compresslevel=3) as packed:
+        shutil.copyfileobj(source, packed)
+
+
+BREAKDOWN_STEPS = 3
+"""Steps that `breakdown` does; the first warms the profiler up."""
+
+
+def breakdown(started: Started, first: int, step_ms: float, tell: Tell) -> dict[str, Any]:
+    """The `breakdown` of a row of train.json: `ms` and `floor_ms` by part, `total_ms`, `unattributed_share`, the peaks
+    that the floors assume, and the longest kernels. It spends the trainer: the peaks need its memory.
+    """
+    found = profile_steps(started, first, BREAKDOWN_STEPS, step_ms, tell)
+    run, device, dtype = started.trainer.run, started.trainer.device, started.trainer.dtype
+    started.spend()
+    peaks = device_peaks(device, dtype)
+    return {
+        "ms": found.parts,
+        "floor_ms": floors_ms(step_work(run), peaks),
+        "total_ms": found.total_ms,
+        "profiled_ms": found.profiled_ms,
+        "unattributed_share": found.unattributed_share,
+        "overlapped_ms": found.overlapped_ms,
+        "peaks": vars(peaks),
+        "kernels": [
+            {"part": kernel.part, "name": kernel.name[:NAME_LENGTH], "count": kernel.count, "ms": kernel.ms}
+            for kernel in found.kernels[:MOST_KERNELS]
+        ],
+    }
+
+
+NAME_LENGTH, MOST_KERNELS = 100, 12
+"""What a row of train.json keeps of the kernels."""
+
+
+def device_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
+    """Peaks that floors assume: those known of an H200; of others they are measured here, which takes 5 GB of a GPU."""
+    if device.type == "cuda" and "H200" in torch.cuda.get_device_name(device):
+        return Peaks()
+    found = Timer(device).peaks(dtype)
+    return Peaks(found.flops_per_s, found.bytes_per_s)
+
+
+COLUMNS = ("part", "name", "count", "mean_us", "ms")
+
+
+def write_kernels(found: StepProfile, path: Path) -> None:
+    """Every kernel as a line of a CSV file: COLUMNS, longest first; count and ms are per step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows([getattr(kernel, column) for column in COLUMNS] for kernel in found.kernels)
+
+
+def profile_lines(found: StepProfile, device: str, most: int, width: int = 72) -> list[str]:
+    """Parts, then the longest kernels, as lines of a table."""
+    what = "kernel" if device == "cuda" else "op"
+    lines = [f"{'part':<22}{'ms a step':>10}{'share':>9}"]
+    lines += [f"{part:<22}{ms:>10.2f}{ms / found.total_ms:>9.1%}" for part, ms in found.parts.items()]
+    lines += [f"{'total':<22}{found.total_ms:>10.2f}", ""]
+    lines.append(f"{'ms a step':>10}{'count':>9}{'mean us':>11}  {'part':<20}{what}")
+    for kernel in found.kernels[:most]:
+        name = kernel.name if len(kernel.name) <= width else f"{kernel.name[: width - 3]}..."
+        lines.append(f"{kernel.ms:>10.3f}{kernel.count:>9g}{kernel.mean_us:>11.1f}  {kernel.part:<20}{name}")
+    if left := len(found.kernels) - most:
+        rest = sum(kernel.ms for kernel in found.kernels[most:])
+        lines += [f"{rest:>10.3f}  in {left} more kinds of {what}"] if left > 0 else []
+    return lines

@@ -1,0 +1,87 @@
+"""Rows of train.json in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pithwood.bench.results import Row
+from pithwood.bench.train_rows import measured
+
+
+def attention_words(attention: dict[str, Any]) -> str:
+    """ "full attention", "MoBA (128, 8)"."""
+    if attention["op"] == "moba":
+        return f"MoBA ({attention['block_size']}, {attention['top_k']})"
+    return f"{attention['op']} attention"
+
+
+def length_words(tokens: int) -> str:
+    """4096 as 4K, 1048576 as 1M; other numbers as they are."""
+    if tokens and tokens % 2**20 == 0:
+        return f"{tokens >> 20}M"
+    return f"{tokens >> 10}K" if tokens and tokens % 2**10 == 0 else f"{tokens}"
+
+
+def workload_words(row: Row) -> str:
+    """What a row trains, in a line."""
+    settings = f", {' '.join(row['settings'])}" if row["settings"] else ""
+    return (
+        f"{row['recipe']}: {row['layers']} layers, {row['sequences']} x {length_words(row['seq_len'])} a step in "
+        f"micro-batches of {row['micro_batch']}, {attention_words(row['attention'])}, {row['optimizer']}, "
+        f"{row['precision']}, {row['routing']} routing, {row['tokens']} tokens{settings}"
+    )
+
+
+def row_lines(row: Row, against: dict[str, Any] | None, where: str) -> list[str]:
+    """A row and its comparison with the committed one, a few lines."""
+    reserved = "" if row["peak_reserved_gb"] is None else f" ({row['peak_reserved_gb']:.2f} GB reserved)"
+    memory = f"peak memory {row['peak_gb']:.2f} GB{reserved}"
+    if not measured(row):
+        return [workload_words(row), f"no speed: {row['status']}; {memory}"]
+    utilisation = ", ".join(
+        f"{100 * row[name]:.1f} % {words}"
+        for name, words in (("mfu", "MFU"), ("mfu_measured", "of the measured peak"))
+        if row.get(name) is not None
+    )
+    lines = [
+        workload_words(row),
+        f"{row['tokens_per_s']:,.0f} tokens/s (spread {row['spread']:,.0f}); {row['step_ms']:,.1f} ms a step "
+        f"(spread {row['step_spread_ms']:,.1f}), median of {row['steps']} after {row['dropped']} dropped",
+        *([utilisation] if utilisation else []),
+        f"{memory}; first step done {row['first_step_s']:.1f} s after the command; loss {row['loss']:.4f}",
+    ]
+    if row["breakdown"] is not None:
+        lines += breakdown_lines(row["breakdown"])
+    if against is None:
+        return [*lines, f"no committed row of this workload to compare with ({where})"]
+    memory = "" if against["memory"] is None else f", {100 * (against['memory'] - 1):+.1f} % memory"
+    return [
+        *lines,
+        f"against {against['tokens_per_s']:,.0f} tokens/s of {against['from']}: {100 * (against['speed'] - 1):+.1f} % "
+        f"speed{memory}",
+    ]
+
+
+def breakdown_lines(breakdown: dict[str, Any]) -> list[str]:
+    """ms of each part of the step, its share and its floor, a line each."""
+    total = breakdown["total_ms"]
+    lines = [f"    {'part':<20}{'ms':>10}{'share':>8}{'floor ms':>10}"]
+    for part, ms in breakdown["ms"].items():
+        floor = breakdown["floor_ms"].get(part)
+        lines.append(f"    {part:<20}{ms:>10.2f}{ms / total:>8.1%}" + ("" if not floor else f"{floor:>10.2f}"))
+    floors = sum(breakdown["floor_ms"].values())
+    return [*lines, f"    {'all':<20}{total:>10.2f}{'':>8}{floors:>10.2f}"]
+
+
+def comparison_lines(rows: list[Row]) -> list[str]:
+    """Estimates beside measurements, a line each."""
+    lines = [f"{'workload':<40}{'GB':>8}{'estimate':>10}{'error':>8}{'ms':>10}{'estimate':>10}{'error':>8}{'blind':>8}"]
+    for row in rows:
+        what = f"{row['sequences']} x {length_words(row['seq_len'])}, {attention_words(row['attention'])}"
+        name = f"{what}, {row['routing']}"
+        lines.append(
+            f"{name:<40}{row['measured_gb']:>8.1f}{row['estimated_gb']:>10.1f}"
+            f"{row['memory_error']:>+8.1%}{row['measured_ms']:>10.1f}{row['estimated_ms']:>10.1f}"
+            f"{row['time_error']:>+8.1%}{row['others_error']:>+8.1%}"
+        )
+    return [*lines, "blind: the time by the efficiencies of the other rows alone"]

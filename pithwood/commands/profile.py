@@ -1,0 +1,87 @@
+"""`pithwood profile`: where the time of a training step goes, by kernel and by part."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pithwood.commands.common import add_command, add_common, json_text
+from pithwood.commands.train_arguments import add_train_arguments, run_of, tell
+
+HELP = """examples:
+  pithwood profile debug --steps 7
+  pithwood profile qwen3_30b_8l --routing balanced --steps 7 --json
+  pithwood profile lm_100m samples_per_step=4 --top 40 --trace trace.json.gz
+
+Takes the real trainer through --steps optimizer steps from a fresh model: some to warm up, some timed, the last under
+torch's profiler. The table has every kernel's (on a CPU every op's) count, mean and total in a step, and the parts of
+the step, which add up to it. idle is what remains of a step's time without the profiler; on a CPU, the time outside
+ops. A kernel belongs to the part whose code launched it; the share that nothing could be told of stands below."""
+
+
+def add(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = add_command(commands, "profile", "show where a training step's time goes, by kernel and by part", HELP)
+    add_train_arguments(parser, steps=7)
+    parser.add_argument("--top", metavar="N", type=int, default=25, help="kernels to show (default: 25)")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="also write all kernels to a CSV file")
+    parser.add_argument("--trace", metavar="FILE", type=Path, help="also keep the chrome trace (.json or .json.gz)")
+    add_common(parser, "parts and kernels")
+
+
+LEAST_STEPS = 4
+"""One to warm up, one timed, one that warms up the profiler, one profiled."""
+
+
+def run(args: argparse.Namespace) -> tuple[int, str]:
+    """The parts and the longest kernels, as tables or as JSON."""
+    if args.steps < LEAST_STEPS:
+        raise ValueError(f"--steps {args.steps} is too few to warm up, time and profile; give at least {LEAST_STEPS}")
+    if args.top < 1:
+        raise ValueError(f"--top {args.top} must be at least 1")
+    for option, suffixes in (("csv", (".csv",)), ("trace", (".json", ".gz"))):
+        path = getattr(args, option)
+        if path is not None and path.suffix not in suffixes:
+            raise ValueError(f"--{option} {path} must end in {' or '.join(suffixes)}")
+
+    import statistics
+
+    from pithwood.bench.train import start, timed
+    from pithwood.bench.train_profile import profile_lines, profile_steps, write_kernels
+    from pithwood.memory import explained_memory
+
+    settings = run_of(args)
+    profiled = 1 + max(1, args.steps // 3)
+    plain = args.steps - profiled
+    with explained_memory(settings, args.runs_dir):
+        started = start(settings, args.steps, args.tokens, args.runs_dir, tell)
+        measured = timed(started, plain, plain // 2, tell, args.started)
+        step_ms = 1e3 * statistics.median(measured.seconds)
+        found = profile_steps(started, plain, profiled, step_ms, tell, args.trace)
+    if args.csv is not None:
+        write_kernels(found, args.csv)
+    if args.json:
+        result = {
+            "recipe": args.recipe,
+            "step_ms": step_ms,
+            "profiled_ms": found.profiled_ms,
+            "total_ms": found.total_ms,
+            "parts": found.parts,
+            "unattributed_share": found.unattributed_share,
+            "overlapped_ms": found.overlapped_ms,
+            "kinds": len(found.kernels),
+            "kernels": [vars(kernel) for kernel in found.kernels[: args.top]],
+            "csv": args.csv,
+            "trace": args.trace,
+        }
+        return 0, json_text(result)
+    device = started.trainer.device.type
+    lines = profile_lines(found, device, args.top)
+    lines.append(
+        f"{found.steps} steps profiled at {found.profiled_ms:.1f} ms each; without the profiler {step_ms:.1f} ms; "
+        f"{found.unattributed_share:.1%} of the busy time could not be attributed (in other)"
+    )
+    if found.overlapped_ms > 0:
+        lines.append(f"{found.overlapped_ms:.2f} ms a step of kernels and copies ran beside others, counted once")
+    return 0, "\n".join([*lines, *(str(path) for path in (args.csv, args.trace) if path is not None)])

@@ -1,0 +1,112 @@
+"""The estimate of a run as plain data and as lines of text, and beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pithwood.config import apply_overrides
+from pithwood.estimate.devices import Device, MeshSizes
+from pithwood.estimate.efficiency import Efficiency, Row, efficiency
+from pithwood.estimate.memory import estimate_memory
+from pithwood.estimate.time import estimate_time
+from pithwood.estimate.work import attention_op, meta_model, step_flops
+from pithwood.observe.metrics import HOPPER_MEASURED_FLOPS, HOPPER_PEAK_FLOPS, mfu
+from pithwood.recipes import load_recipe
+from pithwood.run import Run
+
+
+def estimate(run: Run, device: Device, mesh: MeshSizes, rows: Sequence[Row], where: str) -> dict[str, Any]:
+    """Memory by kind and time by part of one step of `run` on a mesh of devices, as JSON.
+
+    rows, where  measured rows whose breakdowns say how efficient each part is, and the file that they come from
+    """
+    known = efficiency(rows, attention_op(run.phase(0).attention), run.seq_len, where)
+    return _estimate(run, device, mesh, known)
+
+
+def _estimate(run: Run, device: Device, mesh: MeshSizes, known: Efficiency) -> dict[str, Any]:
+    memory = estimate_memory(run, device, mesh)
+    time = estimate_time(run, device, mesh, known)
+    seconds, flops = time.step_ms / 1e3, step_flops(run)
+    return {
+        "device": device.name,
+        "mesh": vars(mesh),
+        "devices": mesh.world,
+        "parameters": meta_model(run).num_params()["total"],
+        "memory_gb": {kind: size / 1e9 for kind, size in memory.items()},
+        "peak_gb": sum(memory.values()) / 1e9,
+        "device_memory_gb": device.memory_bytes / 1e9,
+        "fits": sum(memory.values()) < device.memory_bytes,
+        "ms": time.parts,
+        "floor_ms": time.floors,
+        "communication_ms": time.communication,
+        "step_ms": time.step_ms,
+        "tokens_per_s": run.samples_per_step * run.seq_len / seconds,
+        "mfu": mfu(flops, seconds, HOPPER_PEAK_FLOPS * mesh.world),
+        "mfu_measured": mfu(flops, seconds, HOPPER_MEASURED_FLOPS * mesh.world),
+        "efficiency": known.parts,
+        "efficiency_from": known.source,
+    }
+
+
+def estimate_lines(found: dict[str, Any]) -> list[str]:
+    """The estimate as two tables and what they come to."""
+    mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1)
+    lines = [
+        f"{found['parameters'] / 1e9:.2f}B parameters on {found['devices']} x {found['device']}"
+        + (f" ({mesh})" if mesh else ""),
+        "",
+        f"{'memory of a device':<22}{'GB':>9}",
+        *(f"{kind.replace('_', ' '):<22}{size:>9.2f}" for kind, size in found["memory_gb"].items() if size),
+        f"{'peak':<22}{found['peak_gb']:>9.2f}  of {found['device_memory_gb']:.1f}"
+        + ("" if found["fits"] else ": it does not fit"),
+        "",
+        f"{'part of a step':<22}{'ms':>9}{'floor':>9}",
+    ]
+    for part, ms in found["ms"].items():
+        floor = found["floor_ms"].get(part)
+        lines.append(f"{part:<22}{ms:>9.1f}" + (f"{floor:>9.1f}" if floor else ""))
+    lines += [f"{f'sending: {kind}':<22}{ms:>9.1f}" for kind, ms in found["communication_ms"].items() if ms]
+    rate = found["tokens_per_s"]
+    each = "" if found["devices"] == 1 else f", {rate / found['devices']:,.0f} on each device"
+    return [
+        *lines,
+        f"{'step':<22}{found['step_ms']:>9.1f}",
+        "",
+        f"{rate:,.0f} tokens/s{each}; {found['mfu']:.1%} MFU, {found['mfu_measured']:.1%} of the measured peak",
+        f"efficiency: {found['efficiency_from']}",
+    ]
+
+
+def compare_rows(rows: Sequence[Row], device: Device, where: str) -> list[dict[str, Any]]:
+    """The estimate of every measured row on one device beside its measurement.
+
+    returns  the columns that say what was trained; measured_gb, estimated_gb, measured_ms, estimated_ms; memory_error
+             and time_error, estimate over measurement - 1; others_ms and others_error, the time by the efficiencies of
+             all other rows alone
+    """
+    compared = []
+    for row in rows:
+        if row["status"] != "ok":
+            continue
+        run = apply_overrides(load_recipe(row["recipe"]), row["overrides"])
+        one, op = MeshSizes(), row["attention"]["op"]
+        found = _estimate(run, device, one, efficiency(rows, op, run.seq_len, where))
+        others = [other for other in rows if other is not row]
+        blind = estimate_time(run, device, one, efficiency(others, op, run.seq_len, where)).step_ms
+        columns = ("recipe", "layers", "seq_len", "sequences", "micro_batch", "attention", "routing", "settings")
+        compared.append(
+            {
+                **{column: row[column] for column in columns},
+                "measured_gb": row["peak_gb"],
+                "estimated_gb": found["peak_gb"],
+                "memory_error": found["peak_gb"] / row["peak_gb"] - 1,
+                "measured_ms": row["step_ms"],
+                "estimated_ms": found["step_ms"],
+                "time_error": found["step_ms"] / row["step_ms"] - 1,
+                "others_ms": blind,
+                "others_error": blind / row["step_ms"] - 1,
+            }
+        )
+    return compared
