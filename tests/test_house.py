@@ -27,6 +27,7 @@ PACKAGE = sorted((ROOT / "pithwood").rglob("*.py"))
 SOURCES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "bench").rglob("*.py"))]
 
 LAYERS: tuple[set[str], ...] = (
+    {"synonyms"},
     {"config", "errors"},
     {"schema", "ops", "losses"},
     {"parallel", "optim", "data", "checkpoint", "observe"},
