@@ -101,7 +101,7 @@ def train(
     if origin is not None and new and folder in origin.parents:
         raise ValueError(f"--new would move away {folder}, from which --from wants to start; change a setting instead")
     aside = moved_aside(folder, tell) if new and folder.exists() else nullcontext()
-    with aside, RunLock(folder), StopRequest() as stop, explained_memory(run, folder):
+    with aside, RunLock(folder), StopRequest(tell=console) as stop, explained_memory(run, folder):
         begun_from = branched_from(folder)
         if branch_from not in (None, begun_from) and list_checkpoints(folder):
             raise ValueError(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -35,6 +36,42 @@ def test_a_second_interrupt_raises_and_a_second_sigterm_does_not():
         assert stop.signal_name == "SIGTERM"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("number", "again"), [(signal.SIGINT, "again"), (signal.SIGTERM, "twice")])
+def test_the_first_signal_is_answered_at_once_in_one_line(number, again, capfd):
+    with StopRequest(tell=True) as stop:
+        signal.raise_signal(number)
+        assert stop.requested
+        told = capfd.readouterr().err
+        signal.raise_signal(signal.SIGTERM)
+    assert told == (f"{number.name}: stopping after this step, then saving; Ctrl-C {again} ends it at once, unsaved\n")
+    assert capfd.readouterr().err == ""
+
+
+PRINTS_WITHOUT_END = """
+import sys
+from pithwood.checkpoint.signals import StopRequest
+with StopRequest(tell=True) as stop:
+    while not stop:
+        print("x" * 200, file=sys.stderr, flush=True)
+print("stopped")
+"""
+
+
+def test_a_signal_in_the_middle_of_a_print_does_no_harm():
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRINTS_WITHOUT_END], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    process.stderr.readline()
+    # the pipe is full by then, so that the signal meets a write that waits
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "stopped\n")
+    assert "SIGTERM: stopping after this step" in err
+    assert "Traceback" not in err
 
 
 def test_handlers_come_back_after_an_error():
