@@ -40,7 +40,7 @@ LAYERS: tuple[set[str], ...] = (
     {"generate", "evaluate", "facts"},
     {"finish", "delete_run"},
     {"train", "bench", "report"},
-    {"check", "pages"},
+    {"check", "pages", "preflight"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -9,6 +9,11 @@ from pathlib import Path
 from types import TracebackType
 
 
+def in_use(run_dir: Path, holder: str) -> str:
+    """What a refusal says about a folder that another process holds."""
+    return f"run folder {run_dir} is in use by {holder}; wait for it to end, stop it, or give this run another folder"
+
+
 class RunLock:
     """Context manager that holds `RUN/.lock`; the folder is made if it is not there.
 
@@ -46,10 +51,7 @@ class RunLock:
         except BlockingIOError:
             holder = os.pread(handle, 256, 0).decode(errors="replace").strip()
             os.close(handle)
-            raise ValueError(
-                f"run folder {self.run_dir} is in use by {holder or 'another process'}; "
-                "wait for it to end, stop it, or give this run another folder"
-            ) from None
+            raise ValueError(in_use(self.run_dir, holder or "another process")) from None
         except FileNotFoundError:
             pass
         except BaseException:

@@ -245,9 +245,10 @@ def _extend(args: argparse.Namespace) -> tuple[int, str]:
 def _train(args: argparse.Namespace, run: Any, runs_dir: Path, branch_from: str | None) -> tuple[int, str]:
     if args.dry_run:
         from pithwood.config import to_dict
-        from pithwood.train import plan
+        from pithwood.preflight import dry_run
 
-        return 0, json_text({"config": to_dict(run), "plan": plan(run)}, indent=None if args.json else 2)
+        figures = dry_run(run, runs_dir, branch_from=branch_from, tell=tell)
+        return 0, json_text({"config": to_dict(run), "plan": figures}, indent=None if args.json else 2)
 
     from pithwood.observe.summary import closing_lines
     from pithwood.train import train

@@ -30,7 +30,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--new", action="store_true", help="start over; an existing run folder is moved aside")
     parser.add_argument("--from", dest="branch_from", metavar="RUN@STEP", help="start from another run's checkpoint")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved settings and what they would cost, as JSON"
+        "--dry-run",
+        action="store_true",
+        help="check all that training would refuse; print settings and cost as JSON, write nothing",
     )
     add_common(parser, "the summary")
 
@@ -42,12 +44,10 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
 
     run = apply_overrides(load_recipe(args.recipe), args.overrides)
     if args.dry_run:
-        from pithwood.run_folder import check_branch
-        from pithwood.train import plan
+        from pithwood.commands.run_arguments import tell
+        from pithwood.preflight import dry_run
 
-        figures = plan(run, args.runs_dir / "corpora")
-        if args.branch_from:
-            figures["from"] = str(check_branch(run, args.branch_from, args.runs_dir))
+        figures = dry_run(run, args.runs_dir, new=args.new, branch_from=args.branch_from, tell=tell)
         return 0, json_text({"config": to_dict(run), "plan": figures}, indent=None if args.json else 2)
 
     from pithwood.observe.summary import closing_lines
