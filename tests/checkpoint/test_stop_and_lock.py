@@ -126,3 +126,30 @@ def test_the_lock_is_free_after_the_block(tmp_path):
     for _ in range(2):
         with RunLock(tmp_path), pytest.raises(ValueError, match=f"process {os.getpid()} "), RunLock(tmp_path):
             pass
+
+
+@pytest.mark.parametrize("left", ["process 1 on host\n", ""])
+def test_a_folder_in_which_nothing_came_to_be_goes_with_its_lock(tmp_path, left):
+    run_dir = tmp_path / "runs" / "run"
+    with RunLock(run_dir):
+        (run_dir / "checkpoints").mkdir()
+    assert not (tmp_path / "runs").exists()
+    # as a killed process leaves it
+    run_dir.mkdir(parents=True)
+    (run_dir / ".lock").write_text(left)
+    with RunLock(run_dir):
+        pass
+    assert not run_dir.exists()
+    assert run_dir.parent.exists()
+
+
+def test_a_folder_that_holds_or_held_anything_stays(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with RunLock(tmp_path / "empty"):
+        pass
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.txt").touch()
+    with RunLock(tmp_path / "own"):
+        pass
+    assert (tmp_path / "empty").is_dir()
+    assert (tmp_path / "own" / "notes.txt").is_file()
