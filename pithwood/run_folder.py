@@ -361,7 +361,7 @@ def branched_from(folder: Path) -> str | None:
     path = folder / CONFIG_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8"))["branched_from"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the configuration of a run ({error}); restore it, or use --new") from None

@@ -10,6 +10,7 @@ from typing import Any
 
 from pithwood.commands.common import add_command, add_common, json_text
 from pithwood.commands.run_arguments import add_import, import_files, tell
+from pithwood.errors import promising
 
 HELP = """examples:
   pithwood runs
@@ -253,7 +254,8 @@ def _train(args: argparse.Namespace, run: Any, runs_dir: Path, branch_from: str 
     from pithwood.observe.summary import closing_lines
     from pithwood.train import train
 
-    summary = train(run, runs_dir=runs_dir, branch_from=branch_from, console=True, command=args.command_line)
+    with promising("checkpoints are intact, and the same command goes on from the last one"):
+        summary = train(run, runs_dir=runs_dir, branch_from=branch_from, console=True, command=args.command_line)
     code = 128 + int(summary["interrupted"]) if summary.get("interrupted") else 0
     if args.json:
         return code, json_text(summary)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pithwood.commands.common import add_command, add_common, json_text, program_name
+from pithwood.errors import promising
 
 HELP = """examples:
   pithwood train debug --json steps=20
@@ -53,9 +54,15 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     from pithwood.observe.summary import closing_lines
     from pithwood.train import train
 
-    summary = train(
-        run, runs_dir=args.runs_dir, new=args.new, branch_from=args.branch_from, console=True, command=args.command_line
-    )
+    with promising("checkpoints are intact, and the same command goes on from the last one"):
+        summary = train(
+            run,
+            runs_dir=args.runs_dir,
+            new=args.new,
+            branch_from=args.branch_from,
+            console=True,
+            command=args.command_line,
+        )
     code = 128 + int(summary["interrupted"]) if summary.get("interrupted") else 0
     if args.json:
         return code, json_text(summary)

@@ -26,6 +26,7 @@ from pithwood.data.progress import Bar, Progress, Work
 from pithwood.data.sources import Survey
 from pithwood.data.spool import Tally, read_chunks
 from pithwood.data.tokenizer import Tokenizer, TokenizerFile
+from pithwood.errors import EXHAUSTED, explain_os_error
 
 __all__ = ["CorpusConfig", "Progress", "check_source", "find_prepared", "prepare"]
 
@@ -221,10 +222,12 @@ def _writing(job: Job) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(
-                f"no space is left for {job.parent} (about three times the text is needed); free some and give the "
-                f"same command: it goes on where it stopped. Deleting {job.staging} gives up what was done"
+        if error.errno in EXHAUSTED:
+            told = explain_os_error(error, unnamed=str(job.staging))
+            raise OSError(
+                error.errno,
+                f"{told} (about three times the text is needed); everything else is intact, and the same command goes "
+                f"on where it stopped. Deleting {job.staging} gives up what was done",
             ) from error
         if error.errno in (
             errno.EACCES,

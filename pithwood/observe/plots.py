@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pithwood.errors import naming
 from pithwood.observe.console import format_count
 from pithwood.observe.metrics import selection_stats
 from pithwood.ops.packing import Packing
@@ -310,5 +311,6 @@ def save_figure(fig: Figure, path: Path | str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fig.savefig(temporary, format="png")
+    with naming(path):
+        fig.savefig(temporary, format="png")
     os.replace(temporary, path)
