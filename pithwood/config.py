@@ -25,6 +25,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pithwood.synonyms import meant_elsewhere
+
 T = TypeVar("T")
 _Edit = tuple[list[str], str]  # path below here, text; an empty path replaces what stands here
 
@@ -233,8 +235,9 @@ def join_path(path: str, key: object) -> str:
 
 def _unknown_key(path: str, key: str, known: Iterable[str], cls: type) -> str:
     names = list(known)
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f"did you mean {join_path(path, close[0])}?" if close else f"allowed are {', '.join(names) or 'none'}"
+    close = meant_elsewhere(path, key, names)
+    close = close or [join_path(path, name) for name in difflib.get_close_matches(key, names, n=1, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(close)}?" if close else f"allowed are {', '.join(names) or 'none'}"
     return f"{join_path(path, key)} is unknown: {cls.__name__} has no field {key!r}; {hint}"
 
 

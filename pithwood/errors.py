@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk or quota that is full, or of a file that may not grow."""
@@ -45,6 +47,28 @@ def explain_os_error(error: OSError, unnamed: str = "") -> str:
     where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else unnamed
     remedy = _REMEDIES.get(error.errno or 0, "")
     return f"{reason}{f': {where}' if where else ''}{f'; {remedy}' if remedy else ''}"
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Context in which an error of writing names the file, as the system does for opening one alone."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise
+
+
+@contextmanager
+def promising(safe: str) -> Iterator[None]:
+    """Context in which an error of a full disk also says what is safe, unless it does already."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in EXHAUSTED or " intact" in str(error.strerror):
+            raise
+        raise OSError(error.errno, f"{explain_os_error(error, unnamed='a file')}; {safe}") from error
 
 
 def explain_failure(error: Exception) -> tuple[str, int] | None:

@@ -19,7 +19,7 @@ from pithwood.errors import is_out_of_memory, size_text
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.models.recompute import ActivationPlan
 from pithwood.ops.packing import Packing
-from pithwood.optim.muon import CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS
+from pithwood.optim.muon import CPU_CHUNK_ELEMENTS, GPU_CHUNK_BYTES
 from pithwood.optim.optimizer import Optimizer
 from pithwood.run import DTYPES, Run, pick_device
 
@@ -118,7 +118,7 @@ def _moments(
     first = float(_bytes([model.head_weight])) if model.head_weight.requires_grad else 0.0
     moved = [name for name, plan in optimizer.plans.items() if plan.trainable and plan.muon]
     by_muon = sum(optimizer.params[name].numel() for name in moved)
-    chunk = min(by_muon, GPU_CHUNK_ELEMENTS if device.type == "cuda" else CPU_CHUNK_ELEMENTS)
+    most = GPU_CHUNK_BYTES if device.type == "cuda" else _UPDATE_BYTES * CPU_CHUNK_ELEMENTS
     return [
         {
             **resident,
@@ -126,7 +126,12 @@ def _moments(
             "activations": cost.saved_bytes * share,
             "workspace": cost.workspace_bytes * share,
         },
-        {**resident, "gradients": gradients, "activations": 0.0, "workspace": float(_UPDATE_BYTES * chunk)},
+        {
+            **resident,
+            "gradients": gradients,
+            "activations": 0.0,
+            "workspace": float(min(most, _UPDATE_BYTES * by_muon)),
+        },
     ]
 
 

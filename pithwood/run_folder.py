@@ -24,10 +24,9 @@ from pithwood.checkpoint.load import (
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    verify_checkpoint,
 )
 from pithwood.checkpoint.lock import RunLock
-from pithwood.checkpoint.storage import read_manifest, read_state
+from pithwood.checkpoint.storage import read_manifest
 from pithwood.config import config_hash, from_dict, to_dict
 from pithwood.data.corpus import MANIFEST, Corpus, open_corpus
 from pithwood.data.mixture import MixtureConfig, corpora_of, find_data, open_data
@@ -280,6 +279,35 @@ def check_origin(run: Run, path: Path, state: dict[str, Any], *, branch: bool) -
         raise ValueError(f"{path} already has the {run.steps} steps asked for; raise steps to train on from it")
 
 
+def check_begin(folder: Path, origin: Path | None, branch_from: str | None, new: bool) -> str | None:
+    """The RUN@STEP that a run folder's run was begun from; ValueError if it may not begin from another one now.
+
+    origin, branch_from   the checkpoint that --from means, and how it was written
+    """
+    if new:
+        if origin is not None and folder in origin.parents:
+            raise ValueError(
+                f"--new would move away {folder}, from which --from wants to start; change a setting instead"
+            )
+        return None
+    begun_from = branched_from(folder)
+    if branch_from not in (None, begun_from) and list_checkpoints(folder):
+        raise ValueError(
+            f"{folder} already holds a run of these settings, begun from {begun_from or 'fresh weights'}; "
+            "drop --from to resume it, or add --new to start over"
+        )
+    return begun_from
+
+
+def check_same_corpus(path: Path, state: Mapping[str, Any], fingerprint: str) -> None:
+    """Raise ValueError if a checkpoint was trained on another corpus than that with this fingerprint."""
+    if state["data"]["corpus"] != fingerprint:
+        raise ValueError(
+            f"{path} was trained on another corpus than `data` describes now (text or tokenizer differ); "
+            "start over with --new, or restore the corpus"
+        )
+
+
 def check_fits(path: Path, saved: Mapping[str, Any], model: Qwen3MoE) -> None:
     """Raise ValueError naming what differs unless saved tensors (or their descriptions) have the model's shapes."""
     expected = model.state_dict()
@@ -290,18 +318,6 @@ def check_fits(path: Path, saved: Mapping[str, Any], model: Qwen3MoE) -> None:
             f"{path} does not fit this model: {', '.join(sorted(wrong)[:4])} differ; "
             "use the settings that it was saved with"
         )
-
-
-def check_branch(run: Run, reference: str, runs_dir: Path) -> Path:
-    """The checkpoint that --from means, after all checks that need neither the corpus nor memory for a model."""
-    path = find_checkpoint(reference, runs_dir)
-    tensors, state = verify_checkpoint(path).tensors, read_state(path)
-    step = int(path.name.rpartition("-")[2])
-    check_origin(run, path, {**state, "step": step}, branch=True)
-    with torch.device("meta"):
-        model = Qwen3MoE(replace(run.model, attention=run.phase(max(step - 1, 0)).attention))
-    check_fits(path, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, model)
-    return path
 
 
 def write_config(folder: Path, run: Run, command: str, origin: str | None) -> None:
@@ -345,7 +361,7 @@ def branched_from(folder: Path) -> str | None:
     path = folder / CONFIG_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8"))["branched_from"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the configuration of a run ({error}); restore it, or use --new") from None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pithwood.attention.base import Cost
-from pithwood.checkpoint.load import latest_checkpoint, list_checkpoints, load_checkpoint
+from pithwood.checkpoint.load import latest_checkpoint, load_checkpoint
 from pithwood.checkpoint.lock import RunLock
 from pithwood.checkpoint.rng import capture_rng, restore_rng
 from pithwood.checkpoint.save import check_can_save, clean_leftovers, save_checkpoint
@@ -58,10 +58,11 @@ from pithwood.optim.schedule import idle_end
 from pithwood.plan import plan
 from pithwood.run import DTYPES, Run, check_device_settings, pick_device
 from pithwood.run_folder import (
-    branched_from,
+    check_begin,
     check_fits,
     check_not_lost,
     check_origin,
+    check_same_corpus,
     find_checkpoint,
     finished_summary,
     moved_aside,
@@ -98,16 +99,10 @@ def train(
     folder = run_dir(run, runs_dir)
     origin = find_checkpoint(branch_from, runs_dir) if branch_from else None
     tell = partial(print, file=sys.stderr, flush=True) if console else lambda line: None
-    if origin is not None and new and folder in origin.parents:
-        raise ValueError(f"--new would move away {folder}, from which --from wants to start; change a setting instead")
+    check_begin(folder, origin, branch_from, new)
     aside = moved_aside(folder, tell) if new and folder.exists() else nullcontext()
-    with aside, RunLock(folder), StopRequest() as stop, explained_memory(run, folder):
-        begun_from = branched_from(folder)
-        if branch_from not in (None, begun_from) and list_checkpoints(folder):
-            raise ValueError(
-                f"{folder} already holds a run of these settings, begun from {begun_from or 'fresh weights'}; "
-                "drop --from to resume it, or add --new to start over"
-            )
+    with aside, RunLock(folder), StopRequest(tell=console) as stop, explained_memory(run, folder):
+        begun_from = check_begin(folder, origin, branch_from, new)
         done = finished_summary(folder, run)
         if done is not None:
             tell(f"{folder} is complete ({run.steps} steps); raise steps to train on, or start over with --new")
@@ -398,11 +393,7 @@ class Trainer:
             return 0
         tensors, state = load_checkpoint(path, device=self.device)
         check_origin(self.run, path, state, branch=path == origin)
-        if state["data"]["corpus"] != self.corpus_fingerprint:
-            raise ValueError(
-                f"{path} was trained on another corpus than `data` describes now (text or tokenizer differ); "
-                "start over with --new, or restore the corpus"
-            )
+        check_same_corpus(path, state, self.corpus_fingerprint)
         # through every phase in turn, so that state of parameters that only an earlier one used has its place
         for begin in (phase.until_step for phase in self.run.phases if phase.until_step < int(state["step"])):
             self.enter_phase(begin)

@@ -302,6 +302,7 @@ def test_a_stopped_run_saves_and_the_same_command_goes_on(tmp_path, number):
     assert process.returncode == 128 + number, err
     summary = json.loads(out)
     assert summary["interrupted"] == number
+    assert f"{number.name}: stopping after this step, then saving" in err
     stopped = _trained_steps(tmp_path)
     assert 0 < len(stopped) < 60
     done = pithwood(*words, cwd=tmp_path)

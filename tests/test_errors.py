@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 
-from pithwood.errors import explain_failure, explain_os_error, is_out_of_memory, size_text
+from pithwood.errors import explain_failure, explain_os_error, is_out_of_memory, naming, promising, size_text
 
 pytestmark = pytest.mark.quick
 
@@ -32,6 +32,28 @@ def test_a_file_error_names_the_file_and_a_remedy(number, words, code):
 def test_an_explained_error_is_not_explained_again():
     once = explain_os_error(OSError(errno.ENOSPC, "No space left on device", "a"))
     assert explain_os_error(OSError(errno.ENOSPC, once, "b")) == once
+
+
+def test_a_write_that_failed_names_its_file_and_one_that_is_named_keeps_its_name():
+    with pytest.raises(OSError, match="reason") as unnamed, naming("some/file"):
+        raise OSError(errno.ENOSPC, "reason")
+    assert (unnamed.value.errno, unnamed.value.filename) == (errno.ENOSPC, "some/file")
+    with pytest.raises(OSError, match="reason") as named, naming("some/file"):
+        raise OSError(errno.ENOSPC, "reason", "other")
+    assert named.value.filename == "other"
+
+
+def test_a_full_disk_says_what_is_safe_once():
+    for error in (OSError(errno.ENOSPC, "reason", "a"), OSError(errno.ENOSPC, "reason; a is intact; free some space")):
+        with pytest.raises(OSError, match="reason") as told, promising("all else is intact"):
+            raise error
+        explained = explain_failure(told.value)
+        assert explained is not None
+        assert explained[0].count(" intact") == 1
+        assert explained[1] == 3
+    with pytest.raises(PermissionError) as other, promising("all else is intact"):
+        raise PermissionError(errno.EACCES, "reason", "a")
+    assert "intact" not in str(other.value)
 
 
 def test_the_allocator_of_torch_is_known_by_what_it_says():

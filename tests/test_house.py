@@ -27,6 +27,7 @@ PACKAGE = sorted((ROOT / "pithwood").rglob("*.py"))
 SOURCES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "bench").rglob("*.py"))]
 
 LAYERS: tuple[set[str], ...] = (
+    {"synonyms"},
     {"config", "errors"},
     {"schema", "ops", "losses"},
     {"parallel", "optim", "data", "checkpoint", "observe"},
@@ -41,7 +42,7 @@ LAYERS: tuple[set[str], ...] = (
     {"finish", "delete_run"},
     {"train", "report"},
     {"bench"},
-    {"check", "pages"},
+    {"check", "pages", "preflight"},
     {"commands"},
     {"cli"},
     {"__main__"},

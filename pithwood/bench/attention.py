@@ -76,6 +76,7 @@ class Bench:
             base = allocated(self.device)
             for case, name in self._of_shape([case for case in cases if case.shape == shape]):
                 row: Row = {**case.columns(), "impl": name, "status": self._reason_to_skip(case, name, peaks)}
+                self.tell(f"measuring {' '.join(head_of(row).split())}")
                 if row["status"] == MEASURED:
                     try:
                         inputs = self.make_inputs(shape) if inputs is None else inputs
@@ -87,8 +88,9 @@ class Bench:
                         text = " ".join(f"{type(error).__name__}: {error}".split())
                         row["status"] = f"failed: {text[:300]}"
                     self._forget()
+                if row["status"] != MEASURED:
+                    self.tell(f"no numbers: {row['status']}")
                 rows.append({**row, "commit": COMMIT})
-                self.tell(line_of(rows[-1]))
                 self.save(rows)
             del inputs
             self._forget()
@@ -260,13 +262,18 @@ def measured(row: Row) -> bool:
     return row.get("status") == MEASURED
 
 
-def line_of(row: Row) -> str:
-    """A row in one line."""
+def head_of(row: Row) -> str:
+    """What a row measures, in columns."""
     docs = f"{row['sequences']}x{row['length']}" if row["lengths"] is None else f"{row['sequences']}d<={row['length']}"
     blocks = "dense" if row["op"] == "dense" else f"({row['block_size']},{row['top_k']})"
     heads = f"{row['heads']}/{row['kv_heads']}x{row['head_dim']}"
     layer = "" if row.get("layer") is None else f" layer {row['layer']}"
-    head = f"{docs:>12} {heads:>10} {blocks:>10} {row['impl']:<16} {row['pass']:<8}{layer}"
+    return f"{docs:>12} {heads:>10} {blocks:>10} {row['impl']:<16} {row['pass']:<8}{layer}"
+
+
+def line_of(row: Row) -> str:
+    """A row in one line."""
+    head = head_of(row)
     if not measured(row):
         return f"{head} {row['status']}"
     memory = "" if row["peak_gb"] is None else f" {row['peak_gb']:7.2f} GB"

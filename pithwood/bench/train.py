@@ -28,8 +28,9 @@ from pithwood.data.usage import training_batches
 from pithwood.errors import is_out_of_memory
 from pithwood.memory import check_memory
 from pithwood.observe.metrics import mfu, peak_memory_gb
+from pithwood.plan import plan
 from pithwood.run import Run, pick_device
-from pithwood.train import Trainer, plan
+from pithwood.train import Trainer
 
 Tell = Callable[[str], None]
 Tokens = Literal["fake", "real"]

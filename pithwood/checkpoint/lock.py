@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
 from pathlib import Path
 from types import TracebackType
 
+LOCK_FILE = ".lock"
+
+
+def holds_lock_only(run_dir: Path) -> bool:
+    """Whether a folder holds our lock, an empty folder for checkpoints, and nothing else: its run never began."""
+    try:
+        names = set(os.listdir(run_dir))
+        if LOCK_FILE not in names or names - {LOCK_FILE, "checkpoints"}:
+            return False
+        ours = (run_dir / LOCK_FILE).read_bytes()[:8] in (b"", b"process ")
+        return ours and not any((run_dir / "checkpoints").glob("*"))
+    except OSError:
+        return False
+
+
+def in_use(run_dir: Path, holder: str) -> str:
+    """What a refusal says about a folder that another process holds."""
+    return f"run folder {run_dir} is in use by {holder}; wait for it to end, stop it, or give this run another folder"
+
 
 class RunLock:
     """Context manager that holds `RUN/.lock`; the folder is made if it is not there.
 
     Raises ValueError naming the holder if another process has it. Forked children share the lock until they exit or
-    exec. The file stays, unless the folder was made here and nothing else came into it: then the folder goes again.
+    exec. The file stays, unless nothing else is in the folder and nothing was when it was locked: then the folder goes
+    again, with those above it that were made for it.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -23,6 +44,8 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         self._made = [path for path in (self.run_dir, *self.run_dir.parents) if not path.exists()]
+        if not self._made and holds_lock_only(self.run_dir):
+            self._made = [self.run_dir]
         while self._handle is None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._handle = self._take()
@@ -32,7 +55,7 @@ class RunLock:
 
     def _take(self) -> int | None:
         """A locked handle of the file that has the name now; None if the folder went away meanwhile."""
-        path = self.run_dir / ".lock"
+        path = self.run_dir / LOCK_FILE
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
@@ -46,10 +69,7 @@ class RunLock:
         except BlockingIOError:
             holder = os.pread(handle, 256, 0).decode(errors="replace").strip()
             os.close(handle)
-            raise ValueError(
-                f"run folder {self.run_dir} is in use by {holder or 'another process'}; "
-                "wait for it to end, stop it, or give this run another folder"
-            ) from None
+            raise ValueError(in_use(self.run_dir, holder or "another process")) from None
         except FileNotFoundError:
             pass
         except BaseException:
@@ -63,8 +83,10 @@ class RunLock:
     ) -> None:
         if self._handle is None:
             return
-        if self.run_dir in self._made and self.run_dir.is_dir() and os.listdir(self.run_dir) == [".lock"]:
-            (self.run_dir / ".lock").unlink()
+        if self.run_dir in self._made and holds_lock_only(self.run_dir):
+            with contextlib.suppress(OSError):
+                (self.run_dir / "checkpoints").rmdir()
+            (self.run_dir / LOCK_FILE).unlink()
             for path in self._made:
                 try:
                     path.rmdir()

@@ -91,10 +91,15 @@ def check_can_save(run_dir: Path, num_bytes: float) -> None:
         raise OSError(error.errno, error.strerror, str(parent)) from error
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
-        raise ValueError(
-            f"a checkpoint takes {size_text(num_bytes)}, but the disk of {parent} has {size_text(free)} free; "
-            "free some space, or choose another folder with --runs-dir"
-        )
+        raise ValueError(no_room(parent, num_bytes, free))
+
+
+def no_room(folder: Path, num_bytes: float, free: float) -> str:
+    """What a refusal says about a disk that is too full for a checkpoint of `num_bytes`."""
+    return (
+        f"a checkpoint takes {size_text(num_bytes)}, but the disk of {folder} has {size_text(free)} free; "
+        "free some space, or choose another folder with --runs-dir"
+    )
 
 
 def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

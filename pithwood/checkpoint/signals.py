@@ -1,7 +1,9 @@
-"""Stop requests by signal: the handler only sets a flag, the training loop saves and leaves at the next step."""
+"""Stop requests by signal: the handler sets a flag and says so, the training loop saves and leaves after the step."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -22,7 +24,9 @@ class StopRequest:
     end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: bool = False) -> None:
+        """tell: say on stderr, at the first signal, what happens now and what a second one does"""
+        self._tell = tell
         self.signal_number = 0
         """The first signal that came; 0 as long as none has. A process leaving because of it exits with 128 + it."""
         self._interrupts = 0
@@ -60,4 +64,19 @@ class StopRequest:
             self._interrupts += 1
             if self._interrupts > 1:
                 raise KeyboardInterrupt
+        if self._tell and not self.signal_number:
+            again = "again" if number == signal.SIGINT else "twice"
+            name = signal.Signals(number).name
+            _say(f"{name}: stopping after this step, then saving; Ctrl-C {again} ends it at once, unsaved")
         self.signal_number = self.signal_number or number
+
+
+def _say(line: str) -> None:
+    """Print a line on stderr from a signal handler.
+
+    One write(2), past Python's buffered stream: that may be in the middle of a write of its own, and refuses to be
+    entered twice. On a terminal a line is begun, since a progress line may stand there.
+    """
+    begin = "\n" if os.isatty(2) else ""
+    with contextlib.suppress(OSError):  # nobody reads stderr any more: the run is saved all the same
+        os.write(2, f"{begin}{line}\n".encode())

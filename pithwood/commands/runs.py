@@ -10,6 +10,7 @@ from typing import Any
 
 from pithwood.commands.common import add_command, add_common, json_text
 from pithwood.commands.run_arguments import add_import, import_files, tell
+from pithwood.errors import promising
 
 HELP = """examples:
   pithwood runs
@@ -245,14 +246,16 @@ def _extend(args: argparse.Namespace) -> tuple[int, str]:
 def _train(args: argparse.Namespace, run: Any, runs_dir: Path, branch_from: str | None) -> tuple[int, str]:
     if args.dry_run:
         from pithwood.config import to_dict
-        from pithwood.plan import plan
+        from pithwood.preflight import dry_run
 
-        return 0, json_text({"config": to_dict(run), "plan": plan(run)}, indent=None if args.json else 2)
+        figures = dry_run(run, runs_dir, branch_from=branch_from, tell=tell)
+        return 0, json_text({"config": to_dict(run), "plan": figures}, indent=None if args.json else 2)
 
     from pithwood.observe.summary import closing_lines
     from pithwood.train import train
 
-    summary = train(run, runs_dir=runs_dir, branch_from=branch_from, console=True, command=args.command_line)
+    with promising("checkpoints are intact, and the same command goes on from the last one"):
+        summary = train(run, runs_dir=runs_dir, branch_from=branch_from, console=True, command=args.command_line)
     code = 128 + int(summary["interrupted"]) if summary.get("interrupted") else 0
     if args.json:
         return code, json_text(summary)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pithwood.commands.common import add_command, add_common, json_text, program_name
+from pithwood.errors import promising
 
 HELP = """examples:
   pithwood train debug --json steps=20
@@ -30,7 +31,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--new", action="store_true", help="start over; an existing run folder is moved aside")
     parser.add_argument("--from", dest="branch_from", metavar="RUN@STEP", help="start from another run's checkpoint")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved settings and what they would cost, as JSON"
+        "--dry-run",
+        action="store_true",
+        help="check all that training would refuse; print settings and cost as JSON, write nothing",
     )
     add_common(parser, "the summary")
 
@@ -42,20 +45,24 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
 
     run = apply_overrides(load_recipe(args.recipe), args.overrides)
     if args.dry_run:
-        from pithwood.plan import plan
-        from pithwood.run_folder import check_branch
+        from pithwood.commands.run_arguments import tell
+        from pithwood.preflight import dry_run
 
-        figures = plan(run, args.runs_dir / "corpora")
-        if args.branch_from:
-            figures["from"] = str(check_branch(run, args.branch_from, args.runs_dir))
+        figures = dry_run(run, args.runs_dir, new=args.new, branch_from=args.branch_from, tell=tell)
         return 0, json_text({"config": to_dict(run), "plan": figures}, indent=None if args.json else 2)
 
     from pithwood.observe.summary import closing_lines
     from pithwood.train import train
 
-    summary = train(
-        run, runs_dir=args.runs_dir, new=args.new, branch_from=args.branch_from, console=True, command=args.command_line
-    )
+    with promising("checkpoints are intact, and the same command goes on from the last one"):
+        summary = train(
+            run,
+            runs_dir=args.runs_dir,
+            new=args.new,
+            branch_from=args.branch_from,
+            console=True,
+            command=args.command_line,
+        )
     code = 128 + int(summary["interrupted"]) if summary.get("interrupted") else 0
     if args.json:
         return code, json_text(summary)

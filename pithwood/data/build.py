@@ -75,7 +75,7 @@ def build(job: Job) -> Path:
 
         index = choose(spool.index(), cfg.max_bytes)
         if not len(index):
-            raise ValueError(_nothing_chosen(cfg, spool.tally))
+            raise ValueError(nothing_chosen(cfg, spool.tally))
         if cfg.max_bytes is not None:
             write_array(folder / "chosen.npy", index)
             tasks: list[tuple[Task, int]] = []
@@ -280,7 +280,8 @@ def _finish(
     return final
 
 
-def _nothing_chosen(cfg: CorpusConfig, tally: Tally) -> str:
+def nothing_chosen(cfg: CorpusConfig, tally: Tally) -> str:
+    """Why no document is left, for the user."""
     if tally.documents:
         return f"data.max_bytes={cfg.max_bytes} is less than the smallest document ({tally.smallest} bytes)"
     return "data.source holds no documents: every file is empty or not UTF-8; give a source with text"

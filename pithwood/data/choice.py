@@ -20,6 +20,15 @@ def choose(index_N: NDArray[Any], max_bytes: int | None) -> NDArray[Any]:
     return index_N[np.sort(_fill(ascending(index_N["choose"]), index_N["size"], max_bytes))]
 
 
+def check_distinct(documents: int) -> None:
+    """Raise ValueError unless there are documents both to train and to validate on."""
+    if documents < 2:
+        raise ValueError(
+            f"corpus has {documents} distinct document; at least 2 are needed, one of them to validate on: "
+            "add files, raise data.max_bytes, or raise data.dedup_threshold"
+        )
+
+
 def split(index_N: NDArray[Any], rank_N: NDArray[Any], fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows of (training, validation) documents, each in the order of a hash of their names.
 
@@ -31,11 +40,7 @@ def split(index_N: NDArray[Any], rank_N: NDArray[Any], fraction: float) -> tuple
     on the same side. At least one document is held out and one is left to train on.
     """
     _, first_G, group_N = np.unique(index_N["content"], return_index=True, return_inverse=True)
-    if first_G.size < 2:
-        raise ValueError(
-            f"corpus has {first_G.size} distinct document; at least 2 are needed, one of them to validate on: "
-            "add files, raise data.max_bytes, or raise data.dedup_threshold"
-        )
+    check_distinct(first_G.size)
     size_G = index_N["size"][first_G]
     budget = int(int(index_N["size"].sum()) * fraction)
     held_out_G = np.zeros(first_G.size, dtype=bool)

@@ -18,8 +18,8 @@ from pithwood.config import config_hash
 from pithwood.data.corpus import TOKENIZER, Corpus, Split, TokenStream, open_corpus
 from pithwood.data.documents import KeptDocuments
 from pithwood.data.interleave import exact_shares
-from pithwood.data.prepare import CorpusConfig, Progress, prepare
-from pithwood.data.sources import Source
+from pithwood.data.prepare import CorpusConfig, Progress, check_source, find_prepared, prepare
+from pithwood.data.sources import Source, Survey
 from pithwood.data.tokenizer import Tokenizer, TokenizerConfig, TokenizerFile, TrainBPE
 
 ONE_CORPUS = "corpus"
@@ -116,6 +116,11 @@ class MixtureConfig:
     def names(self) -> tuple[str, ...]:
         """The parts in the order of all reports and schedules: by name, whatever the order of the configuration."""
         return tuple(sorted(self.parts))
+
+    def preparation_order(self) -> tuple[str, ...]:
+        """The part that the tokenizer is trained on, then the others."""
+        first = self.tokenizer_part or self.names[0]
+        return (first, *(name for name in self.names if name != first))
 
     def shares(self, weights: Mapping[str, float] | None = None, where: str = "data.parts") -> tuple[Fraction, ...]:
         """Share of the samples that each part of `names` gives, by its own weight or by `weights` of all parts.
@@ -225,6 +230,32 @@ def open_data(
     return data
 
 
+def look_up_data(
+    cfg: CorpusConfig | MixtureConfig, cache_dir: Path, progress: Progress = lambda line: None
+) -> Corpus | Mixture | dict[str, Survey]:
+    """What `open_data` would give if that lies prepared, every byte checked, else what it would read, by part.
+
+    Nothing is written. raises ValueError for what `open_data` refuses, as far as `check_source` sees it
+    """
+    if isinstance(cfg, CorpusConfig):
+        return find_prepared(cfg, cache_dir, progress) or {ONE_CORPUS: check_source(cfg)}
+    cfg.validate()
+    shared: TokenizerConfig | None = cfg.tokenizer
+    corpora: dict[str, Corpus] = {}
+    surveys: dict[str, Survey] = {}
+    for name in cfg.preparation_order():
+        with _in_words_of_part(name):
+            # without the tokenizer that is yet to be trained, no other part can be there
+            found = find_prepared(cfg.corpus(name, shared), cache_dir, progress) if shared is not None else None
+            if found is None:
+                surveys[name] = check_source(cfg.corpus(name))
+            else:
+                corpora[name] = found
+        if isinstance(shared, TrainBPE):
+            shared = TokenizerFile(str(found.folder / TOKENIZER)) if found is not None else None
+    return surveys or Mixture(cfg, {name: corpora[name] for name in cfg.names})
+
+
 def find_data(cfg: CorpusConfig | MixtureConfig, cache_dir: Path) -> Corpus | Mixture | None:
     """What `open_data` last made of a configuration, None if that is nothing or gone. Reads no source: quick, but it
     does not see that a source has changed since.
@@ -266,10 +297,9 @@ def training_streams(data: Corpus | Mixture, span_len: int) -> dict[str, TokenSt
 
 def _prepare_parts(cfg: MixtureConfig, cache_dir: Path, progress: Progress) -> dict[str, Corpus]:
     """Prepare the part that the tokenizer is trained on, then the others with its tokenizer."""
-    first = cfg.tokenizer_part or cfg.names[0]
     shared = cfg.tokenizer
     corpora: dict[str, Corpus] = {}
-    for name in (first, *(name for name in cfg.names if name != first)):
+    for name in cfg.preparation_order():
 
         def tell(line: str, name: str = name) -> None:
             progress(f"{name}: {line}")

@@ -17,15 +17,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pithwood.data.build import build, read_line
+from pithwood.data.build import build, nothing_chosen, read_line
+from pithwood.data.choice import check_distinct
 from pithwood.data.corpus import MANIFEST, Corpus, open_corpus
 from pithwood.data.job import CorpusConfig, Job, plain
 from pithwood.data.prepared import PreparedCorpus
 from pithwood.data.progress import Bar, Progress, Work
+from pithwood.data.sources import Survey
 from pithwood.data.spool import Tally, read_chunks
 from pithwood.data.tokenizer import Tokenizer, TokenizerFile
+from pithwood.errors import EXHAUSTED, explain_os_error
 
-__all__ = ["CorpusConfig", "Progress", "prepare"]
+__all__ = ["CorpusConfig", "Progress", "check_source", "find_prepared", "prepare"]
+
+_TRIED_BYTES = 100_000_000
+"""Text of this size is read within a second or so."""
 
 
 def prepare(
@@ -54,9 +60,7 @@ def prepare(
         raise ValueError(f"workers={workers} must be at least 1")
     if isinstance(cfg.source, PreparedCorpus):
         return _open_prepared(cfg.source, cfg.vocab_size, progress)
-    loaded = _load_tokenizer(cfg)
-    cfg = replace(cfg, source=cfg.source.pinned())
-    job = Job(cfg, loaded, cache_dir, out, cfg.source.survey(), Work(progress, bar), workers)
+    job = _job(cfg, cache_dir, Work(progress, bar), out, workers)
     # What is complete never changes, so neither a lock nor a folder that can be written is needed to open it.
     if not job.staging.exists():
         found = _find(job)
@@ -77,6 +81,46 @@ def prepare(
                 raise
             shutil.rmtree(job.staging, ignore_errors=True)
     return open_corpus(final)
+
+
+def find_prepared(cfg: CorpusConfig, cache_dir: Path, progress: Progress = lambda line: None) -> Corpus | None:
+    """The corpus of this configuration if it lies prepared, every byte checked; None if `prepare` has yet to make it.
+
+    Nothing is written. raises ValueError for what `prepare` refuses before it reads
+    """
+    cfg.validate()
+    if isinstance(cfg.source, PreparedCorpus):
+        return _open_prepared(cfg.source, cfg.vocab_size, progress)
+    return _find(_job(cfg, cache_dir, Work(progress)))
+
+
+def check_source(cfg: CorpusConfig) -> Survey:
+    """What `prepare` would read, tried without writing anything; raises ValueError for what it would refuse.
+
+    Up to 100 MB are read to the end. Of more, or of unknown size, only the beginning is: what is wrong behind it is
+    found when it is prepared.
+    """
+    cfg.validate()
+    _load_tokenizer(cfg)
+    survey = cfg.source.survey()
+    whole = survey.bytes is not None and survey.bytes <= _TRIED_BYTES
+    distinct: set[bytes] = set()
+    tally = Tally()
+    for _, _, hashes in read_chunks(cfg.source, tally):
+        distinct.update(hashes)
+        if len(distinct) >= 2 and not whole:
+            return survey
+    if not distinct or (cfg.max_bytes is not None and cfg.max_bytes < tally.smallest):
+        raise ValueError(nothing_chosen(cfg, tally))
+    check_distinct(len(distinct))
+    return survey
+
+
+def _job(cfg: CorpusConfig, cache_dir: Path, work: Work, out: Path | None = None, workers: int | None = None) -> Job:
+    """The corpus to be made or found; raises ValueError if its tokenizer or its source cannot be had."""
+    loaded = _load_tokenizer(cfg)
+    cfg = replace(cfg, source=cfg.source.pinned())
+    return Job(cfg, loaded, cache_dir, out, cfg.source.survey(), work, workers)
 
 
 def _find(job: Job) -> Corpus | None:
@@ -178,10 +222,12 @@ def _writing(job: Job) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(
-                f"no space is left for {job.parent} (about three times the text is needed); free some and give the "
-                f"same command: it goes on where it stopped. Deleting {job.staging} gives up what was done"
+        if error.errno in EXHAUSTED:
+            told = explain_os_error(error, unnamed=str(job.staging))
+            raise OSError(
+                error.errno,
+                f"{told} (about three times the text is needed); everything else is intact, and the same command goes "
+                f"on where it stopped. Deleting {job.staging} gives up what was done",
             ) from error
         if error.errno in (
             errno.EACCES,

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pithwood.data.sources import Document, LeftOut, Source
+from pithwood.errors import naming
 
 CHUNK_BYTES = 4 << 20
 """A chunk is complete when its documents reach this size."""
@@ -189,13 +190,14 @@ class SpoolReader:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under another name and rename it, so that it is whole or absent after a kill."""
     beside = path.with_name(f"{path.name}.writing")
-    beside.write_bytes(content)
+    with naming(path):
+        beside.write_bytes(content)
     beside.rename(path)
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
     """The same for an array, as .npy."""
     beside = path.with_name(f"{path.name}.writing")
-    with beside.open("wb") as file:
+    with naming(path), beside.open("wb") as file:
         np.save(file, array, allow_pickle=False)
     beside.rename(path)

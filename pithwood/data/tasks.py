@@ -20,6 +20,7 @@ from pithwood.data.dedup import NUM_MINHASHES, band_keys, minhashes, rows_per_ba
 from pithwood.data.pieces import PieceEncoder
 from pithwood.data.spool import SpoolReader, rank, write_array, write_whole
 from pithwood.data.tokenizer import load_tokenizer
+from pithwood.errors import naming
 
 
 def measured_dtype(threshold: float | None) -> np.dtype[Any]:
@@ -93,6 +94,7 @@ class Encode:
         lengths = np.zeros(len(rows), dtype="<i8")
         dtype = np.dtype(self.dtype).newbyteorder("<")
         with (
+            naming(f"{self.out}.bin"),
             SpoolReader(Path(self.spool)) as reader,
             Path(f"{self.out}.bin").open("wb") as tokens,
             Path(f"{self.out}.jsonl").open("wb") as lines,
@@ -132,7 +134,8 @@ class WriteValidationText:
         rows, folder = np.load(self.index, mmap_mode="r")[self.start : self.stop], Path(self.out)
         packer = zlib.compressobj(9, zlib.DEFLATED, 31)
         size = packed = 0
-        with SpoolReader(Path(self.spool)) as reader, (folder / VALIDATION_TEXT).open("wb") as file:
+        text = folder / VALIDATION_TEXT
+        with naming(text), SpoolReader(Path(self.spool)) as reader, text.open("wb") as file:
             for record in rows:
                 content = reader.content(record)
                 file.write(content)

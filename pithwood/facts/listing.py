@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pithwood.checkpoint.load import checkpoints_folder, list_checkpoints
+from pithwood.checkpoint.lock import holds_lock_only
 from pithwood.observe.events import EVENTS_FILE, restore_floats
 from pithwood.observe.summary import SUMMARY_FILE, read_summary
 from pithwood.run_folder import CONFIG_FILE, lock_holder
@@ -28,7 +29,7 @@ def looks_like_run(folder: Path) -> bool:
     """Whether a folder is or was a run: it holds a run's configuration, or traces that only a run leaves together."""
     if not folder.is_dir():
         return False
-    if isinstance(read_config(folder), dict):
+    if isinstance(read_config(folder), dict) or holds_lock_only(folder):
         return True
     return (folder / ".lock").is_file() and ((folder / EVENTS_FILE).is_file() or checkpoints_folder(folder).is_dir())
 
@@ -56,6 +57,8 @@ def describe_run(folder: Path) -> dict[str, Any]:
     """
     config = read_config(folder)
     problem = config if isinstance(config, str) else None
+    if holds_lock_only(folder):
+        problem = "it ended before its first step and holds nothing"
     settings = config["run"] if isinstance(config, dict) else {}
     row: dict[str, Any] = {
         "name": folder.name,

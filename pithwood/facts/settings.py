@@ -31,6 +31,7 @@ from pithwood.config import (
 from pithwood.facts.readers import readers
 from pithwood.run import Run
 from pithwood.schema import field_docs
+from pithwood.synonyms import meant_elsewhere
 
 ROOMS = ("attention", "data", "moe", "models", "optim")
 """Rooms whose modules may define classes that stand in a base class's place."""
@@ -205,6 +206,12 @@ def _ends(key: str, path: str) -> bool:
 
 def _unknown(key: str, known: list[str]) -> str:
     fields = {path.rpartition(".")[2]: path for path in reversed(known)}
+    path, _, name = key.rpartition(".")
+    at = [*fields, *(other.partition(".")[0] for other in known)] if not path or path in known else []
+    if elsewhere := meant_elsewhere(path, name, at) if at else []:
+        return (
+            f"no setting {key!r}; did you mean {' or '.join(elsewhere)}? `pithwood explain` lists the settings of a run"
+        )
     close = difflib.get_close_matches(key, [*dict.fromkeys(known), *fields], n=1, cutoff=0.5)
     close = close or difflib.get_close_matches(key.rpartition(".")[2], fields, n=1, cutoff=0.5)
     hint = f"did you mean {fields.get(close[0], close[0])}? " if close else ""

@@ -29,6 +29,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pithwood.errors import naming
+
 EventKind = Literal[
     "run", "resume", "train", "validation", "checkpoint", "skip", "phase", "spike", "spike_step", "sink", "done"
 ]
@@ -219,8 +221,9 @@ class JsonlSink(Sink):
 
     def write(self, events: list[dict[str, Any]]) -> None:
         data = "".join(to_json(event) + "\n" for event in events).encode()
-        while data:
-            data = data[self._file.write(data) :]
+        with naming(self.path):
+            while data:
+                data = data[self._file.write(data) :]
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())
@@ -249,10 +252,14 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file so that a reader or a crash sees the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with naming(path), open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)

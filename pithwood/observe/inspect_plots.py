@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pithwood.observe.console import format_count
-from pithwood.observe.plots import new_figure, new_panels, save_figure, smooth
+from pithwood.observe.plots import common_sigma, in_points, new_figure, new_panels, save_figure, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,7 +122,8 @@ def plot_positions(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Pat
 
 
 def plot_comparison(runs: Mapping[str, Mapping[str, Curve]], path: Path | str) -> None:
-    """Draw the losses of several runs against tokens: training thin and smoothed, validation as points.
+    """Draw the losses of several runs against tokens: training smoothed over the same tokens in all, validation as
+    points.
 
     runs  name -> curves as `facts.curves.curves` returns them. Bits per byte if all runs logged them, else nats
     path  PNG file, replaced atomically
@@ -130,12 +131,14 @@ def plot_comparison(runs: Mapping[str, Mapping[str, Curve]], path: Path | str) -
     in_bits = all("bits_per_byte" in curves for curves in runs.values())
     key, unit = ("bits_per_byte", "bits per byte") if in_bits else ("loss", "loss, nats per token")
     fig, ax = new_figure(7.6, 4.4)
+    sigma = common_sigma([curves[key]["tokens"] for curves in runs.values()])
     tails = []
     for number, (name, curves) in enumerate(runs.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         x, y = _points(curves[key], "tokens")
-        ax.plot(x, smooth(y), color=colour, linewidth=1.5, marker="o" if len(x) == 1 else "", label=name)
-        tails += [*smooth(y)[len(y) // 10 :]]
+        y = smooth(y, in_points(sigma, curves[key]["tokens"]))
+        ax.plot(x, y, color=colour, linewidth=1.5, marker="o" if len(x) == 1 else "", label=name)
+        tails += [*y[len(y) // 10 :]]
         if (valid := curves.get(f"validation/{key}")) is not None:
             x, y = _points(valid, "tokens")
             ax.plot(x, y, "o", color=colour, markersize=5, markeredgecolor="white")
@@ -151,7 +154,9 @@ def plot_comparison(runs: Mapping[str, Mapping[str, Curve]], path: Path | str) -
     ax.set_ylabel(unit)
     ax.grid(axis="y", color=_GRID, linewidth=0.8)
     ax.legend(frameon=False, fontsize=9)
-    ax.set_title("training (lines) and validation (points)", loc="left", fontsize=11, fontweight="bold", color=_INK)
+    over = f", each mean over about {format_count(2.5 * sigma)} tokens" if sigma else ""
+    title = f"training (lines{over}) and validation (points)"
+    ax.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
     save_figure(fig, path)
 
 

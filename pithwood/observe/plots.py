@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pithwood.errors import naming
 from pithwood.observe.console import format_count
 from pithwood.observe.metrics import selection_stats
 from pithwood.ops.packing import Packing
@@ -206,9 +207,12 @@ def _curve(events: Sequence[Mapping[str, Any]], kind: str) -> tuple[np.ndarray, 
     return array[:, 0], np.where(np.isfinite(array[:, 1]), array[:, 1], np.nan)
 
 
-def smooth(y: np.ndarray) -> np.ndarray:
-    """Centred Gaussian mean over about a fiftieth of the run, gaps ignored; it does not lag behind the curve."""
-    sigma = max(len(y) / 120, 0.5)
+def smooth(y: np.ndarray, sigma: float | None = None) -> np.ndarray:
+    """Centred Gaussian mean, gaps ignored; it does not lag behind the curve.
+
+    sigma  the Gaussian's width in points; by default its window is about a fiftieth of the run
+    """
+    sigma = max(len(y) / 120 if sigma is None else sigma, 0.5)
     reach = math.ceil(3 * sigma)
     weight = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     known = np.isfinite(y)
@@ -218,6 +222,28 @@ def smooth(y: np.ndarray) -> np.ndarray:
     total = np.convolve(np.where(known, y, 0.0), weight)[middle]
     mass = np.convolve(known.astype(np.float64), weight)[middle]
     return np.where(known, total / np.maximum(mass, 1e-12), np.nan)
+
+
+def common_sigma(tokens: Sequence[Sequence[float]]) -> float:
+    """Width in tokens of a Gaussian that smooths several curves alike, whatever their lengths; 0 if none has two
+    points.
+
+    tokens  where the points of each curve stand, rising; they are as good as evenly spaced
+
+    It suits the longest, but is at most a twentieth of the shortest, which would otherwise lose its shape.
+    """
+    several = [(x[-1] - x[0], len(x) - 1) for x in tokens if len(x) > 1 and x[-1] > x[0]]
+    if not several:
+        return 0.0
+    spans = [span for span, _ in several]
+    # less than half a step is no mean, and steps may hold different numbers of tokens
+    return max(min(max(spans) / 120, min(spans) / 20), 0.5 * max(span / steps for span, steps in several))
+
+
+def in_points(sigma: float, tokens: Sequence[float]) -> float:
+    """A width in tokens as one in points of a curve."""
+    several = len(tokens) > 1 and tokens[-1] > tokens[0]
+    return sigma * (len(tokens) - 1) / (tokens[-1] - tokens[0]) if several else 0.0
 
 
 def _label_last(labels: list[tuple[float, str, str]], y: np.ndarray, name: str, colour: str) -> None:
@@ -285,5 +311,6 @@ def save_figure(fig: Figure, path: Path | str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fig.savefig(temporary, format="png")
+    with naming(path):
+        fig.savefig(temporary, format="png")
     os.replace(temporary, path)

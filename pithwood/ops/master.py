@@ -29,10 +29,12 @@ def keep_copies(weights: Iterable[Tensor], dtype: torch.dtype) -> None:
     """Make or renew the copy in `dtype` that each weight carries; call it after every change of the weights.
 
     The copies live in the attribute `kept_copy` and go with the weight. One whose weight has changed in place since (by
-    an operation that torch knows of) is not used.
+    an operation that torch knows of) is not used; one that is fresh is left alone.
     """
     for weight in weights:
         kept: tuple[Tensor, int] | None = getattr(weight, "kept_copy", None)
+        if kept is not None and kept[0].dtype == dtype and kept[1] == weight._version:
+            continue
         copy = kept[0] if kept is not None and kept[0].dtype == dtype else torch.empty_like(weight, dtype=dtype)
         weight.kept_copy = (copy.copy_(weight), weight._version)  # type: ignore[attr-defined]
 

@@ -91,9 +91,9 @@ class MuonConfig:
         _check_below_one("MuonConfig", momentum=self.momentum)
         _check_state_dtype("MuonConfig", "momentum_dtype", self.momentum_dtype)
         if not 1 <= self.ns_steps <= 20:
-            raise ValueError(f"MuonConfig: ns_steps={self.ns_steps} must lie between 1 and 20")
+            raise ValueError(f"ns_steps={self.ns_steps} must lie between 1 and 20")
         if self.ns_dtype not in NS_DTYPES:
-            raise ValueError(f"MuonConfig: ns_dtype={self.ns_dtype!r} must be one of {', '.join(NS_DTYPES)}")
+            raise ValueError(f"ns_dtype={self.ns_dtype!r} must be one of {', '.join(NS_DTYPES)}")
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,20 @@ DecayShape = Literal["linear", "1-sqrt", "cosine"]
 SHAPES = ("linear", "1-sqrt", "cosine")
 
 
-def _check_span(owner: str, what: str, steps: int | None, fraction: float | None) -> None:
+def _check_span(what: str, steps: int | None, fraction: float | None) -> None:
     if steps is not None and fraction is not None:
         raise ValueError(
-            f"{owner}: {what}_steps={steps} and {what}_fraction={fraction} are both given; keep one of them"
+            f"{what}_steps={steps} and {what}_fraction={fraction} are both given; keep one and set the other to none"
         )
     if steps is not None and steps < 0:
-        raise ValueError(f"{owner}: {what}_steps={steps} must be 0 or more")
+        raise ValueError(f"{what}_steps={steps} must be 0 or more")
     if fraction is not None and not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"{owner}: {what}_fraction={fraction} must lie between 0 and 1")
+        raise ValueError(f"{what}_fraction={fraction} must lie between 0 and 1")
 
 
-def _check_final(owner: str, final_fraction: float) -> None:
+def _check_final(final_fraction: float) -> None:
     if not 0.0 <= final_fraction <= 1.0:
-        raise ValueError(f"{owner}: final_fraction={final_fraction} must lie between 0 and 1")
+        raise ValueError(f"final_fraction={final_fraction} must lie between 0 and 1")
 
 
 def _span(steps: int | None, fraction: float | None, default: float, total_steps: int) -> int:
@@ -46,7 +46,7 @@ class Constant:
     """Warm-up as a share of the run, 0 to 1."""
 
     def __post_init__(self) -> None:
-        _check_span("Constant", "warmup", self.warmup_steps, self.warmup_fraction)
+        _check_span("warmup", self.warmup_steps, self.warmup_fraction)
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class WarmupStableDecay:
     """Form of the decay: linear, 1-sqrt (fast first; Hagele et al. 2024, arXiv 2405.18392, section 3) or cosine."""
 
     def __post_init__(self) -> None:
-        _check_span("WarmupStableDecay", "warmup", self.warmup_steps, self.warmup_fraction)
-        _check_span("WarmupStableDecay", "decay", self.decay_steps, self.decay_fraction)
-        _check_final("WarmupStableDecay", self.final_fraction)
+        _check_span("warmup", self.warmup_steps, self.warmup_fraction)
+        _check_span("decay", self.decay_steps, self.decay_fraction)
+        _check_final(self.final_fraction)
         if self.shape not in SHAPES:
-            raise ValueError(f"WarmupStableDecay: shape={self.shape!r} must be one of {', '.join(SHAPES)}")
+            raise ValueError(f"shape={self.shape!r} must be one of {', '.join(SHAPES)}")
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Cosine:
     """Rate of the very last step as a share of the full rate, 0 to 1."""
 
     def __post_init__(self) -> None:
-        _check_span("Cosine", "warmup", self.warmup_steps, self.warmup_fraction)
-        _check_final("Cosine", self.final_fraction)
+        _check_span("warmup", self.warmup_steps, self.warmup_fraction)
+        _check_final(self.final_fraction)
 
 
 Schedule = WarmupStableDecay | Cosine | Constant
@@ -114,8 +114,8 @@ def schedule_spans(schedule: Schedule, total_steps: int) -> tuple[int, int]:
         decay = schedule.decay_steps
     if warmup + decay > total_steps:
         raise ValueError(
-            f"{type(schedule).__name__}: {warmup} warm-up steps and {decay} decay steps do not fit into a run of "
-            f"{total_steps} steps; shorten them, give them as fractions, or raise steps"
+            f"{warmup} warm-up steps and {decay} decay steps do not fit into a run of {total_steps} steps; shorten "
+            "them, give them as warmup_fraction and decay_fraction, or raise steps"
         )
     return warmup, decay
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pithwood.observe.inspect_tables import count, number, percent
-from pithwood.observe.plots import loss_limits, smooth
+from pithwood.observe.plots import common_sigma, in_points, loss_limits, smooth
 from pithwood.report.assets import SCRIPT, STYLE
 from pithwood.report.charts import Line, block_map, line_chart, load_map
 
@@ -71,13 +71,15 @@ def _curves(runs: Sequence[Mapping[str, Any]]) -> str:
     """Bits per byte (or the loss, where bytes are not counted) in large, everything else in small."""
     name = "bits_per_byte" if any("bits_per_byte" in run["curves"] for run in runs) else "loss"
     lines, marks, limits = [], [], []
+    logged = [run["curves"][name]["tokens"] for run in runs if name in run["curves"]]
+    sigma = common_sigma(logged) if len(logged) > 1 else None
     for place, run in enumerate(runs):
         curves, alone = run["curves"], len(runs) == 1
         who = "" if alone else f"{run['name']}: "
         train, valid = curves.get(name), curves.get(f"validation/{name}")
         train_y = np.array(train["values"] if train else [], dtype=np.float64)
         valid_y = np.array(valid["values"] if valid else [], dtype=np.float64)
-        smooth_y = smooth(train_y)
+        smooth_y = smooth(train_y, in_points(sigma, train["tokens"]) if train and sigma is not None else None)
         gzip = run["gzip_bits_per_byte"] if name == "bits_per_byte" else None
         gzip = gzip if gzip is not None and math.isfinite(gzip) else None
         limits.append(loss_limits(train_y, smooth_y, valid_y, gzip if alone else None))

@@ -9,6 +9,7 @@ each with one.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +38,8 @@ class Limits:
     """Open files at a time."""
     obey_modes: bool = False
     """Obey the mode bits of files and folders even as root, as any other user has to."""
+    jumping_clock: bool = False
+    """Set the wall clock a day ahead after its second reading, and after its fourth an hour behind the true time."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,21 @@ def _impose(limits: Limits) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + limits.more_memory
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    if limits.jumping_clock:
+        time.time = jumping(time.time)
     if limits.obey_modes and os.geteuid() == 0:
         _drop_override()
+
+
+def jumping(true_time: Callable[[], float]) -> Callable[[], float]:
+    """A wall clock that is set a day ahead after its second reading, and an hour behind after its fourth."""
+    readings = itertools.count()
+
+    def read() -> float:
+        number = next(readings)
+        return true_time() + (0 if number < 2 else 86_400 if number < 4 else -3_600)
+
+    return read
 
 
 def _drop_override() -> None:

@@ -48,6 +48,14 @@ def _other_tokenizer(world: Path) -> None:
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
+def _long_log(world: Path) -> None:
+    """An event log that has grown large."""
+    path = run_folder(world) / "events.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    padded = json.dumps({"kind": "sink", "step": 1, "name": "x" * 200_000}) + "\n"
+    path.write_text("".join([lines[0], padded, *lines[1:]]), encoding="utf-8")
+
+
 def _future(world: Path) -> None:
     """What a clock leaves behind that was years ahead and has been set right."""
     for path in run_folder(world).rglob("*"):
@@ -63,6 +71,10 @@ def _recipe(text: str) -> Callable[[Path], None]:
 
 SETTINGS = (
     Case("unknown-key", "A setting that does not exist", "train debug model.modle_dim=64", ("model_dim",)),
+    Case("foreign-key", "A setting by the name that transformers gives it", "train debug model.hidden_size=64",
+         ("did you mean model.model_dim",)),
+    Case("foreign-name", "A setting of another program in another place", "train debug learning_rate=0.001",
+         ("did you mean optim.lr",)),
     Case("unknown-recipe", "A recipe that does not exist", "train debgu", ("debgu", "debug")),
     Case("unknown-command", "A command that does not exist", "trian debug", ("trian", "did you mean train")),
     Case("unknown-flag", "An option that does not exist", "train debug --jsn", ("--jsn",)),
@@ -103,6 +115,9 @@ SYSTEM = (
          limits=Limits(more_memory=400_000_000), adds=("runs/large-*/*", "runs/corpora/*", "runs/corpora/*/*")),
     Case("full-disk", "A disk without room for the next checkpoint", f"{TRAIN} steps=6", ("step-00000006", "File too "
          "large"), code=3, limits=Limits(file_bytes=1_000_000), adds=LATER, rewrites=REPORTS),
+    Case("full-disk-log", "A disk without room for the event log", f"{TRAIN} steps=6",
+         ("runs/debug-1a2b3c4d/events.jsonl", "checkpoints are intact"), code=3, limits=Limits(file_bytes=100_000),
+         arrange=_long_log, rewrites=("runs/debug-*/config.json", "runs/debug-*/tokenizer.json")),
     Case("read-only-run", "A run folder without permission to write", f"{TRAIN} steps=6",
          ("Permission denied", "chmod"), limits=Limits(obey_modes=True),
          arrange=lambda world: (run_folder(world) / "checkpoints").chmod(0o555)),
@@ -115,6 +130,8 @@ SYSTEM = (
          locked=True),
     Case("clock", "A clock that was years ahead", f"{TRAIN} steps=6", ("step 6/6",), code=0, arrange=_future,
          adds=LATER, rewrites=REPORTS),
+    Case("jumping-clock", "A clock that jumps a day ahead and then an hour back, while it trains", f"{TRAIN} steps=6",
+         ("step 6/6",), code=0, limits=Limits(jumping_clock=True), adds=LATER, rewrites=REPORTS),
 )  # fmt: skip
 
 RUNS = (

@@ -314,10 +314,17 @@ def test_the_command_measures_appends_and_keeps_one_file(tmp_path: Path, capsys)
 
 def test_without_json_there_is_a_line_per_row_and_where_it_was_written(tmp_path: Path, capsys):
     assert main(["bench", "attention", *TINY, "--pass", "fwd", "--out", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
     assert [len(line) < 160 for line in lines] == [True] * len(lines)
     assert "(16,2) pithwood" in lines[0]
     assert lines[-2:] == ["2 rows measured, 0 not; spread is the interquartile range", f"{tmp_path}/attention.json"]
+    # progress says what is being measured; the rows themselves stand on stdout only
+    assert " ms (iqr" not in err
+    assert [line.split()[-2:] for line in err.splitlines() if line.startswith("measuring ")] == [
+        ["pithwood", "fwd"],
+        ["sdpa", "fwd"],
+    ]
 
 
 @pytest.mark.quick

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -35,6 +36,42 @@ def test_a_second_interrupt_raises_and_a_second_sigterm_does_not():
         assert stop.signal_name == "SIGTERM"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("number", "again"), [(signal.SIGINT, "again"), (signal.SIGTERM, "twice")])
+def test_the_first_signal_is_answered_at_once_in_one_line(number, again, capfd):
+    with StopRequest(tell=True) as stop:
+        signal.raise_signal(number)
+        assert stop.requested
+        told = capfd.readouterr().err
+        signal.raise_signal(signal.SIGTERM)
+    assert told == (f"{number.name}: stopping after this step, then saving; Ctrl-C {again} ends it at once, unsaved\n")
+    assert capfd.readouterr().err == ""
+
+
+PRINTS_WITHOUT_END = """
+import sys
+from pithwood.checkpoint.signals import StopRequest
+with StopRequest(tell=True) as stop:
+    while not stop:
+        print("x" * 200, file=sys.stderr, flush=True)
+print("stopped")
+"""
+
+
+def test_a_signal_in_the_middle_of_a_print_does_no_harm():
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRINTS_WITHOUT_END], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    process.stderr.readline()
+    # the pipe is full by then, so that the signal meets a write that waits
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "stopped\n")
+    assert "SIGTERM: stopping after this step" in err
+    assert "Traceback" not in err
 
 
 def test_handlers_come_back_after_an_error():
@@ -89,3 +126,30 @@ def test_the_lock_is_free_after_the_block(tmp_path):
     for _ in range(2):
         with RunLock(tmp_path), pytest.raises(ValueError, match=f"process {os.getpid()} "), RunLock(tmp_path):
             pass
+
+
+@pytest.mark.parametrize("left", ["process 1 on host\n", ""])
+def test_a_folder_in_which_nothing_came_to_be_goes_with_its_lock(tmp_path, left):
+    run_dir = tmp_path / "runs" / "run"
+    with RunLock(run_dir):
+        (run_dir / "checkpoints").mkdir()
+    assert not (tmp_path / "runs").exists()
+    # as a killed process leaves it
+    run_dir.mkdir(parents=True)
+    (run_dir / ".lock").write_text(left)
+    with RunLock(run_dir):
+        pass
+    assert not run_dir.exists()
+    assert run_dir.parent.exists()
+
+
+def test_a_folder_that_holds_or_held_anything_stays(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with RunLock(tmp_path / "empty"):
+        pass
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.txt").touch()
+    with RunLock(tmp_path / "own"):
+        pass
+    assert (tmp_path / "empty").is_dir()
+    assert (tmp_path / "own" / "notes.txt").is_file()

@@ -214,6 +214,28 @@ def test_what_is_not_a_run_folder_is_not_deleted(copied, tmp_path, capsys):
     assert (copied.runs_dir / "corpora").is_dir()
 
 
+def test_a_run_that_never_began_is_listed_and_can_be_deleted(copied, capsys):
+    begun = copied.runs_dir / "small-12345678"
+    begun.mkdir()
+    (begun / ".lock").write_text("process 1 on host\n")
+    assert main(["runs", "--runs-dir", str(copied.runs_dir)]) == 0
+    assert "small-12345678 is broken: it ended before its first step and holds nothing" in capsys.readouterr().out
+    result = result_of(capsys, "delete", begun.name, "--yes", "--runs-dir", str(copied.runs_dir))
+    assert result["deleted"] == [str(begun)]
+    assert not begun.exists()
+
+
+@pytest.mark.parametrize(("lock", "more"), [("process 1 on host\n", ["notes.txt"]), ("another program's\n", [])])
+def test_a_lock_alone_makes_no_run_of_a_folder(copied, capsys, lock, more):
+    folder = copied.runs_dir / "mine"
+    folder.mkdir()
+    (folder / ".lock").write_text(lock)
+    for name in more:
+        (folder / name).touch()
+    assert "is not a run folder" in refused(capsys, "delete", folder.name, "--yes", "--runs-dir", str(copied.runs_dir))
+    assert folder.is_dir()
+
+
 def test_a_link_a_folder_of_runs_and_the_current_folder_are_not_deleted(copied, tmp_path, capsys, monkeypatch):
     place = ["--yes", "--runs-dir", str(copied.runs_dir)]
     link = tmp_path / "link"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pithwood.observe.plots import block_shares, loss_limits, plot_blocks, plot_loss
+from pithwood.observe.plots import block_shares, common_sigma, in_points, loss_limits, plot_blocks, plot_loss, smooth
 from tests.observe.test_metrics import Packing, random_ids
 
 
@@ -117,3 +117,28 @@ def test_block_maps(tmp_path: Path, layers: int, tokens: int):
 def test_block_maps_without_sparse_layers(tmp_path: Path):
     plot_blocks({}, tmp_path / "blocks.png")
     picture(tmp_path / "blocks.png")
+
+
+def test_runs_of_different_lengths_are_smoothed_over_the_same_tokens():
+    def spread_of_a_spike(steps: int, tokens_per_step: int, sigma: float, x: np.ndarray) -> float:
+        y = np.zeros(steps)
+        y[steps // 2] = 1.0
+        weight = smooth(y, in_points(sigma, x.tolist()))
+        mean = (weight * x).sum() / weight.sum()
+        return math.sqrt((weight * (x - mean) ** 2).sum() / weight.sum())
+
+    sizes = ((200, 1000), (2000, 1000), (400, 4000))
+    tokens = [(np.arange(steps) + 1.0) * per_step for steps, per_step in sizes]
+    sigma = common_sigma([x.tolist() for x in tokens])
+    spreads = [spread_of_a_spike(*size, sigma, x) for size, x in zip(sizes, tokens, strict=True)]
+    assert spreads == pytest.approx([sigma] * 3, rel=0.02)
+
+
+def test_the_common_window_suits_the_longest_run_and_keeps_the_shape_of_the_shortest():
+    steps = {count: [1000.0 * (step + 1) for step in range(count)] for count in (1, 2, 101, 1201, 12001)}
+    assert common_sigma([steps[1201], steps[1201]]) == 10_000
+    assert common_sigma([steps[1201], steps[101]]) == 5_000
+    assert common_sigma([steps[101], steps[101]]) == pytest.approx(100_000 / 120)
+    assert common_sigma([steps[12001], steps[2]]) == 500  # half a step at least
+    assert common_sigma([steps[1]]) == 0
+    assert smooth(np.ones(1), in_points(0.0, steps[1])).tolist() == [1.0]

@@ -19,8 +19,9 @@ from pithwood.optim.config import AdamWConfig, MuonConfig, OptimizerConfig, stat
 from pithwood.optim.muon import MuonSlice, muon_update
 from pithwood.optim.offload import HostState
 from pithwood.optim.optimizer import Optimizer
+from pithwood.plan import plan
 from pithwood.recipes.demo import debug
-from pithwood.train import Trainer, plan, train
+from pithwood.train import Trainer, train
 from tests.numerics import assert_close
 from tests.optim.helpers import GATE_UP, NORM, Q_PROJ, ROLES, assert_same_bits, copies, make_params, set_grads
 from tests.test_train import losses, small_run
