@@ -85,8 +85,7 @@ def select(
     if by_kernel:
         from pithwood.ops.select.few_triton import decodes_few, select_few
 
-        # The kernel for decode steps has not run on a GPU: it is taken only by name.
-        plain = impl == "triton" and packing.causal and own and route_per == "q_head" and not packing.self_attention
+        plain = packing.causal and own and route_per == "q_head" and not packing.self_attention
         if plain and decodes_few(packing, q_THK.shape[1], s_UGK.shape[0], top_k, block_size):
             ids_TSk, count_TS = select_few(
                 q_THK,
