@@ -19,7 +19,7 @@ from pithwood.ops.packing import Packing
 
 __all__ = ["dense_attention"]
 
-PREFERRED: tuple[str, ...] = ("varlen",)
+PREFERRED: tuple[str, ...] = ("cudnn", "varlen")
 """What a call takes that names no implementation: the first of these that fits, else "torch"."""
 
 
