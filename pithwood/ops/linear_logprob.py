@@ -79,7 +79,9 @@ def linear_logprob(x_TD: Tensor, weight_XD: Tensor, target_T: Tensor) -> Tensor:
     """
     wanted = torch.is_grad_enabled() and (x_TD.requires_grad or weight_XD.requires_grad)
     if not wanted and adds_in_place(x_TD, weight_XD) and triton_misfit(x_TD, weight_XD) is None:
+        from pithwood.ops.linear_nll import chunk_rows
         from pithwood.ops.linear_nll.triton import nll_rows_triton
 
-        return -nll_rows_triton(x_TD, weight_XD, target_T)
+        rows = chunk_rows(weight_XD.shape[0], x_TD.element_size(), x_TD.device)
+        return -nll_rows_triton(x_TD, weight_XD, target_T, rows)
     return _LinearLogprob.apply(x_TD, weight_XD, target_T)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pithwood.ops import linear_nll as module
 from pithwood.ops.linear_nll import linear_nll
 from pithwood.ops.master import gradient_sink
 from tests.numerics import assert_close
@@ -49,6 +50,46 @@ def test_plain_torch_is_the_definition(dtype):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("rows", [1, 10, 37])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_chunks_of_every_size_give_the_same(monkeypatch, dtype, rows):
+    monkeypatch.setattr(module, "CPU_ROWS", rows)
+    compare("torch", make(dtype=dtype))
+
+
+@pytest.mark.quick
+def test_gradients_of_each_input_alone_and_of_none():
+    args = make()
+    with torch.no_grad():
+        value = linear_nll(*args)
+    assert not value.requires_grad
+    for leaf in (0, 1):
+        x, weight = (t.detach().requires_grad_(place == leaf) for place, t in enumerate(args[:2]))
+        found = linear_nll(x, weight, *args[2:])
+        assert torch.equal(found, value)
+        found.backward()
+        assert_close((x, weight)[leaf].grad, gradients("ref", args, upstream=1.0)[1 + leaf])
+
+
+@pytest.mark.quick
+def test_a_second_backward_pass_gives_the_same_again():
+    x, weight, target, counts = make()
+    value = linear_nll(x, weight, target, counts)
+    first, again = (torch.autograd.grad(value, [x, weight], retain_graph=True) for _ in range(2))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.quick
+def test_chunks_on_a_gpu_keep_to_their_bytes():
+    cuda = torch.device("cuda")
+    assert module.chunk_rows(151_936, 2, cuda) == 4096
+    assert module.chunk_rows(1 << 20, 2, cuda) == 1024
+    assert module.chunk_rows(1 << 34, 2, cuda) == 1
+    assert module.chunk_rows(1 << 34, 2, torch.device("cpu")) == module.CPU_ROWS
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("impl", ["ref", "torch"])
 def test_tokens_without_weight_or_target_contribute_exactly_zero(impl):
     x, weight, target, counts = make()
@@ -81,10 +122,10 @@ class TestKernel:
 
     @pytest.mark.parametrize("rows", [1, 10, 37])
     def test_chunks_and_steps_of_every_size_give_the_same(self, monkeypatch, rows):
-        from pithwood.ops.linear_nll import triton as module
+        from pithwood.ops.linear_nll import triton
 
-        monkeypatch.setattr(module, "CHUNK_ROWS", rows)
-        monkeypatch.setattr(module, "LANES", 2)
+        monkeypatch.setattr(module, "chunk_rows", lambda *args: rows)
+        monkeypatch.setattr(triton, "LANES", 2)
         compare("triton", make(device=DEVICE))
 
     def test_tokens_without_weight_or_target_contribute_exactly_zero_whatever_they_hold(self):

@@ -10,11 +10,19 @@ from torch import Tensor
 
 from pithwood.ops.checks import check_impl
 from pithwood.ops.linear import adds_in_place
-from pithwood.ops.linear_logprob import linear_logprob
+from pithwood.ops.linear_nll.eager import linear_nll_eager
 from pithwood.ops.linear_nll.ref import linear_nll_ref
 from pithwood.ops.triton_support import triton_misfit
 
-__all__ = ["linear_nll"]
+__all__ = ["chunk_rows", "linear_nll", "workspace_bytes"]
+
+CPU_ROWS = 256
+"""Tokens of a chunk on a CPU: few, so that their logits are in the cache, but enough to pay for a pass over the head's
+gradient, which every chunk makes."""
+GPU_ROWS = 4096
+"""Most tokens of a chunk on a GPU: enough for full tiles in all three products."""
+GPU_BYTES = 2 << 30
+"""Most bytes of a chunk's logits on a GPU."""
 
 
 def linear_nll(
@@ -32,10 +40,10 @@ def linear_nll(
     returns    scalar, differentiable once in x and the head
     raises     ValueError on shapes that do not fit, or "triton" where it does not fit
 
-    "torch" keeps logits, or computes them again in the backward pass (`linear_logprob`). "triton" knows the weights
-    before it begins and so makes the logits' gradient in place of each chunk's logits and multiplies it out at once:
-    the forward pass does all three products of the head, the backward pass scales what they gave by its scalar, and
-    the head's gradient goes to `weight.grad` as in `ops/linear.py`. Without gradients wanted it only makes the value.
+    The weights are known before the products begin, so the logits' gradient is made in place of each chunk's logits and
+    multiplied out at once: the forward pass does all three products of the head, and the backward pass scales what they
+    gave by its scalar. With "triton" the head's gradient is fp32 sums of half-precision products and goes to
+    `weight.grad` as in `ops/linear.py`. Without gradients wanted only the value is made.
     """
     check_impl(impl, ("ref", "torch", "triton"))
     if x_TD.dim() != 2 or weight_XD.dim() != 2 or x_TD.shape[1] != weight_XD.shape[1]:
@@ -50,9 +58,26 @@ def linear_nll(
     if impl == "triton" or (impl is None and not misfit and adds_in_place(x_TD, weight_XD)):
         from pithwood.ops.linear_nll.triton import linear_nll_triton
 
-        return linear_nll_triton(x_TD, weight_XD, target_T, weight_T)
+        rows = chunk_rows(weight_XD.shape[0], x_TD.element_size(), x_TD.device)
+        return linear_nll_triton(x_TD, weight_XD, target_T, weight_T, rows)
     weight_T = torch.where(target_T < 0, 0.0, weight_T)
     if impl == "ref":
         return linear_nll_ref(x_TD, weight_XD, target_T, weight_T)
-    nll_T = -linear_logprob(x_TD, weight_XD, target_T.clamp(min=0))
-    return (nll_T * weight_T).sum()
+    rows = chunk_rows(weight_XD.shape[0], 4, x_TD.device)
+    return linear_nll_eager(x_TD, weight_XD, target_T.clamp(min=0), weight_T, rows)
+
+
+def chunk_rows(vocab: int, element_size: int, device: torch.device) -> int:
+    """Tokens of a chunk for a vocabulary of this size, with logits of element_size bytes."""
+    if device.type == "cpu":
+        return CPU_ROWS
+    return max(min(GPU_ROWS, GPU_BYTES // (vocab * element_size) // 128 * 128), 1)
+
+
+def workspace_bytes(num_tokens: int, vocab: int, dim: int, element_size: int, device: torch.device) -> tuple[int, int]:
+    """(saved, alive): bytes that `linear_nll` keeps until its backward pass is over, and needs besides in its forward
+    pass, for activations of element_size bytes: the gradients of x and (fp32) of the head; a chunk's logits.
+    """
+    logits_size = element_size if device.type == "cuda" and element_size == 2 else 4
+    rows = min(num_tokens, chunk_rows(vocab, logits_size, device))
+    return num_tokens * dim * element_size + 4 * vocab * dim, rows * vocab * logits_size

@@ -19,10 +19,6 @@ from torch import Tensor
 from pithwood.ops.linear import add_product
 from pithwood.ops.master import gradient_sink, in_dtype
 
-CHUNK_ROWS = 4096
-"""Most tokens of a chunk: enough for full tiles in all three products."""
-CHUNK_BYTES = 2 << 30
-"""Most bytes of a chunk's logits."""
 WIDTH = 8
 """Neighbouring logits that one thread takes at a time: 16 bytes in half precision."""
 LANES = 2048
@@ -31,40 +27,28 @@ WARPS = 32
 SCALE_BLOCK = 4096
 
 
-def chunk_rows(vocab: int, element_size: int) -> int:
-    """Tokens of a chunk for a vocabulary of this size."""
-    return max(min(CHUNK_ROWS, CHUNK_BYTES // (vocab * element_size) // 128 * 128), 1)
-
-
-def workspace_bytes(num_tokens: int, vocab: int, dim: int, element_size: int) -> int:
-    """Bytes that `linear_nll_triton` needs besides its arguments and the head's gradient: a chunk's logits, and until
-    the backward pass is over the gradients of x and (fp32) of the head.
-    """
-    logits = min(num_tokens, chunk_rows(vocab, element_size)) * vocab * element_size
-    return logits + num_tokens * dim * element_size + 4 * vocab * dim
-
-
-def linear_nll_triton(x_TD: Tensor, weight_XD: Tensor, target_T: Tensor, weight_T: Tensor) -> Tensor:
-    """As linear_nll_ref, for fp32, fp16 and bf16."""
-    return _LinearNll.apply(x_TD, weight_XD, target_T, weight_T)
+def linear_nll_triton(x_TD: Tensor, weight_XD: Tensor, target_T: Tensor, weight_T: Tensor, rows: int) -> Tensor:
+    """As linear_nll_ref, for fp32, fp16 and bf16, `rows` tokens at a time."""
+    return _LinearNll.apply(x_TD, weight_XD, target_T, weight_T, rows)
 
 
 @torch.no_grad()
-def nll_rows_triton(x_TD: Tensor, weight_XD: Tensor, target_T: Tensor) -> Tensor:
-    """[T] fp32 -log softmax(x W^T)[target] without gradient, in chunks."""
-    return _chunks(x_TD, weight_XD, target_T, torch.ones_like(target_T, dtype=torch.float32), None, None)
+def nll_rows_triton(x_TD: Tensor, weight_XD: Tensor, target_T: Tensor, rows: int) -> Tensor:
+    """[T] fp32 -log softmax(x W^T)[target] without gradient, `rows` tokens at a time."""
+    ones_T = torch.ones_like(target_T, dtype=torch.float32)
+    return _chunks(x_TD, weight_XD, target_T, ones_T, rows, None, None)
 
 
 class _LinearNll(torch.autograd.Function):
     """Saves the gradients themselves, for an upstream gradient of 1."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, target_T: Tensor, weight_T: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x, weight, target_T, weight_T, rows: int) -> Tensor:  # type: ignore[override]
         grad_x = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
-        loss_T = _chunks(x, weight, target_T, weight_T, grad_x, grad_weight)
+        loss_T = _chunks(x, weight, target_T, weight_T, rows, grad_x, grad_weight)
         ctx.save_for_backward(weight, grad_x, grad_weight)
         return loss_T.sum()
 
@@ -81,7 +65,7 @@ class _LinearNll(torch.autograd.Function):
             else:
                 _scaled(grad_weight, grad, sink)
                 grad_weight = None
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
 
 
 def _chunks(
@@ -89,6 +73,7 @@ def _chunks(
     weight_XD: Tensor,
     target_T: Tensor,
     weight_T: Tensor,
+    rows: int,
     grad_x: Tensor | None,
     grad_weight: Tensor | None,
 ) -> Tensor:
@@ -97,12 +82,11 @@ def _chunks(
     head_XD = in_dtype(weight_XD, x_TD.dtype)
     loss_T = torch.zeros(num_tokens, dtype=torch.float32, device=x_TD.device)
     weight_T = weight_T.to(torch.float32).contiguous()
-    rows = min(chunk_rows(vocab, x_TD.element_size()), num_tokens)
-    logits_nX = x_TD.new_empty(rows, vocab)
+    logits_nX = x_TD.new_empty(min(rows, num_tokens), vocab)
     wants = grad_x is not None or grad_weight is not None
     if grad_weight is not None and num_tokens == 0:
         grad_weight.zero_()
-    for start in range(0, num_tokens, max(rows, 1)):
+    for start in range(0, num_tokens, rows):
         part = slice(start, min(start + rows, num_tokens))
         chunk = logits_nX[: part.stop - start]
         torch.mm(x_TD[part], head_XD.t(), out=chunk)
