@@ -35,11 +35,12 @@ from torch import Tensor
 from pithwood.losses import LossTerm
 from pithwood.moe.config import Balance
 from pithwood.ops.packing import Packing
+from pithwood.ops.permute import count_pairs
 
 
 def count_experts(ids_Tk: Tensor, num_experts: int) -> Tensor:
     """[E] int64: (token, slot) pairs per expert; ids of -1 are not counted. No host sync, exact in any order."""
-    return _count(ids_Tk.reshape(-1), num_experts)
+    return count_pairs(ids_Tk, num_experts)
 
 
 def balance_loss(
@@ -67,7 +68,7 @@ def balance_loss(
         doc_T = packing.query_doc()
         ids = ids_Tk.long()
         flat = torch.where(ids < 0, -1, doc_T[:, None] * num_experts + ids)
-        counts_NE = _count(flat.reshape(-1), packing.num_docs * num_experts).view(-1, num_experts)
+        counts_NE = count_pairs(flat, packing.num_docs * num_experts, impl="ref").view(-1, num_experts)
         # Gathering the loads per token instead of summing p per document needs no float scatter: it is deterministic.
         load_TE = _relative_load(counts_NE, prob_TE.dtype)[doc_T]
         loss_sum = (prob_TE * load_TE).sum()
@@ -100,14 +101,6 @@ def load_stats(counts_E: Tensor) -> LoadStats:
     share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
     entropy = torch.special.entr(share).sum(-1) / math.log(num_experts) if num_experts > 1 else share.sum(-1)
     return LoadStats((share.amax(-1) * num_experts).float(), entropy.float())
-
-
-def _count(index: Tensor, size: int) -> Tensor:
-    index = index.long()
-    # Negative indices fall into one bin more, which is cut off; bincount would synchronise with the host.
-    bins = torch.where(index < 0, size, index)
-    counts = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
-    return counts.scatter_add_(0, bins, torch.ones_like(bins))[:size]
 
 
 def _relative_load(counts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,14 +5,16 @@ Legend: T packed tokens, D model width, E experts, k experts per token, G expert
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pithwood.attention.base import LayerContext
 from pithwood.losses import attach_loss
 from pithwood.moe.balance import balance_loss, count_experts, z_loss
 from pithwood.moe.config import MoEConfig
+from pithwood.ops.route import RoutingRule, expert_weights, router_logits, select_experts
 
 
 class Router(nn.Module):
@@ -29,6 +31,7 @@ class Router(nn.Module):
     def __init__(self, cfg: MoEConfig, model_dim: int) -> None:
         super().__init__()
         self.cfg = cfg
+        self.rule = RoutingRule(**{field.name: getattr(cfg, field.name) for field in fields(RoutingRule)})
         self.weight = nn.Parameter(torch.empty(cfg.num_experts, model_dim))
         has_bias = cfg.bias_update_rate is not None
         self.register_buffer(
@@ -50,21 +53,21 @@ class Router(nn.Module):
         """
         cfg = self.cfg
         logits_TE = self.logits(x_TD)
-        score_TE = logits_TE.softmax(-1) if cfg.score == "softmax" else logits_TE.sigmoid()
-        ids_Tk = ctx.decide("experts", lambda: self.select(score_TE))
+        ids_Tk = ctx.decide("experts", lambda: self.select(logits_TE))
         if ids_Tk.shape != (x_TD.shape[0], cfg.top_k):
             raise ValueError(
                 f"replayed expert ids of layer {ctx.layer} have shape {tuple(ids_Tk.shape)}; "
                 f"expected {(x_TD.shape[0], cfg.top_k)} (tokens, top_k)"
             )
-        weight_Tk = self.weights(score_TE, ids_Tk)
+        balanced = ctx.ledger is not None and cfg.balance != "none"
+        weight_Tk, prob_TE = expert_weights(logits_TE, ids_Tk, self.rule, with_prob=balanced)
 
         counting = self.training and ctx.mode == "train"
         if counting and not ctx.recomputing:
             self.counts_E += count_experts(ids_Tk, cfg.num_experts)
         if ctx.ledger is not None:
             if cfg.balance != "none":
-                prob_TE = score_TE if cfg.score == "softmax" else score_TE / score_TE.sum(-1, keepdim=True)
+                assert prob_TE is not None
                 step_counts_E = None
                 if counting and cfg.balance == "global_batch":
                     # by the time of a recomputation the counts may have gone on
@@ -77,43 +80,20 @@ class Router(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E] router logits in fp32, or fp64 for fp64 inputs."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        return router_logits(x_TD, self.weight)
 
     @torch.no_grad()
-    def select(self, score_TE: Tensor) -> Tensor:
+    def select(self, logits_TE: Tensor) -> Tensor:
         """[T, k] int64 ids of the experts with the largest score (plus bias), best first, from the best groups.
 
         Group limits: DeepSeek-AI 2024, "DeepSeek-V2", arXiv 2405.04434, section 2.2.2. Bias: see `update_bias`.
         """
         cfg = self.cfg
-        num_tokens = score_TE.shape[0]
         if cfg.routing == "balanced":
-            pair = torch.arange(num_tokens * cfg.top_k, device=score_TE.device)
+            num_tokens = logits_TE.shape[0]
+            pair = torch.arange(num_tokens * cfg.top_k, device=logits_TE.device)
             return (pair % cfg.num_experts).view(num_tokens, cfg.top_k)
-        choice_TE = score_TE
-        if self.e_score_correction_bias is not None:
-            choice_TE = score_TE + self.e_score_correction_bias.to(score_TE.dtype)
-        if cfg.groups_per_token < cfg.num_groups:
-            choice_TGe = choice_TE.view(num_tokens, cfg.num_groups, -1)
-            if cfg.group_score == "max":
-                group_TG = choice_TGe.amax(-1)
-            else:
-                group_TG = choice_TGe.topk(2, dim=-1).values.sum(-1)
-            best = group_TG.topk(cfg.groups_per_token, dim=-1).indices
-            closed_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, best, False)
-            # -inf, not 0: with a bias the scores of an open group may be negative.
-            choice_TE = choice_TGe.masked_fill(closed_TG[:, :, None], float("-inf")).view(num_tokens, -1)
-        return choice_TE.topk(cfg.top_k, dim=-1).indices
-
-    def weights(self, score_TE: Tensor, ids_Tk: Tensor) -> Tensor:
-        """[T, k] weights of the chosen experts from the scores without bias; 0 where the id is -1."""
-        weight_Tk = score_TE.gather(1, ids_Tk.long().clamp_min(0)).masked_fill(ids_Tk < 0, 0.0)
-        if self.cfg.renormalize:
-            total = weight_Tk.sum(-1, keepdim=True)
-            # A token without experts has total 0; dividing by 1 keeps its weights and their gradients 0.
-            weight_Tk = weight_Tk / total.masked_fill(total == 0, 1.0)
-        return weight_Tk * self.cfg.scale if self.cfg.scale != 1.0 else weight_Tk
+        return select_experts(logits_TE, self.rule, self.e_score_correction_bias)
 
     @torch.no_grad()
     def update_bias(self, counts_E: Tensor) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pithwood.ops import permute
 from pithwood.ops.packing import Packing, Selection
 from pithwood.ops.rope import Rope
+from pithwood.ops.route import RoutingRule
 
 PACKED: tuple[tuple[Sequence[int], Sequence[int] | None], ...] = (
     ([0, 5, 16, 0, 1, 47, 0], None),
@@ -167,3 +169,92 @@ def embed() -> Iterator[dict[str, Any]]:
     for tokens, vocab, dim in ((90, 7, 40), (1, 1, 1), (0, 5, 8)):
         table = _normal(vocab, dim) * 1.0
         yield {"token_T": torch.randint(0, vocab, (tokens,)), "weight_XD": table, "dtype": torch.float32}
+
+
+def grouped_grad_weight() -> Iterator[dict[str, Any]]:
+    """Empty groups, all rows in one group, widths that no tile divides."""
+    for sizes, width in (([5, 0, 70, 1], 8), ([0, 0, 24, 0], 16), ([17], 5)):
+        for dtype in (torch.float32, torch.float16):
+            yield {
+                "grad_RX": torch.randn(sum(sizes), width).to(dtype),
+                "rows_RD": torch.randn(sum(sizes), 24).to(dtype),
+                "offsets": torch.tensor([0, *sizes]).cumsum(0).to(torch.int32),
+            }
+
+
+def _routed() -> Iterator[tuple[Tensor, int]]:
+    """Expert ids and the number of experts: several tiles of pairs, one token, more experts than pairs."""
+    for tokens, experts, slots in ((150, 6, 3), (1, 1, 1), (5, 300, 2)):
+        yield torch.randint(experts, (tokens, slots)), experts
+
+
+def plan_rows() -> Iterator[dict[str, Any]]:
+    """Every pair with an expert, some without."""
+    for ids_Tk, experts in _routed():
+        yield {"ids_Tk": ids_Tk, "num_experts": experts}
+        yield {"ids_Tk": ids_Tk.masked_fill(torch.rand(ids_Tk.shape) < 0.3, -1).int(), "num_experts": experts}
+
+
+count_pairs = plan_rows
+
+
+def gather_rows() -> Iterator[dict[str, Any]]:
+    """Widths that no tile divides."""
+    for ids_Tk, experts in _routed():
+        for dtype, width in ((torch.float32, 24), (torch.float16, 7)):
+            plan = permute.plan_rows(ids_Tk, experts, impl="ref")
+            yield {"x_TD": _normal(ids_Tk.shape[0], width, dtype=dtype), "plan": plan}
+
+
+def sum_rows() -> Iterator[dict[str, Any]]:
+    """With a residual and without."""
+    for case in gather_rows():
+        x_TD, plan = case["x_TD"], case["plan"]
+        rows_RD = _normal(plan.num_rows, x_TD.shape[1], dtype=x_TD.dtype)
+        yield {"rows_RD": rows_RD, "plan": plan, "residual_TD": None}
+        yield {"rows_RD": rows_RD, "plan": plan, "residual_TD": x_TD}
+
+
+def swiglu() -> Iterator[dict[str, Any]]:
+    """With weights and without, widths that no tile divides."""
+    for rows, width, dtype in ((70, 24, torch.float32), (1, 1, torch.float32), (9, 300, torch.float16)):
+        gate_up_RF = _normal(rows, 2 * width, dtype=dtype)
+        yield {"gate_up_RF": gate_up_RF}
+        yield {"gate_up_RF": gate_up_RF, "weight_R": _normal(rows)}
+
+
+def swiglu_backward() -> Iterator[dict[str, Any]]:
+    """A gradient for each case of `swiglu`."""
+    for case in swiglu():
+        case = {name: tensor.detach() for name, tensor in case.items()}
+        rows, width = case["gate_up_RF"].shape
+        yield {"grad_RF": torch.randn(rows, width // 2).to(case["gate_up_RF"].dtype), **case}
+
+
+def router_logits() -> Iterator[dict[str, Any]]:
+    """Inputs of any float dtype."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        weight_ED = _normal(6, 16, dtype=torch.promote_types(dtype, torch.float32))
+        yield {"x_TD": _normal(20, 16, dtype=dtype), "weight_ED": weight_ED}
+
+
+def _rules() -> Iterator[tuple[Tensor, RoutingRule]]:
+    yield _normal(33, 8), RoutingRule(2)
+    yield _normal(20, 5), RoutingRule(5, score="sigmoid", renormalize=False)
+    groups: dict[str, Any] = {"num_groups": 5, "groups_per_token": 3, "group_score": "top2_sum"}
+    yield _normal(20, 30), RoutingRule(4, score="sigmoid", scale=2.5, **groups)
+
+
+def select_experts() -> Iterator[dict[str, Any]]:
+    """Both scores, groups, a bias."""
+    for logits_TE, rule in _rules():
+        yield {"logits_TE": logits_TE.detach(), "rule": rule}
+        yield {"logits_TE": logits_TE.detach(), "rule": rule, "bias_E": torch.randn(logits_TE.shape[1])}
+
+
+def expert_weights() -> Iterator[dict[str, Any]]:
+    """Both scores, pairs without an expert, with probabilities and without."""
+    for logits_TE, rule in _rules():
+        ids_Tk = torch.rand(logits_TE.shape).topk(rule.top_k).indices
+        yield {"logits_TE": logits_TE, "ids_Tk": ids_Tk, "rule": rule, "with_prob": True}
+        yield {"logits_TE": logits_TE, "ids_Tk": ids_Tk.masked_fill(ids_Tk == 0, -1), "rule": rule}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pithwood.ops.permute import RowPlan, gather_rows, plan_rows, row_weights, sum_rows
+from pithwood.ops.permute import RowPlan, count_pairs, gather_rows, plan_rows, row_weights, sum_rows
 from tests.numerics import assert_close
 from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS
 
@@ -61,6 +61,15 @@ def test_pairs_are_sorted_by_expert_then_token_then_slot(impl: str, dtype: torch
     assert plan.token_R.tolist() == [pair // ids_Tk.shape[1] for pair in pairs]
     assert plan.row_Tk.flatten()[plan.pair_R].tolist() == list(range(len(pairs)))
     assert {x.dtype for x in (plan.offsets, plan.row_Tk, plan.pair_R, plan.token_R)} == {torch.int32}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", ["no_tokens", "mixed", "some_none", "no_expert_at_all", "more_experts_than_pairs"])
+def test_pairs_are_counted(impl: str, case: str) -> None:
+    ids_Tk, num_experts = some_ids(case)
+    counts_E = count_pairs(ids_Tk, num_experts, impl=impl)
+    assert counts_E.dtype == torch.int64
+    assert counts_E.tolist() == [len(group) for group in by_loop(ids_Tk, num_experts)[:-1]]
 
 
 def make_plan(case: str) -> RowPlan:

@@ -56,9 +56,9 @@ def grouped_grad_weight(
     grad_RX: Tensor,
     rows_RD: Tensor,
     offsets: Tensor,
-    out_EXD: Tensor,
+    out_EXD: Tensor | None = None,
     *,
-    add: bool,
+    add: bool = False,
     impl: Literal["ref", "triton"] | None = None,
 ) -> Tensor:
     """The gradient of `grouped_mm` in its weights, written or added into a buffer: grad[group e]^T @ rows[group e].
@@ -66,7 +66,7 @@ def grouped_grad_weight(
     grad_RX   [R, X] float
     rows_RD   [R, D], same dtype
     offsets   [E + 1] int32 as of `grouped_mm`; rows from offsets[-1] on are not looked at, even if NaN
-    out_EXD   [E, X, D] contiguous, in the rows' dtype or fp32, overwritten or added to
+    out_EXD   [E, X, D] contiguous, in the rows' dtype or fp32, overwritten or added to; None: made, in the rows' dtype
     add       True: out += gradient, empty groups are left alone. False: out = gradient, empty groups become zero
     impl      "ref": a loop. "triton": one launch without host sync for fp32, fp16 and bf16, sums in fp32.
               None: "triton" where it fits on CUDA, "ref" elsewhere.
@@ -77,6 +77,10 @@ def grouped_grad_weight(
     num_groups = offsets.shape[0] - 1
     if grad_RX.dim() != 2 or rows_RD.dim() != 2 or grad_RX.shape[0] != rows_RD.shape[0]:
         raise ValueError(f"gradient {tuple(grad_RX.shape)} and rows {tuple(rows_RD.shape)} must be [R, X] and [R, D]")
+    if out_EXD is None:
+        if add:
+            raise ValueError("add=True needs the out_EXD that is added to")
+        out_EXD = rows_RD.new_empty(num_groups, grad_RX.shape[1], rows_RD.shape[1])
     if out_EXD.shape != (num_groups, grad_RX.shape[1], rows_RD.shape[1]) or not out_EXD.is_contiguous():
         raise ValueError(
             f"out {tuple(out_EXD.shape)} must be contiguous and {(num_groups, grad_RX.shape[1], rows_RD.shape[1])} "

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from pithwood.ops.checks import check_impl, check_positive
 from pithwood.ops.permute.plan import RowPlan
-from pithwood.ops.permute.ref import gather_rows_ref, plan_rows_ref, sum_rows_ref
+from pithwood.ops.permute.ref import count_pairs_ref, gather_rows_ref, plan_rows_ref, sum_rows_ref
 from pithwood.ops.triton_support import triton_misfit
 
-__all__ = ["RowPlan", "gather_rows", "plan_rows", "row_weights", "sum_rows"]
-
-_IMPLS = ("ref", "triton")
+__all__ = ["RowPlan", "count_pairs", "gather_rows", "plan_rows", "row_weights", "sum_rows"]
 
 
 @torch.no_grad()
@@ -34,24 +32,36 @@ def plan_rows(ids_Tk: Tensor, num_experts: int, *, impl: str | None = None) -> R
     returns   a RowPlan; the same one whatever the implementation
     raises    ValueError on ids that are no [T, k] integers, T * k >= 2**31, or an impl that does not fit
     """
-    check_impl(impl, _IMPLS)
+    check_impl(impl, ("ref", "triton"))
     check_positive("num_experts", num_experts)
     if ids_Tk.dim() != 2 or ids_Tk.is_floating_point():
         raise ValueError(f"expert ids must be integers [tokens, top_k], got {tuple(ids_Tk.shape)} {ids_Tk.dtype}")
     if ids_Tk.numel() >= 2**31:
         raise ValueError(f"{ids_Tk.numel()} (token, slot) pairs; at most 2**31 - 1: route fewer tokens at a time")
-    if impl == "triton" or (impl is None and ids_Tk.is_cuda):
-        _check_triton(impl, torch.empty(0, device=ids_Tk.device))
-        if ids_Tk.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"impl='triton' takes int32 and int64 ids, got {ids_Tk.dtype}; cast them, or use impl='ref'"
-            )
+    if _use_triton_for_ids(impl, ids_Tk):
         from pithwood.ops.permute import plan_triton  # noqa: F401  (registers the operator)
 
         return RowPlan(*torch.ops.pithwood.plan_rows(ids_Tk, num_experts))
     # On the CPU looking is free, and without -1 ids masks can be left out; on a device it would be a sync.
     all_routed = ids_Tk.device.type == "cpu" and not bool((ids_Tk < 0).any())
     return RowPlan(*plan_rows_ref(ids_Tk, num_experts), all_routed=all_routed)
+
+
+@torch.no_grad()
+def count_pairs(ids_Tk: Tensor, num_experts: int, *, impl: str | None = None) -> Tensor:
+    """The (token, slot) pairs of each expert; ids of -1 are not counted.
+
+    ids_Tk    any shape, int  0 <= id < num_experts, or -1
+    impl      "ref": a scatter of ones. "triton": a histogram in one launch, int32 and int64 ids. None: "triton" on CUDA
+    returns   [E] int64, exact in any order, without host sync
+    raises    ValueError if an impl does not fit
+    """
+    check_impl(impl, ("ref", "triton"))
+    if _use_triton_for_ids(impl, ids_Tk):
+        from pithwood.ops.permute import plan_triton  # noqa: F401  (registers the operator)
+
+        return torch.ops.pithwood.count_pairs(ids_Tk, num_experts)
+    return count_pairs_ref(ids_Tk, num_experts)
 
 
 def gather_rows(x_TD: Tensor, plan: RowPlan, *, impl: str | None = None) -> Tensor:
@@ -63,6 +73,7 @@ def gather_rows(x_TD: Tensor, plan: RowPlan, *, impl: str | None = None) -> Tens
     returns   [R, D]; rows from plan.offsets[-1] on are unspecified, and so may be their gradient
     raises    ValueError if the plan is of another number of tokens, or an impl does not fit
     """
+    check_impl(impl, ("ref", "triton"))
     if x_TD.dim() != 2 or x_TD.shape[0] != plan.num_tokens:
         raise ValueError(f"x {tuple(x_TD.shape)} must be [T, D] of the plan's {plan.num_tokens} tokens")
     if _use_triton(impl, x_TD):
@@ -79,6 +90,7 @@ def sum_rows(rows_RD: Tensor, plan: RowPlan, residual_TD: Tensor | None = None, 
     returns       [T, D] in the dtype of rows_RD; the residual, or zero, for a token without experts
     raises        ValueError if the rows do not belong to the plan, or an impl does not fit
     """
+    check_impl(impl, ("ref", "triton"))
     if rows_RD.dim() != 2 or rows_RD.shape[0] != plan.num_rows:
         raise ValueError(f"{rows_RD.shape[0]} rows, but the plan has {plan.num_rows}")
     if residual_TD is not None:
@@ -103,11 +115,20 @@ def row_weights(weight_Tk: Tensor, plan: RowPlan) -> Tensor:
 
 
 def _use_triton(impl: str | None, x: Tensor) -> bool:
-    check_impl(impl, _IMPLS)
     if impl == "triton" or (impl is None and x.is_cuda and triton_misfit(x) is None):
         _check_triton(impl, x)
         from pithwood.ops.permute import triton  # noqa: F401  (registers the operators)
 
+        return True
+    return False
+
+
+def _use_triton_for_ids(impl: str | None, ids: Tensor) -> bool:
+    fits = ids.dtype in (torch.int32, torch.int64)
+    if impl == "triton" or (impl is None and ids.is_cuda and fits):
+        _check_triton(impl, torch.empty(0, device=ids.device))
+        if not fits:
+            raise ValueError(f"impl='triton' takes int32 and int64 ids, got {ids.dtype}; cast them, or use impl='ref'")
         return True
     return False
 

@@ -17,6 +17,8 @@ from torch import Tensor
 TILE = 256
 """Pairs that one program ranks: it compares each with all, in pieces of PIECE."""
 PIECE = 32
+COUNT_TILE = 1024
+"""Pairs that one program counts where nothing but the counts is wanted."""
 SCAN_TILES = 128
 """Tiles and bins that one program of the scan takes at a time."""
 SCAN_BINS = 16
@@ -48,6 +50,23 @@ def plan_rows(ids_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor,
     return offsets, row_Tk, pair_R, token_R
 
 
+@torch.library.custom_op("pithwood::count_pairs", mutates_args=())
+def count_pairs(ids_Tk: Tensor, num_experts: int) -> Tensor:
+    """[E] int64, as `count_pairs_ref`; ids int32 or int64."""
+    ids_Tk = ids_Tk.contiguous()
+    total = torch.zeros(num_experts, dtype=torch.int64, device=ids_Tk.device)
+    if ids_Tk.numel():
+        grid = (triton.cdiv(ids_Tk.numel(), COUNT_TILE),)
+        bins = triton.next_power_of_2(num_experts + 2)
+        _count_all[grid](ids_Tk, total, ids_Tk.numel(), num_experts, TILE=COUNT_TILE, BINS=bins, num_warps=4)
+    return total
+
+
+@count_pairs.register_fake
+def _(ids_Tk: Tensor, num_experts: int) -> Tensor:
+    return ids_Tk.new_empty(num_experts, dtype=torch.int64)
+
+
 @plan_rows.register_fake
 def _(ids_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     make = lambda *size: ids_Tk.new_empty(size, dtype=torch.int32)  # noqa: E731
@@ -72,6 +91,14 @@ def _count(ids_ptr, count_ptr, total_ptr, num_pairs, num_experts, TILE: tl.const
     at = tl.arange(0, BINS)
     tl.store(count_ptr + tile.to(tl.int64) * BINS + at, count)
     tl.atomic_add(total_ptr + at, count, mask=count > 0, sem="relaxed")
+
+
+@triton.jit
+def _count_all(ids_ptr, total_ptr, num_pairs, num_experts, TILE: tl.constexpr, BINS: tl.constexpr):
+    pair = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    count = tl.histogram(_bin_of(ids_ptr, pair, num_pairs, num_experts), BINS)
+    at = tl.arange(0, BINS)
+    tl.atomic_add(total_ptr + at, count.to(tl.int64), mask=(count > 0) & (at < num_experts), sem="relaxed")
 
 
 @triton.jit

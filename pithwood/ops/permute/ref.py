@@ -20,6 +20,15 @@ def plan_rows_ref(ids_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     return offsets, row_Tk, pair_R.to(torch.int32), (pair_R // max(k, 1)).to(torch.int32)
 
 
+def count_pairs_ref(ids_Tk: Tensor, num_experts: int) -> Tensor:
+    """[E] int64 pairs per expert; ids of -1 are not counted."""
+    index = ids_Tk.reshape(-1).long()
+    # Negative indices fall into one bin more, which is cut off; bincount would synchronise with the host.
+    bins = torch.where(index < 0, num_experts, index)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=index.device)
+    return counts.scatter_add_(0, bins, torch.ones_like(bins))[:num_experts]
+
+
 def gather_rows_ref(x_TD: Tensor, token_R: Tensor) -> Tensor:
     """x[token_R]; the rows of pairs without an expert are their tokens' too."""
     return x_TD.index_select(0, token_R)

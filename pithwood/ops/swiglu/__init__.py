@@ -16,8 +16,6 @@ from pithwood.ops.triton_support import triton_misfit
 
 __all__ = ["swiglu", "swiglu_backward"]
 
-_IMPLS = ("ref", "triton")
-
 
 def swiglu(
     gate_up_RF: Tensor, weight_R: Tensor | None = None, offsets: Tensor | None = None, *, impl: str | None = None
@@ -31,6 +29,7 @@ def swiglu(
     returns      [R, F] in the dtype of gate_up, fp32 inside
     raises       ValueError on an odd width, shapes that do not fit, or an impl that does not
     """
+    check_impl(impl, ("ref", "triton"))
     _check(gate_up_RF, weight_R)
     if _use_triton(impl, gate_up_RF):
         return torch.ops.pithwood.swiglu(gate_up_RF, weight_R, offsets)
@@ -55,6 +54,7 @@ def swiglu_backward(
     returns   hidden [R, F], the forward's result anew; gradient of gate_up [R, 2F]; gradient of the weight [R] or None
     raises    ValueError as `swiglu`
     """
+    check_impl(impl, ("ref", "triton"))
     _check(gate_up_RF, weight_R)
     if grad_RF.shape != (*gate_up_RF.shape[:-1], gate_up_RF.shape[-1] // 2) or grad_RF.dtype != gate_up_RF.dtype:
         raise ValueError(
@@ -78,7 +78,6 @@ def _check(gate_up_RF: Tensor, weight_R: Tensor | None) -> None:
 
 
 def _use_triton(impl: str | None, gate_up: Tensor) -> bool:
-    check_impl(impl, _IMPLS)
     misfit = triton_misfit(gate_up) or (f"it takes [R, 2F], not {gate_up.dim()} axes" if gate_up.dim() != 2 else None)
     if impl == "triton" and misfit:
         raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='ref'")
