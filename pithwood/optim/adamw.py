@@ -19,7 +19,7 @@ from pithwood.optim.rounding import RoundingKey, random_bits, round_to_bf16
 LARGE = 1 << 20
 """Elements from which on a tensor on a GPU gets a launch of its own; smaller ones in fp32 share torch's."""
 WINDOW_ELEMENTS = 1 << 26
-"""Elements whose moments visit the device together where they live on the host: 512 MiB of fp32, twice."""
+"""Elements whose moments visit the device together where they live on the host: 512 MiB of fp32."""
 
 
 @dataclass
