@@ -102,10 +102,11 @@ def _moments(
     state = optimizer.state_dict()
     average = 0.0 if optimizer.average is None else float(_bytes(optimizer.average.average.values()))
     gradients = float(_bytes(param for param in params if param.requires_grad))
+    away = run.optim.offload_state and device.type == "cuda"
     resident = {
         "weights": float(_bytes(params)),
         "weight_copies": 2.0 * sum(weight.numel() for weight in model.product_weights().values()) if copies else 0.0,
-        "optimizer_state": _bytes(state.values()) - average,
+        "optimizer_state": 0.0 if away else _bytes(state.values()) - average,
         "weight_average": average,
     }
     # samples of one length cost the same: a thousand of them are priced, one by one, and multiplied
@@ -119,6 +120,8 @@ def _moments(
     moved = [name for name, plan in optimizer.plans.items() if plan.trainable and plan.muon]
     by_muon = sum(optimizer.params[name].numel() for name in moved)
     most = GPU_CHUNK_BYTES if device.type == "cuda" else _UPDATE_BYTES * CPU_CHUNK_ELEMENTS
+    if away:
+        most *= 3  # two windows, each with no more momentum than there are temporaries
     return [
         {
             **resident,

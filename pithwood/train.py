@@ -247,7 +247,7 @@ class Trainer:
         self.renew_copies()
 
     def renew_copies(self) -> None:
-        """Bring the weights' copies up to date; due whenever weights have changed outside a backward pass."""
+        """Bring the weights' copies up to date; due whenever weights have changed but by the optimizer's step."""
         if self.copies:
             keep_copies(self.model.product_weights().values(), self.dtype)
 
@@ -271,7 +271,6 @@ class Trainer:
         self.spikes.after_update(step + 1)
         # dropped, not zeroed: the next backward pass writes them anew without reading, and their room is free meanwhile
         self.optimizer.zero_grad()
-        self.renew_copies()
         for layer in self.moe_layers():
             if layer.gate.weight.requires_grad:
                 # counts of zero leave the bias as it is: a skipped step must not move it either

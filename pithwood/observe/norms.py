@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pithwood.ops.norms import tensor_norms
+
 UPDATE_SAMPLE = 4096
 """Elements of a parameter that its update norm is estimated from: a relative standard error of about 1 %."""
 
@@ -59,19 +61,19 @@ class NormRecorder:
             self._gradient_P = torch.zeros_like(self._gradient_P)
             torch.cat(self._views, out=self._before)
             return None
-        norms = torch._foreach_norm(list(grads.values()), 2, dtype=torch.float32)
+        norms = tensor_norms(list(grads.values()))
         # parameters that do not train have no gradient
-        by_place = dict(zip(grads, norms, strict=True))
+        by_place = dict(zip(grads, norms.unbind(), strict=True))
         self._gradient_P = torch.stack([by_place.get(i, self._nothing) for i in range(len(self._values))])
         torch.cat(self._views, out=self._before)
-        return torch.linalg.vector_norm(torch.stack(norms))
+        return torch.linalg.vector_norm(norms)
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
         """Measure the update and keep the row of this step (any number that rises)."""
         change = torch.cat(self._views).sub_(self._before)
         update_P = torch.stack(torch._foreach_norm(list(change.split(self._sizes)))).mul_(self._scale_P)
-        weight_P = torch.stack(torch._foreach_norm(self._values))
+        weight_P = tensor_norms(self._values)
         row = step % self.steps
         torch.cat([self._gradient_P, weight_P, update_P, self._activation_L], out=self._ring[row])
         self._step_of_row[row] = step

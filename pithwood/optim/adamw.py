@@ -19,7 +19,7 @@ from pithwood.optim.rounding import RoundingKey, random_bits, round_to_bf16
 LARGE = 1 << 20
 """Elements from which on a tensor on a GPU gets a launch of its own; smaller ones in fp32 share torch's."""
 WINDOW_ELEMENTS = 1 << 26
-"""Elements whose moments visit the device together where they live on the host: 512 MiB of fp32, twice."""
+"""Elements whose moments visit the device together where they live on the host: 512 MiB of fp32."""
 
 
 @dataclass
@@ -91,23 +91,36 @@ def adamw_update(
         raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='torch'")
     # A list, since one tensor for all would be read back to the host.
     torch._foreach_add_([item.count for item in slices], [ok.float()] * len(slices))
-    groups = [slices] if residence is in_place else _groups(slices)
+    if residence is in_place:
+        _step(slices, betas, eps, grad_scale, ok, impl)
+        return
+    groups = _groups(slices)
     states = [[state for item in group for state in (item.exp_avg, item.exp_avg_sq)] for group in groups]
     for index, held in enumerate(residence(states)):
-        group = [
-            replace(item, exp_avg=avg, exp_avg_sq=sq)
-            for item, avg, sq in zip(groups[index], held[::2], held[1::2], strict=True)
-        ]
-        fused = [item for item in group if impl == "triton" or (impl is None and _deserves_launch(item))]
-        for item in fused:
+        moments = zip(groups[index], held[::2], held[1::2], strict=True)
+        group = [replace(item, exp_avg=avg, exp_avg_sq=sq) for item, avg, sq in moments]
+        _step(group, betas, eps, grad_scale, ok, impl)
+
+
+def _step(
+    slices: list[AdamWSlice],
+    betas: tuple[float, float],
+    eps: float,
+    grad_scale: Tensor,
+    ok: Tensor,
+    impl: Literal["torch", "triton"] | None,
+) -> None:
+    plain = []
+    for item in slices:
+        if impl == "triton" or (impl is None and _deserves_launch(item)):
             _triton_step(item, betas, eps, grad_scale, ok)
-        fused_ids = {id(item) for item in fused}
-        _torch_step([item for item in group if id(item) not in fused_ids], betas, eps, grad_scale, ok)
+        else:
+            plain.append(item)
+    _torch_step(plain, betas, eps, grad_scale, ok)
 
 
 def _deserves_launch(item: AdamWSlice) -> bool:
-    large = item.param.numel() >= LARGE or item.exp_avg.dtype != torch.float32
-    return large and item.param.is_cuda and INSTALLED
+    return item.param.is_cuda and INSTALLED and (item.param.numel() >= LARGE or item.exp_avg.dtype != torch.float32)
 
 
 def _groups(slices: list[AdamWSlice]) -> list[list[AdamWSlice]]:

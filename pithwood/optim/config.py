@@ -131,11 +131,3 @@ class AdamWConfig:
 
 
 OptimizerConfig = MuonConfig | AdamWConfig
-
-
-def state_bytes(cfg: OptimizerConfig, muon_parameters: int, adamw_parameters: int, device: torch.device) -> int:
-    """Bytes of momentum and moments that stay on the device between steps, for so many parameters of each kind."""
-    if cfg.offload_state and device.type == "cuda":
-        return 0
-    momentum = STATE_DTYPES[cfg.momentum_dtype].itemsize if isinstance(cfg, MuonConfig) else 0
-    return momentum * muon_parameters + 2 * STATE_DTYPES[cfg.adam_state_dtype].itemsize * adamw_parameters

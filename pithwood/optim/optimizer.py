@@ -21,7 +21,7 @@ from pithwood.optim.ema import WeightAverage
 from pithwood.optim.groups import ParamPlan, ParamRole, check_parameters, plan_parameters
 from pithwood.optim.muon import MuonSlice, muon_update, resolve_ns_dtype
 from pithwood.optim.offload import HostState, Residence, in_place
-from pithwood.optim.rounding import rounding_key
+from pithwood.optim.rounding import RoundingKey, rounding_key
 from pithwood.optim.schedule import schedule_factor, schedule_spans
 
 MOMENTUM, EXP_AVG, EXP_AVG_SQ, COUNT = "muon.momentum.", "adamw.exp_avg.", "adamw.exp_avg_sq.", "adamw.step."
@@ -189,7 +189,7 @@ class Optimizer:
                     lr * plan.lr_scale,
                     plan.weight_decay,
                     None if copy is None else copy.view(plan.matrix_shape),
-                    rounding_key(self.seed, plan.name, step),
+                    self._rounding_key(MOMENTUM, plan.name, step),
                 )
             )
         muon_update(
@@ -221,10 +221,13 @@ class Optimizer:
                     lr * plan.lr_scale,
                     plan.weight_decay,
                     None if copy is None else copy.view(-1),
-                    rounding_key(self.seed, plan.name, step),
+                    self._rounding_key(EXP_AVG, plan.name, step),
                 )
             )
         adamw_update(slices, betas=cfg.betas, eps=cfg.eps, grad_scale=scale, ok=ok, residence=self._residence())
+
+    def _rounding_key(self, prefix: str, name: str, step: int) -> RoundingKey:
+        return (0, 0) if self._state_dtype(prefix) == torch.float32 else rounding_key(self.seed, name, step)
 
     def _residence(self) -> Residence:
         return in_place if self.host is None else self.host
