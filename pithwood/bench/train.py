@@ -29,7 +29,7 @@ from pithwood.errors import is_out_of_memory
 from pithwood.memory import check_memory
 from pithwood.observe.metrics import mfu, peak_memory_gb
 from pithwood.plan import plan
-from pithwood.run import Run, pick_device
+from pithwood.run import Run, check_device_settings, pick_device
 from pithwood.train import Trainer
 
 Tell = Callable[[str], None]
@@ -75,6 +75,7 @@ def start(run: Run, steps: int, tokens: Tokens, runs_dir: Path, tell: Tell) -> S
     """
     run = lengthened(run, steps)
     figures, device = plan(run), pick_device(run)
+    check_device_settings(run, device)
     for line in check_memory(run, figures, device):
         tell(line)
     if run.threads:

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from pithwood.bench.timing import Timer, synchronize
 from pithwood.bench.train import Started, Tell, one_step
-from pithwood.estimate.work import Peaks, floors_ms, step_work
+from pithwood.estimate.work import Peaks, floors_ms, repeated, step_work
 from pithwood.observe.step_trace import STEP, StepProfile, read_trace
 
 
@@ -64,7 +64,8 @@ BREAKDOWN_STEPS = 3
 
 
 def breakdown(started: Started, first: int, step_ms: float, tell: Tell) -> dict[str, Any]:
-    """The `breakdown` of a row of train.json: `ms` and `floor_ms` by part, `total_ms`, `unattributed_share`, the peaks
+    """The `breakdown` of a row of train.json: `ms`, `floor_ms` and `repeated` (work over the
+    floor's, by recomputation) by part, `total_ms`, `unattributed_share`, the peaks
     that the floors assume, and the longest kernels. It spends the trainer: the peaks need its memory.
     """
     found = profile_steps(started, first, BREAKDOWN_STEPS, step_ms, tell)
@@ -74,6 +75,7 @@ def breakdown(started: Started, first: int, step_ms: float, tell: Tell) -> dict[
     return {
         "ms": found.parts,
         "floor_ms": floors_ms(step_work(run), peaks),
+        "repeated": repeated(run),
         "total_ms": found.total_ms,
         "profiled_ms": found.profiled_ms,
         "unattributed_share": found.unattributed_share,

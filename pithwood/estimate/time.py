@@ -19,14 +19,13 @@ Legend: D model width, G KV heads, K head dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pithwood.attention.projections import HeadsMixer
 from pithwood.estimate.devices import Device, MeshSizes
 from pithwood.estimate.efficiency import Efficiency
-from pithwood.estimate.work import Work, meta_model, step_work
+from pithwood.estimate.work import Work, meta_model, repeated, step_work
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.moe.layer import MoELayer
 from pithwood.observe.step_parts import IDLE
@@ -52,7 +51,7 @@ def estimate_time(run: Run, device: Device, mesh: MeshSizes, known: Efficiency) 
     """Time of a step of the run's first phase; `check_mesh` has accepted the mesh."""
     own = replace(run, samples_per_step=run.samples_per_step // mesh.data_ranks, phases=run.phases[:1])
     model = meta_model(run)
-    again = repeated(run)
+    again = repeated(run)  # what the floors leave out
     work = _own_share(step_work(own, model), mesh)
     floors = {part: 1e3 * sum(piece.floor_s(device.peaks) for piece in pieces) for part, pieces in work.items()}
     parts = {part: floors[part] * again.get(part, 1.0) / known.parts[part] for part in known.parts}
@@ -65,11 +64,6 @@ def estimate_time(run: Run, device: Device, mesh: MeshSizes, known: Efficiency) 
     hidden = {"weights": compute, "sequence": parts["attention"]}
     sent = _communication(own, model, device, mesh, micro)
     return TimeEstimate(parts, {kind: max(ms - hidden.get(kind, 0.0), 0.0) for kind, ms in sent.items()}, floors)
-
-
-def repeated(run: Run) -> Mapping[str, float]:
-    """Work of each part relative to a step that keeps all activations."""
-    return {}
 
 
 def _own_share(work: Work, mesh: MeshSizes) -> Work:

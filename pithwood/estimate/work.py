@@ -121,6 +121,24 @@ def step_work(run: Run, model: Qwen3MoE | None = None) -> Work:
     return work
 
 
+def repeated(run: Run) -> dict[str, float]:
+    """Work of each part relative to its floor where the run's settings let the backward pass compute things again.
+
+    A block that is recomputed whole goes forward once more; so do the experts where chunks of them are. What
+    recompute=selective repeats is not counted.
+    """
+    blocks = run.recompute_by_block()
+    share = blocks.count("block") / len(blocks)
+    chunks = run.model.moe.chunk_tokens > 0 and run.model.moe.chunk_recompute
+    product = (TRAINING + share) / TRAINING
+    return {
+        "attention": (ATTENTION_TRAINING + share) / ATTENTION_TRAINING,
+        "experts": (TRAINING + (1.0 if chunks else share)) / TRAINING,
+        "router and dispatch": 1 + share / 2,
+        "dense": product,
+    }
+
+
 def _weight_bytes(params: float, micro: int, size: int) -> float:
     """Traffic of a weight over the step: read forward and backward, its fp32 gradient read and written."""
     return params * micro * 2 * size + params * (8 * micro - 4)

@@ -20,12 +20,12 @@ _SHARED = ("linear", "master", "packing", "units", "softmax", "checks", "triton_
 """Files of ops/ that serve several parts: whoever called them decides."""
 
 _WORDS = (
-    ("head and loss", r"logprob|cross_entropy|xent"),
-    ("optimizer", r"muon|adamw|newton|orthogonal|clip|multi_tensor"),
+    ("head and loss", r"logprob|nll|cross_entropy|xent"),
+    ("optimizer", r"muon|adamw|newton|orthogonal|(^|[/_])gram|clip|multi_tensor"),
     ("experts", r"expert|grouped|swiglu"),
     ("router and dispatch", r"dispatch|combine|rout|permut|balance|attach_?loss|scatter_rows|gather_rows|moe"),
     ("attention", r"attend|attention|select|summaris|moba|decode|varlen|sdpa|flash|fmha|(key|query)_?major"),
-    ("dense", r"rms_?norm|rope|rotary|proj|norm|residual"),
+    ("dense", r"rope|rotary|proj|norm|residual|embed"),
 )  # fmt: skip
 """Words in names of our own ops, functions and kernels, the first match deciding."""
 

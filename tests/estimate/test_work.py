@@ -1,0 +1,109 @@
+"""The least work of a step, part by part, against closed forms."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from pithwood.config import apply_overrides
+from pithwood.estimate.work import (
+    ATTENTION_TRAINING,
+    TRAINING,
+    Peaks,
+    Piece,
+    attention_op,
+    floors_ms,
+    repeated,
+    step_flops,
+    step_work,
+)
+from pithwood.observe.step_parts import PARTS
+from pithwood.optim.config import AdamWConfig
+from pithwood.recipes import load_recipe
+from pithwood.run import Run
+from tests.toy_mixer import ToyRecurrenceConfig
+
+pytestmark = pytest.mark.quick
+
+
+def run_of(*overrides: str, recipe: str = "qwen3_30b_8l") -> Run:
+    return apply_overrides(load_recipe(recipe), overrides)
+
+
+def flops(run: Run, part: str, what: str | None = None) -> float:
+    return sum(piece.flops for piece in step_work(run)[part] if what in (None, piece.what))
+
+
+def traffic(run: Run, part: str) -> float:
+    return sum(piece.bytes for piece in step_work(run)[part])
+
+
+def test_the_parts_of_a_step_come_to_closed_forms():
+    run, tokens = run_of(), 16 * 4096
+    assert flops(run, "experts") == 3 * 6 * 2048 * 768 * 8 * tokens * 8
+    assert flops(run, "head and loss") == 3 * 2 * tokens * 2048 * 151_936
+    assert flops(run, "dense") == 3 * 2 * tokens * 8 * 2048 * 128 * (2 * 32 + 2 * 4)
+    assert flops(run, "attention") == 3.5 * 8 * 16 * 4 * 32 * 128 * (4096 * 4097 / 2)
+    assert list(step_work(run)) == list(PARTS)
+
+
+@pytest.mark.parametrize("attention", ["FullAttentionConfig", "MoBAConfig", "SlidingWindowConfig"])
+def test_products_are_those_that_mfu_counts(attention):
+    run = run_of(f"model.attention={attention}", "seq_len=8192", "samples_per_step=2", "samples_per_micro_batch=1")
+    counted = sum(flops(run, part) for part in ("experts", "head and loss", "dense", "router and dispatch"))
+    counted += flops(run, "attention", "attention") * TRAINING / ATTENTION_TRAINING
+    assert counted == pytest.approx(step_flops(run), rel=1e-9)
+
+
+def test_newton_schulz_takes_the_symmetric_half_of_two_products():
+    run = run_of("model.num_layers=1", "optim.ns_steps=1")
+    matrices = [(768, 2048)] * 3 * 128 + [(2048, 4096)] * 2 + [(512, 2048)] * 2
+    assert flops(run, "optimizer") == sum(3 * r * r * c + r**3 for r, c in matrices)
+    adamw = dataclasses.replace(run, optim=AdamWConfig())
+    assert flops(adamw, "optimizer") == 0
+    assert traffic(adamw, "optimizer") > 32 * 8e8
+
+
+def test_more_micro_batches_move_the_weights_more_often():
+    few, many = run_of("samples_per_micro_batch=16"), run_of("samples_per_micro_batch=4")
+    params = 8 * 3 * 128 * 2048 * 768
+    assert traffic(many, "experts") - traffic(few, "experts") == pytest.approx(params * 3 * (4 + 8))
+    assert flops(many, "experts") == flops(few, "experts")
+
+
+def test_a_mixer_of_ones_own_is_counted_by_its_cost():
+    run = run_of(recipe="debug")
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention=ToyRecurrenceConfig()))
+    assert flops(run, "attention") > 0
+    assert attention_op(run.model.attention) == "ToyRecurrenceConfig"
+
+
+def test_dense_layers_and_shared_experts_have_work():
+    dense = run_of("model.dense_layers=0,1,2,3,4,5,6,7")
+    assert flops(dense, "experts") == 0
+    assert flops(dense, "dense", "dense layer") == 3 * 6 * 16 * 4096 * 2048 * 6144 * 8
+    shared = run_of("model.moe.num_shared_experts=1")
+    assert flops(shared, "experts") == flops(run_of(), "experts") * 9 / 8
+
+
+def test_a_floor_is_the_longer_of_products_and_traffic():
+    peaks = Peaks(flops_per_s=100.0, bytes_per_s=10.0)
+    assert Piece("", flops=200.0, bytes=10.0).floor_s(peaks) == 2.0
+    assert Piece("", flops=100.0, bytes=30.0).floor_s(peaks) == 3.0
+    assert floors_ms({"dense": [Piece("", 200.0), Piece("", 0.0, 10.0)]}, peaks) == {"dense": 3000.0}
+
+
+def test_recomputed_blocks_go_forward_once_more():
+    half = run_of("recompute=none,none,none,none,block,block,block,block")
+    assert repeated(run_of())["experts"] == 1
+    assert repeated(half)["experts"] == pytest.approx(3.5 / 3)
+    assert repeated(run_of("recompute=block"))["attention"] == pytest.approx(4.5 / 3.5)
+    assert repeated(run_of("model.moe.chunk_tokens=4096"))["experts"] == pytest.approx(4 / 3)
+
+
+def test_attention_is_named_as_in_results_files():
+    assert attention_op(run_of().model.attention) == "full"
+    assert attention_op(run_of("model.attention=MoBAConfig").model.attention) == "moba"
+    mixed = (run_of().model.attention, run_of("model.attention=MoBAConfig").model.attention)
+    assert attention_op(mixed) == "mixed"
