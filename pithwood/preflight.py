@@ -26,7 +26,7 @@ from pithwood.observe.sinks import check_sinks
 from pithwood.optim.optimizer import Optimizer
 from pithwood.optim.schedule import idle_end
 from pithwood.plan import plan
-from pithwood.run import Run, pick_device
+from pithwood.run import Run, check_device_settings, pick_device
 from pithwood.run_folder import (
     CORPORA,
     check_begin,
@@ -62,7 +62,9 @@ def dry_run(
     """
     figures = plan(run)
     check_sinks(run.logging)
-    warnings = check_memory(run, figures, pick_device(run))
+    device = pick_device(run)
+    check_device_settings(run, device)
+    warnings = check_memory(run, figures, device)
     folder = run_dir(run, runs_dir)
     origin = find_checkpoint(branch_from, runs_dir) if branch_from else None
     if (holder := lock_holder(folder)) is not None:
@@ -98,9 +100,9 @@ def dry_run(
                 f"WARNING: {path} was trained on a corpus that is there, but the text or the settings of `data` are "
                 "others now: if they give another corpus, training will refuse to go on from it"
             )
-    # gradients are not saved
-    saved_bytes = 1e9 * figures["weights_gradients_optimizer_gb"] - 4.0 * figures["parameters"]
-    check_room(checkpoints_folder(folder), saved_bytes)
+    model, optimizer = shapes_after(run, figures["resumes_after"] or 0)
+    saved = (*model.state_dict().values(), *optimizer.state_dict().values())
+    check_room(checkpoints_folder(folder), sum(tensor.nbytes for tensor in saved))
     return figures | {"corpus": found, "warnings": [*warnings, *idle_end(run.optim.schedule, run.steps)]}
 
 
@@ -118,10 +120,19 @@ def check_checkpoint(run: Run, path: Path, data: Corpus | Mixture | None, *, bra
         prefix: {n.removeprefix(prefix): t for n, t in manifest.tensors.items() if n.startswith(prefix)}
         for prefix in ("model.", "optim.")
     }
+    model, optimizer = shapes_after(run, manifest.step)
+    check_fits(path, saved["model."], model)
+    with torch.device("meta"):
+        optimizer.load_state_dict({name: torch.empty(t.shape, dtype=t.dtype) for name, t in saved["optim."].items()})
+    return manifest.step
+
+
+def shapes_after(run: Run, steps: int) -> tuple[Qwen3MoE, Optimizer]:
+    """Model and optimizer of a run behind so many steps, without memory for their tensors."""
     optimizer: Optimizer | None = None
     with torch.device("meta"):
         # through every phase in turn, so that state of parameters that only an earlier one used has its place
-        for begin in (0, *(phase.until_step for phase in run.phases if phase.until_step < manifest.step)):
+        for begin in (0, *(phase.until_step for phase in run.phases if phase.until_step < steps)):
             phase = run.phase(begin)
             model = Qwen3MoE(replace(run.model, attention=phase.attention))
             parameters, roles = dict(model.named_parameters()), model.parameter_roles()
@@ -130,11 +141,8 @@ def check_checkpoint(run: Run, path: Path, data: Corpus | Mixture | None, *, bra
                 optimizer = Optimizer(run.optim, parameters, roles, run.steps, **changes)
             else:
                 optimizer.set_phase(parameters, roles, **changes)
-        check_fits(path, saved["model."], model)
-        empty = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in saved["optim."].items()}
-        assert optimizer is not None
-        optimizer.load_state_dict(empty)
-    return manifest.step
+    assert optimizer is not None
+    return model, optimizer
 
 
 def check_writable(folder: Path) -> None:

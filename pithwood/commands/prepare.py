@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     if args.json:
         kept = ("fingerprint", "source", "tokenizer", "splits", "gzip_bits_per_byte")
         return 0, json_text({"folder": str(corpus.folder), **{key: manifest[key] for key in kept}, "train": command})
-    return 0, "\n".join(_closing_lines(corpus.folder, manifest, command))
+    return 0, "\n".join(_closing_lines(args.out or corpus.folder, manifest, command))
 
 
 def _closing_lines(folder: Path, manifest: dict[str, Any], command: str) -> list[str]:

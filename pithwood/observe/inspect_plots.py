@@ -154,7 +154,7 @@ def plot_comparison(runs: Mapping[str, Mapping[str, Curve]], path: Path | str) -
     ax.set_ylabel(unit)
     ax.grid(axis="y", color=_GRID, linewidth=0.8)
     ax.legend(frameon=False, fontsize=9)
-    over = f", each mean over about {format_count(2.5 * sigma)} tokens" if sigma else ""
+    over = f", means over about {format_count(2.5 * sigma)} tokens" if sigma else ""
     title = f"training (lines{over}) and validation (points)"
     ax.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
     save_figure(fig, path)

@@ -97,6 +97,7 @@ def _foreign_events(world: Path) -> None:
         (_write("latin", b"text " * 90, b"caf\xe9 " * 90), "train debug data.source=latin", "latin/1.txt is not UTF-8"),
         (_write("two", b"a " * 90, b"b " * 90), "train debug data.source=two data.max_bytes=9", "data.max_bytes=9"),
         (lambda world: None, f"{TRAIN} steps=4 data.tokenizer=none.json", "none.json"),
+        (lambda world: None, f"{TRAIN} steps=4 offload_activations=true", "offload_activations=true"),
         (_foreign_events, f"{TRAIN} steps=6", "events.jsonl line 1 is not an event"),
         (
             lambda world: None,
