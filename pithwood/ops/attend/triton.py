@@ -28,6 +28,7 @@ from pithwood.ops.attend.backward_triton import (
     _rows_dq_kernel,
     _sum_dq_kernel,
 )
+from pithwood.ops.attend.forward_hopper import _rows_hopper_kernel
 from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
 from pithwood.ops.attend.lists_triton import Lists, build_items, build_lists, empty_lists
 from pithwood.ops.attend.plan import BlockPlan, block_plan
@@ -98,6 +99,20 @@ def hopper_tiles(dim: int) -> dict[str, int]:
     registers = 65536 // (32 * (warps + workers)) // 8 * 8
     shape = {"ROWS": 64, "STAGES": 3, "PIECE": 16, "GATHER_WARPS": workers // 2, "ADD_WARPS": workers // 2}
     return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 80, "num_warps": warps, "maxnreg": registers}
+
+
+def hopper_forward_tiles(block: int, dim: int) -> dict[str, int]:
+    """Tile shape and launch options of the Hopper forward kernel, CHUNK the rows of a list that one program takes. Two
+    programs share a multiprocessor; their gathering warps keep WORKER_REGISTERS per thread."""
+    keys = 64 if block == 64 else 128
+    shape = {"ROWS": 64, "KEYS": keys, "STAGES": 2, "GATHER_WARPS": 4, "WORKER_REGISTERS": 56, "CHUNK": 1024}
+    # Scores that are masked take registers that two tiles in flight need.
+    return {**shape, "AHEAD": block == keys, "STAGED": False, "WIDE": False, "num_warps": 4, "maxnreg": 128}
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether rows [., ., dim] can be copied 16 bytes at a time, in words that Triton specialises kernels for."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0
 
 
 def num_slots(top_k: int, own: bool) -> int:
@@ -256,8 +271,8 @@ class _Call:
         tiles = choose(self.plan.block_size, max(self.q.shape[2], self.v.shape[2]), self.q.element_size())
         return tiles, {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
-    def fits_hopper(self) -> bool:
-        """Whether the backward has a kernel of its own on this GPU."""
+    def on_hopper(self) -> bool:
+        """Whether the kernels of their own for this GPU serve these dtypes, head dims and selections."""
         q, dim = self.q, self.q.shape[2]
         return (
             q.is_cuda
@@ -266,8 +281,16 @@ class _Call:
             and dim == self.v.shape[2]
             and dim in (64, 128)
             and self.own
-            and self.plan.block_size >= HOPPER_KEYS
         )
+
+    def fits_hopper(self) -> bool:
+        """Whether the backward has a kernel of its own on this GPU."""
+        return self.on_hopper() and self.plan.block_size >= HOPPER_KEYS
+
+    def fits_hopper_forward(self) -> bool:
+        """Whether the key-major forward has a kernel of its own on this GPU: for blocks of one part."""
+        fits = self.on_hopper() and 64 <= self.plan.block_size <= HOPPER_KEYS and self.scale > 0
+        return fits and all(_aligned(x) for x in (self.q, self.k, self.v))
 
     # ---- forward
 
@@ -300,16 +323,25 @@ class _Call:
         partial_lse = torch.empty(groups * rows_per_group, dtype=torch.float32, device=q.device)
         strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
         shape = self.constants(ratio)
-        tiles, launch = self.tiles(forward_tiles)
-        parts = triton.cdiv(plan.block_size, tiles.keys)
-        chunk = 16 * tiles.rows if parts == 1 else tiles.rows
-        items = build_items(lists, plan, chunk, self.most_entries(gs), at_least_one=False)
-        _rows_kernel[(items.bound,)](
-            q, k, v, partial_o, partial_lse, lists.entry_P, lists.start_X, lists.count_X, items.list_I,
-            items.chunk_I, plan.key_start_U, plan.key_count_U, plan.position_U, plan.position_T, *strides,
-            plan.num_units, rows_per_group, self.scale * LOG2_E, **shape, BLOCK=plan.block_size, CHUNK=chunk,
-            ROWS=tiles.rows, KEYS=tiles.keys, PARTS=parts, ALL_SEEN=self.own, CAUSAL=self.causal, **launch,
-        )  # fmt: skip
+        if self.fits_hopper_forward():
+            options = hopper_forward_tiles(plan.block_size, q.shape[2])
+            items = build_items(lists, plan, options["CHUNK"], self.most_entries(gs), at_least_one=False)
+            _rows_hopper_kernel[(items.bound,)](
+                q, k, v, partial_o, partial_lse, lists.entry_P, lists.start_X, lists.count_X, items.list_I,
+                items.chunk_I, plan.key_start_U, *strides, plan.num_units, rows_per_group, self.scale * LOG2_E,
+                K=q.shape[2], RATIO=ratio, SLOTS=self.slots, BLOCK=plan.block_size, **options,
+            )  # fmt: skip
+        else:
+            tiles, launch = self.tiles(forward_tiles)
+            parts = triton.cdiv(plan.block_size, tiles.keys)
+            chunk = 16 * tiles.rows if parts == 1 else tiles.rows
+            items = build_items(lists, plan, chunk, self.most_entries(gs), at_least_one=False)
+            _rows_kernel[(items.bound,)](
+                q, k, v, partial_o, partial_lse, lists.entry_P, lists.start_X, lists.count_X, items.list_I,
+                items.chunk_I, plan.key_start_U, plan.key_count_U, plan.position_U, plan.position_T, *strides,
+                plan.num_units, rows_per_group, self.scale * LOG2_E, **shape, BLOCK=plan.block_size, CHUNK=chunk,
+                ROWS=tiles.rows, KEYS=tiles.keys, PARTS=parts, ALL_SEEN=self.own, CAUSAL=self.causal, **launch,
+            )  # fmt: skip
         o, lse = o[:, hs], lse[:, hs]
         out = (o.stride(0), o.stride(1), lse.stride(0), ids.stride(0), ids.stride(1), num_queries)
         if self.own:
@@ -367,7 +399,7 @@ class _Call:
         ratio = heads // groups
         most = self.most_entries(gs)
         tiles, launch = self.tiles(backward_tiles)
-        hopper = self.fits_hopper() and not deterministic
+        hopper = self.fits_hopper() and not deterministic and _aligned(q) and _aligned(do)
         keys = HOPPER_KEYS if hopper else tiles.keys
         parts = triton.cdiv(plan.block_size, keys)
         chunk = WHOLE_LISTS if deterministic else backward_chunk(parts)
