@@ -29,6 +29,13 @@ def _pairs_of_tile(tile, entry_P, list_start, last, ROWS: gl.constexpr, LINE: gl
 
 
 @gluon.jit
+def _offsets(pair, stride_qt, stride_qh, RATIO: gl.constexpr, SLOTS: gl.constexpr):
+    """[rows, 1] where the queries of entries lie. Rows past the end read row 0; their results are not stored."""
+    row = gl.maximum(pair, 0) // SLOTS
+    return gl.expand_dims((row // RATIO).to(gl.int64) * stride_qt + row % RATIO * stride_qh, 1)
+
+
+@gluon.jit
 def _gather(
     q, entry_P, stride_qt, stride_qh, list_start, last, num_tiles, q_ring, pair_ring, barriers,
     K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
@@ -43,12 +50,10 @@ def _gather(
     pair = _pairs_of_tile(0, entry_P, list_start, last, ROWS, LINE)
     for tile in range(num_tiles):
         slot = tile % STAGES
-        # Rows past the end read row 0; their results are not stored.
-        row = gl.maximum(pair, 0) // SLOTS
-        at = (row // RATIO).to(gl.int64) * stride_qt + row % RATIO * stride_qh
+        at = _offsets(pair, stride_qt, stride_qh, RATIO, SLOTS)
         next_pair = _pairs_of_tile(tile + 1, entry_P, list_start, last, ROWS, LINE)
         mbarrier.wait(empty.index(slot), (tile // STAGES & 1) ^ 1)
-        async_copy.async_copy_global_to_shared(q_ring.index(slot), q + (gl.expand_dims(at, 1) + dim))
+        async_copy.async_copy_global_to_shared(q_ring.index(slot), q + (at + dim))
         async_copy.commit_group()
         pair_ring.index(slot).store(pair)
         pair = next_pair

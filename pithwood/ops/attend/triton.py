@@ -29,6 +29,7 @@ from pithwood.ops.attend.backward_triton import (
     _sum_dq_kernel,
 )
 from pithwood.ops.attend.forward_hopper import _rows_hopper_kernel
+from pithwood.ops.attend.forward_hopper_parts import _parts_hopper_kernel
 from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
 from pithwood.ops.attend.lists_triton import Lists, build_items, build_lists, empty_lists
 from pithwood.ops.attend.plan import BlockPlan, block_plan
@@ -102,12 +103,19 @@ def hopper_tiles(dim: int) -> dict[str, int]:
 
 
 def hopper_forward_tiles(block: int, dim: int) -> dict[str, int]:
-    """Tile shape and launch options of the Hopper forward kernel, CHUNK the rows of a list that one program takes. Two
-    programs share a multiprocessor; their gathering warps keep WORKER_REGISTERS per thread."""
+    """Tile shape and launch options of the Hopper forward kernel for blocks of one part, CHUNK the rows of a list that
+    one program takes. Two programs share a multiprocessor; their gathering warps keep WORKER_REGISTERS per thread."""
     keys = 64 if block == 64 else 128
     shape = {"ROWS": 64, "KEYS": keys, "STAGES": 2, "GATHER_WARPS": 4, "WORKER_REGISTERS": 56, "CHUNK": 1024}
     # Scores that are masked take registers that two tiles in flight need.
     return {**shape, "AHEAD": block == keys, "STAGED": False, "WIDE": False, "num_warps": 4, "maxnreg": 128}
+
+
+def hopper_parts_tiles() -> dict[str, int]:
+    """The same for blocks of several parts. One program has a multiprocessor; each multiplying warp has
+    WORKER_REGISTERS per thread, each loading one LOAD_REGISTERS."""
+    registers = {"WORKER_REGISTERS": 224, "LOAD_REGISTERS": 56, "maxnreg": 168}
+    return {"ROWS": 128, "KEYS": HOPPER_KEYS, "CHUNK": 1024, "num_warps": 4, **registers}
 
 
 def _aligned(x: Tensor) -> bool:
@@ -288,8 +296,9 @@ class _Call:
         return self.on_hopper() and self.plan.block_size >= HOPPER_KEYS
 
     def fits_hopper_forward(self) -> bool:
-        """Whether the key-major forward has a kernel of its own on this GPU: for blocks of one part."""
-        fits = self.on_hopper() and 64 <= self.plan.block_size <= HOPPER_KEYS and self.scale > 0
+        """Whether the key-major forward has kernels of its own on this GPU: for blocks of one part or of whole ones."""
+        block = self.plan.block_size
+        fits = self.on_hopper() and (64 <= block <= HOPPER_KEYS or block % HOPPER_KEYS == 0) and self.scale > 0
         return fits and all(_aligned(x) for x in (self.q, self.k, self.v))
 
     # ---- forward
@@ -324,9 +333,11 @@ class _Call:
         strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
         shape = self.constants(ratio)
         if self.fits_hopper_forward():
-            options = hopper_forward_tiles(plan.block_size, q.shape[2])
+            one_part = plan.block_size <= HOPPER_KEYS
+            kernel = _rows_hopper_kernel if one_part else _parts_hopper_kernel
+            options = hopper_forward_tiles(plan.block_size, q.shape[2]) if one_part else hopper_parts_tiles()
             items = build_items(lists, plan, options["CHUNK"], self.most_entries(gs), at_least_one=False)
-            _rows_hopper_kernel[(items.bound,)](
+            kernel[(items.bound,)](
                 q, k, v, partial_o, partial_lse, lists.entry_P, lists.start_X, lists.count_X, items.list_I,
                 items.chunk_I, plan.key_start_U, *strides, plan.num_units, rows_per_group, self.scale * LOG2_E,
                 K=q.shape[2], RATIO=ratio, SLOTS=self.slots, BLOCK=plan.block_size, **options,
