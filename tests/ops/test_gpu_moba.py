@@ -336,13 +336,21 @@ def test_rows_that_no_16_byte_copies_fit_are_attended_to_as_well(which):
     check(inputs["q"], inputs["k"], inputs["v"], packing, route(q, k, packing, 128, 3), inputs["grad_o"])
 
 
-@pytest.mark.parametrize("lengths", [(3000,), (1, 640, 0, 127, 129, 1500)])
+@pytest.mark.parametrize("lengths", [(3000,), (1, 640, 0, 127, 129, 2900)])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("block", [64, 96, 128])
 @pytest.mark.parametrize("ratio", [1, 4])
 def test_lists_of_one_tile_and_of_many(lengths, dim, block, ratio):
     q, k, v, packing = make(lengths, 4, 4 // ratio, dim)
     check(q, k, v, packing, random_selection(packing, 4, block, 5))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("block", [256, 384, 512])
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_blocks_of_several_parts(dim, block, ratio):
+    q, k, v, packing = make([130, 12 * block + 70, block], 2, 2 // ratio, dim)
+    check(q, k, v, packing, random_selection(packing, 2, block, 3))
 
 
 def test_views_into_a_fused_projection_are_read_in_place():

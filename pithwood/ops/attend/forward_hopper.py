@@ -23,9 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 @gluon.jit
 def _pairs_of_tile(tile, entry_P, list_start, last, ROWS: gl.constexpr, LINE: gl.constexpr):
-    """Entries of a tile of the list, -1 past its end."""
+    """Entries of a tile of the list, -1 where there are none."""
     row = tile * ROWS + gl.arange(0, ROWS, layout=LINE)
-    return gl.load(entry_P + list_start + row, mask=row < last, other=-1)
+    return gl.load(entry_P + list_start + row, mask=(row < last) & (row >= 0), other=-1)
 
 
 @gluon.jit
@@ -38,20 +38,27 @@ def _offsets(pair, stride_qt, stride_qh, RATIO: gl.constexpr, SLOTS: gl.constexp
 @gluon.jit
 def _gather(
     q, entry_P, stride_qt, stride_qh, list_start, last, num_tiles, q_ring, pair_ring, barriers,
-    K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
+    K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, REVERSED: gl.constexpr,
 ):  # fmt: skip
-    """Fill the rings with tiles of Q and their entries."""
+    """Fill the rings with tiles of Q and their entries.
+
+    REVERSED: from the list's last tile to its first. All lists of a document end near its last queries, so programs
+    that walk backwards together find each other's queries in the L2 cache, and write rows that are neighbours.
+    """
     full, empty = barriers
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [gl.num_warps(), 1], [1, 0])
     LINE: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     ROWS: gl.constexpr = q_ring.shape[1]
     dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, LAYOUT)), 0)
     # Entries are read a tile ahead.
-    pair = _pairs_of_tile(0, entry_P, list_start, last, ROWS, LINE)
+    step: gl.constexpr = -1 if REVERSED else 1
+    at_tile = gl.where(REVERSED, num_tiles - 1, 0)
+    pair = _pairs_of_tile(at_tile, entry_P, list_start, last, ROWS, LINE)
     for tile in range(num_tiles):
         slot = tile % STAGES
+        at_tile += step
         at = _offsets(pair, stride_qt, stride_qh, RATIO, SLOTS)
-        next_pair = _pairs_of_tile(tile + 1, entry_P, list_start, last, ROWS, LINE)
+        next_pair = _pairs_of_tile(at_tile, entry_P, list_start, last, ROWS, LINE)
         mbarrier.wait(empty.index(slot), (tile // STAGES & 1) ^ 1)
         async_copy.async_copy_global_to_shared(q_ring.index(slot), q + (at + dim))
         async_copy.commit_group()
@@ -184,7 +191,8 @@ def _rows_hopper_kernel(
     num_units, rows_per_group, scale_log2,
     K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
     ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, STAGED: gl.constexpr,
-    WIDE: gl.constexpr, GATHER_WARPS: gl.constexpr, WORKER_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    WIDE: gl.constexpr, REVERSED: gl.constexpr, GATHER_WARPS: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """A normalised output and a log2-sum for every pair of one list chunk. Arguments as of
     `forward_triton._rows_kernel`; every listed unit has BLOCK keys, and KEYS holds them all. scale_log2 > 0."""
@@ -244,7 +252,7 @@ def _rows_hopper_kernel(
                 _gather,
                 (
                     q + group * RATIO * stride_qh, entry_P, stride_qt, stride_qh, list_start, last, num_tiles, q_ring,
-                    pair_ring, (full, empty), K, RATIO, SLOTS, STAGES,
+                    pair_ring, (full, empty), K, RATIO, SLOTS, STAGES, REVERSED,
                 ),
             ),
         ],

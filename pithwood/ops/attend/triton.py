@@ -106,9 +106,11 @@ def hopper_forward_tiles(block: int, dim: int) -> dict[str, int]:
     """Tile shape and launch options of the Hopper forward kernel for blocks of one part, CHUNK the rows of a list that
     one program takes. Two programs share a multiprocessor; their gathering warps keep WORKER_REGISTERS per thread."""
     keys = 64 if block == 64 else 128
-    shape = {"ROWS": 64, "KEYS": keys, "STAGES": 2, "GATHER_WARPS": 4, "WORKER_REGISTERS": 56, "CHUNK": 1024}
+    stages = 2 if dim > 64 else 3
+    shape = {"ROWS": 64, "KEYS": keys, "STAGES": stages, "GATHER_WARPS": 4, "WORKER_REGISTERS": 56, "CHUNK": 1024}
     # Scores that are masked take registers that two tiles in flight need.
-    return {**shape, "AHEAD": block == keys, "STAGED": False, "WIDE": False, "num_warps": 4, "maxnreg": 128}
+    order = {"AHEAD": block == keys, "STAGED": False, "WIDE": False, "REVERSED": True}
+    return {**shape, **order, "num_warps": 4, "maxnreg": 128}
 
 
 def hopper_parts_tiles() -> dict[str, int]:
