@@ -21,6 +21,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 
+def hopper_forward_tiles(block: int, dim: int) -> dict[str, int]:
+    """Tile shape and launch options of `_rows_hopper_kernel`, CHUNK the rows of a list that one program takes. Two
+    programs share a multiprocessor; their gathering warps keep WORKER_REGISTERS per thread."""
+    keys = 64 if block == 64 else 128
+    stages = 2 if dim > 64 else 3
+    shape = {"ROWS": 64, "KEYS": keys, "STAGES": stages, "GATHER_WARPS": 4, "WORKER_REGISTERS": 56, "CHUNK": 1024}
+    # Scores that are masked take registers that two tiles in flight need.
+    order = {"AHEAD": block == keys, "STAGED": False, "WIDE": False, "REVERSED": True}
+    return {**shape, **order, "num_warps": 4, "maxnreg": 128}
+
+
 @gluon.jit
 def _pairs_of_tile(tile, entry_P, list_start, last, ROWS: gl.constexpr, LINE: gl.constexpr):
     """Entries of a tile of the list, -1 where there are none."""

@@ -23,6 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from pithwood.ops.attend.forward_hopper import _exp2, _offsets, _out_layout, _pairs_of_tile, _store
 
 
+def hopper_parts_tiles() -> dict[str, int]:
+    """Tile shape and launch options of `_parts_hopper_kernel`. One program has a multiprocessor; each multiplying warp
+    has WORKER_REGISTERS per thread, each loading one LOAD_REGISTERS."""
+    registers = {"WORKER_REGISTERS": 224, "LOAD_REGISTERS": 56, "maxnreg": 168}
+    return {"ROWS": 128, "KEYS": 128, "CHUNK": 1024, "num_warps": 4, **registers}
+
+
 @gluon.jit
 def _announce(barrier, AHEAD: gl.constexpr):
     """Tell those who wait that all copies but the last AHEAD groups of them are there."""

@@ -28,8 +28,8 @@ from pithwood.ops.attend.backward_triton import (
     _rows_dq_kernel,
     _sum_dq_kernel,
 )
-from pithwood.ops.attend.forward_hopper import _rows_hopper_kernel
-from pithwood.ops.attend.forward_hopper_parts import _parts_hopper_kernel
+from pithwood.ops.attend.forward_hopper import _rows_hopper_kernel, hopper_forward_tiles
+from pithwood.ops.attend.forward_hopper_parts import _parts_hopper_kernel, hopper_parts_tiles
 from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
 from pithwood.ops.attend.lists_triton import Lists, build_items, build_lists, empty_lists
 from pithwood.ops.attend.plan import BlockPlan, block_plan
@@ -102,29 +102,6 @@ def hopper_tiles(dim: int) -> dict[str, int]:
     return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 80, "num_warps": warps, "maxnreg": registers}
 
 
-def hopper_forward_tiles(block: int, dim: int) -> dict[str, int]:
-    """Tile shape and launch options of the Hopper forward kernel for blocks of one part, CHUNK the rows of a list that
-    one program takes. Two programs share a multiprocessor; their gathering warps keep WORKER_REGISTERS per thread."""
-    keys = 64 if block == 64 else 128
-    stages = 2 if dim > 64 else 3
-    shape = {"ROWS": 64, "KEYS": keys, "STAGES": stages, "GATHER_WARPS": 4, "WORKER_REGISTERS": 56, "CHUNK": 1024}
-    # Scores that are masked take registers that two tiles in flight need.
-    order = {"AHEAD": block == keys, "STAGED": False, "WIDE": False, "REVERSED": True}
-    return {**shape, **order, "num_warps": 4, "maxnreg": 128}
-
-
-def hopper_parts_tiles() -> dict[str, int]:
-    """The same for blocks of several parts. One program has a multiprocessor; each multiplying warp has
-    WORKER_REGISTERS per thread, each loading one LOAD_REGISTERS."""
-    registers = {"WORKER_REGISTERS": 224, "LOAD_REGISTERS": 56, "maxnreg": 168}
-    return {"ROWS": 128, "KEYS": HOPPER_KEYS, "CHUNK": 1024, "num_warps": 4, **registers}
-
-
-def _aligned(x: Tensor) -> bool:
-    """Whether rows [., ., dim] can be copied 16 bytes at a time, in words that Triton specialises kernels for."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0
-
-
 def num_slots(top_k: int, own: bool) -> int:
     """Leading ids of a query that can be past units: ids ascend, so with an own unit never the last."""
     return max(top_k - (1 if own else 0), 1)
@@ -132,6 +109,11 @@ def num_slots(top_k: int, own: bool) -> int:
 
 def _tile(block: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(block)))
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether rows [., ., dim] can be copied 16 bytes at a time, in words that Triton specialises kernels for."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0
 
 
 def attend_triton(
