@@ -324,6 +324,35 @@ def test_numbers_of_blocks(top_k):
     check(q, k, v, packing, route(q, k, packing, 64, top_k))
 
 
+@pytest.mark.parametrize("which", ["q", "k", "v", "grad_o"])
+def test_rows_that_no_16_byte_copies_fit_are_attended_to_as_well(which):
+    q, k, v, packing = make([900, 130], dim=128)
+    inputs = {"q": q, "k": k, "v": v, "grad_o": like(v, 4)}
+    x = inputs[which].detach()
+    wide = torch.zeros(x.shape[0], x.shape[1] * 128 + 3, device=DEVICE, dtype=BF16)
+    view = wide[:, 1:-2].unflatten(1, (x.shape[1], 128))
+    view.copy_(x)
+    inputs[which] = view.requires_grad_(which != "grad_o")
+    check(inputs["q"], inputs["k"], inputs["v"], packing, route(q, k, packing, 128, 3), inputs["grad_o"])
+
+
+@pytest.mark.parametrize("lengths", [(3000,), (1, 640, 0, 127, 129, 2900)])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("block", [64, 96, 128])
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_lists_of_one_tile_and_of_many(lengths, dim, block, ratio):
+    q, k, v, packing = make(lengths, 4, 4 // ratio, dim)
+    check(q, k, v, packing, random_selection(packing, 4, block, 5))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("block", [256, 384, 512])
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_blocks_of_several_parts(dim, block, ratio):
+    q, k, v, packing = make([130, 12 * block + 70, block], 2, 2 // ratio, dim)
+    check(q, k, v, packing, random_selection(packing, 2, block, 3))
+
+
 def test_views_into_a_fused_projection_are_read_in_place():
     wide = torch.randn(600, (4 + 2 + 2) * 64, device=DEVICE, dtype=BF16)
     parts = [x.unflatten(1, (-1, 64)) for x in wide.split([256, 128, 128], 1)]

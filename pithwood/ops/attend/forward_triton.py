@@ -89,8 +89,9 @@ def _rows_kernel(
                 top = new_top
         at = out_row + pair
         o_ptr = partial_o + at[:, None] * V + dim_v[None, :]
+        share = 1.0 / total
         tl.store(
-            o_ptr, (acc / total[:, None]).to(partial_o.dtype.element_ty), mask=real[:, None] & (dim_v < V)[None, :]
+            o_ptr, (acc * share[:, None]).to(partial_o.dtype.element_ty), mask=real[:, None] & (dim_v < V)[None, :]
         )
         tl.store(partial_lse + at, top + tl.log2(total), mask=real)
 

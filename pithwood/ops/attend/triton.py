@@ -28,6 +28,8 @@ from pithwood.ops.attend.backward_triton import (
     _rows_dq_kernel,
     _sum_dq_kernel,
 )
+from pithwood.ops.attend.forward_hopper import _rows_hopper_kernel, hopper_forward_tiles
+from pithwood.ops.attend.forward_hopper_parts import _parts_hopper_kernel, hopper_parts_tiles
 from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
 from pithwood.ops.attend.lists_triton import Lists, build_items, build_lists, empty_lists
 from pithwood.ops.attend.plan import BlockPlan, block_plan
@@ -107,6 +109,11 @@ def num_slots(top_k: int, own: bool) -> int:
 
 def _tile(block: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(block)))
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether rows [., ., dim] can be copied 16 bytes at a time, in words that Triton specialises kernels for."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0
 
 
 def attend_triton(
@@ -256,8 +263,8 @@ class _Call:
         tiles = choose(self.plan.block_size, max(self.q.shape[2], self.v.shape[2]), self.q.element_size())
         return tiles, {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
-    def fits_hopper(self) -> bool:
-        """Whether the backward has a kernel of its own on this GPU."""
+    def on_hopper(self) -> bool:
+        """Whether the kernels of their own for this GPU serve these dtypes, head dims and selections."""
         q, dim = self.q, self.q.shape[2]
         return (
             q.is_cuda
@@ -266,8 +273,17 @@ class _Call:
             and dim == self.v.shape[2]
             and dim in (64, 128)
             and self.own
-            and self.plan.block_size >= HOPPER_KEYS
         )
+
+    def fits_hopper(self) -> bool:
+        """Whether the backward has a kernel of its own on this GPU."""
+        return self.on_hopper() and self.plan.block_size >= HOPPER_KEYS
+
+    def fits_hopper_forward(self) -> bool:
+        """Whether the key-major forward has kernels of its own on this GPU: for blocks of one part or of whole ones."""
+        block = self.plan.block_size
+        fits = self.on_hopper() and (64 <= block <= HOPPER_KEYS or block % HOPPER_KEYS == 0) and self.scale > 0
+        return fits and all(_aligned(x) for x in (self.q, self.k, self.v))
 
     # ---- forward
 
@@ -300,16 +316,27 @@ class _Call:
         partial_lse = torch.empty(groups * rows_per_group, dtype=torch.float32, device=q.device)
         strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
         shape = self.constants(ratio)
-        tiles, launch = self.tiles(forward_tiles)
-        parts = triton.cdiv(plan.block_size, tiles.keys)
-        chunk = 16 * tiles.rows if parts == 1 else tiles.rows
-        items = build_items(lists, plan, chunk, self.most_entries(gs), at_least_one=False)
-        _rows_kernel[(items.bound,)](
-            q, k, v, partial_o, partial_lse, lists.entry_P, lists.start_X, lists.count_X, items.list_I,
-            items.chunk_I, plan.key_start_U, plan.key_count_U, plan.position_U, plan.position_T, *strides,
-            plan.num_units, rows_per_group, self.scale * LOG2_E, **shape, BLOCK=plan.block_size, CHUNK=chunk,
-            ROWS=tiles.rows, KEYS=tiles.keys, PARTS=parts, ALL_SEEN=self.own, CAUSAL=self.causal, **launch,
-        )  # fmt: skip
+        if self.fits_hopper_forward():
+            one_part = plan.block_size <= HOPPER_KEYS
+            kernel = _rows_hopper_kernel if one_part else _parts_hopper_kernel
+            options = hopper_forward_tiles(plan.block_size, q.shape[2]) if one_part else hopper_parts_tiles()
+            items = build_items(lists, plan, options["CHUNK"], self.most_entries(gs), at_least_one=False)
+            kernel[(items.bound,)](
+                q, k, v, partial_o, partial_lse, lists.entry_P, lists.start_X, lists.count_X, items.list_I,
+                items.chunk_I, plan.key_start_U, *strides, plan.num_units, rows_per_group, self.scale * LOG2_E,
+                K=q.shape[2], RATIO=ratio, SLOTS=self.slots, BLOCK=plan.block_size, **options,
+            )  # fmt: skip
+        else:
+            tiles, launch = self.tiles(forward_tiles)
+            parts = triton.cdiv(plan.block_size, tiles.keys)
+            chunk = 16 * tiles.rows if parts == 1 else tiles.rows
+            items = build_items(lists, plan, chunk, self.most_entries(gs), at_least_one=False)
+            _rows_kernel[(items.bound,)](
+                q, k, v, partial_o, partial_lse, lists.entry_P, lists.start_X, lists.count_X, items.list_I,
+                items.chunk_I, plan.key_start_U, plan.key_count_U, plan.position_U, plan.position_T, *strides,
+                plan.num_units, rows_per_group, self.scale * LOG2_E, **shape, BLOCK=plan.block_size, CHUNK=chunk,
+                ROWS=tiles.rows, KEYS=tiles.keys, PARTS=parts, ALL_SEEN=self.own, CAUSAL=self.causal, **launch,
+            )  # fmt: skip
         o, lse = o[:, hs], lse[:, hs]
         out = (o.stride(0), o.stride(1), lse.stride(0), ids.stride(0), ids.stride(1), num_queries)
         if self.own:
@@ -367,7 +394,7 @@ class _Call:
         ratio = heads // groups
         most = self.most_entries(gs)
         tiles, launch = self.tiles(backward_tiles)
-        hopper = self.fits_hopper() and not deterministic
+        hopper = self.fits_hopper() and not deterministic and _aligned(q) and _aligned(do)
         keys = HOPPER_KEYS if hopper else tiles.keys
         parts = triton.cdiv(plan.block_size, keys)
         chunk = WHOLE_LISTS if deterministic else backward_chunk(parts)
