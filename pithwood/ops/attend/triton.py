@@ -28,8 +28,9 @@ from pithwood.ops.attend.backward_triton import (
     _rows_dq_kernel,
     _sum_dq_kernel,
 )
+from pithwood.ops.attend.early_triton import UNIT_BITS, _early_kernel
 from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
-from pithwood.ops.attend.lists_triton import Lists, build_items, build_lists, empty_lists
+from pithwood.ops.attend.lists_triton import Lists, Segments, build_items, build_lists, empty_lists
 from pithwood.ops.attend.plan import BlockPlan, block_plan
 from pithwood.ops.packing import Packing, Selection
 
@@ -38,6 +39,9 @@ WORKSPACE_BYTES = 2**30
 WHOLE_LISTS = 2**30
 """A chunk that no list exceeds: its sums are formed in one order."""
 LOG2_E = 1.4426950408889634
+EARLY_SPANS = 2.5
+"""A query is early if it stands among the first EARLY_SPANS * top_k units of its document: then the forward sweeps over
+all keys before it. Later ones go key-major."""
 HOPPER_KEYS = 128
 """Keys per program of the Hopper backward kernel; smaller blocks go to the other kernel."""
 
@@ -67,6 +71,16 @@ def own_tiles(block: int, dim: int, element_size: int) -> Tiles:
     if element_size == 4:
         return Tiles(_tile(block, 32), _tile(block, 32), 4, 1)
     return Tiles(_tile(block, 64), _tile(block, 64), 4, 3)
+
+
+def early_tiles(block: int, dim: int, element_size: int) -> Tiles:
+    """Of the forward kernel for early queries."""
+    if element_size == 4:
+        return Tiles(_tile(block, 32), _tile(block, 32), 4, 1)
+    if dim > 128:
+        return Tiles(_tile(block, 64), _tile(block, 64), 4, 2)
+    rows = _tile(block, 128)
+    return Tiles(rows, _tile(block, 128), 8 if rows == 128 else 4, 2)
 
 
 def backward_tiles(block: int, dim: int, element_size: int) -> Tiles:
@@ -100,6 +114,11 @@ def hopper_tiles(dim: int) -> dict[str, int]:
     return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 80, "num_warps": warps, "maxnreg": registers}
 
 
+def num_early(top_k: int, own: bool) -> int:
+    """Units of a document whose queries are early."""
+    return min(int(EARLY_SPANS * top_k), UNIT_BITS) if own and top_k > 1 else 0
+
+
 def num_slots(top_k: int, own: bool) -> int:
     """Leading ids of a query that can be past units: ids ascend, so with an own unit never the last."""
     return max(top_k - (1 if own else 0), 1)
@@ -125,7 +144,7 @@ def attend_triton(
     plan = block_plan(packing, selection.unit, k_TGK.shape[0], own)
     o, lse, *_ = attend_blocks(
         q_THK, k_TGK, v_TGV, ids_THk.to(torch.int32), plan.units, plan.queries, packing.causal, packing.self_attention,
-        selection.unit, own, scale, deterministic,
+        selection.unit, triton.cdiv(packing.max_k, selection.unit), own, scale, deterministic,
     )  # fmt: skip
     return o, lse
 
@@ -133,16 +152,16 @@ def attend_triton(
 @torch.library.custom_op("pithwood::attend_blocks", mutates_args=())
 def attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, ids: Tensor, units: Tensor, queries: Tensor, causal: bool, self_attention: bool,
-    unit: int, own: bool, scale: float, deterministic: bool,
+    unit: int, most_units: int, own: bool, scale: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Forward of `attend_triton` on plain arguments: o, lse and, for the backward, entries, starts, counts of lists."""
-    call = _Call.of(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale)
+    call = _Call.of(q, k, v, ids, units, queries, causal, self_attention, unit, most_units, own, scale)
     o, lse, lists = call.forward(deterministic)
     return o, lse, lists.entry_P, lists.start_X, lists.count_X
 
 
 @attend_blocks.register_fake
-def _(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale, deterministic):
+def _(q, k, v, ids, units, queries, causal, self_attention, unit, most_units, own, scale, deterministic):
     num_queries, heads, _ = q.shape
     num_lists = k.shape[1] * units.shape[1]
     slots = num_slots(ids.shape[2], own)
@@ -159,16 +178,16 @@ def _(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale, de
 def attend_blocks_backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, entry_P: Tensor,
     start_X: Tensor, count_X: Tensor, ids: Tensor, units: Tensor, queries: Tensor, causal: bool, self_attention: bool,
-    unit: int, own: bool, scale: float, deterministic: bool,
+    unit: int, most_units: int, own: bool, scale: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) of `attend_blocks`, from what it returned and the same ids."""
-    call = _Call.of(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale)
+    call = _Call.of(q, k, v, ids, units, queries, causal, self_attention, unit, most_units, own, scale)
     return call.backward(do, dlse, o, lse, Lists(entry_P, start_X, count_X), deterministic)
 
 
 @attend_blocks_backward.register_fake
 def _(
-    do, dlse, q, k, v, o, lse, entry_P, start_X, count_X, ids, units, queries, causal, self_attention, unit, own, scale,
+    do, dlse, q, k, v, o, lse, entry_P, start_X, count_X, ids, units, queries, causal, self_attention, unit, most_units, own, scale,
     deterministic,
 ):  # fmt: skip
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -184,10 +203,10 @@ def _save(ctx, inputs, output):
 def _backward(ctx, do, dlse, *_):
     q, k, v, o, lse, *lists_and_ids = ctx.saved_tensors
     if do is None and dlse is None:
-        return (None,) * 12
+        return (None,) * 13
     do = torch.zeros_like(o) if do is None else do
     dq, dk, dv = attend_blocks_backward(do, dlse, q, k, v, o, lse, *lists_and_ids, *ctx.rest)
-    return dq, dk, dv, *(None,) * 9
+    return dq, dk, dv, *(None,) * 10
 
 
 attend_blocks.register_autograd(_backward, setup_context=_save)
@@ -204,17 +223,23 @@ class _Call:
     plan: BlockPlan
     causal: bool
     self_attention: bool
+    most_units: int
+    """No document has more."""
     own: bool
     scale: float
 
     @staticmethod
-    def of(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale) -> _Call:
+    def of(q, k, v, ids, units, queries, causal, self_attention, unit, most_units, own, scale) -> _Call:
         q, k, v, ids = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, ids))
-        return _Call(q, k, v, ids, BlockPlan(unit, units, queries), causal, self_attention, own, scale)
+        return _Call(q, k, v, ids, BlockPlan(unit, units, queries), causal, self_attention, most_units, own, scale)
 
     @property
     def slots(self) -> int:
         return num_slots(self.ids.shape[2], self.own)
+
+    @property
+    def early(self) -> int:
+        return num_early(self.ids.shape[2], self.own)
 
     @property
     def ratio(self) -> int:
@@ -280,15 +305,36 @@ class _Call:
         num_groups = self.k.shape[1]
         if num_queries == 0 or self.k.shape[0] == 0:
             return o.zero_(), lse.fill_(float("-inf")), empty_lists(self.ids, self.plan, num_groups, self.slots)
-        lists = build_lists(self.ids, self.plan, num_groups, self.slots, ordered)
+        segments = Segments.of(self.plan.block_size, self.early, self.own)
+        lists, late_lists = build_lists(self.ids, self.plan, num_groups, self.slots, segments, ordered)
         if self.own and not self.self_attention:
             # Queries before their document's first key belong to no unit.
             o.zero_()
             lse.fill_(float("-inf"))
-        per_head = num_queries * self.slots * (v.shape[2] * q.element_size() + 4)
-        for hs, gs in self.head_slices(per_head):
-            self._forward_slice(hs, gs, o, lse, self.lists_of(lists, gs))
+        if self.early:
+            self._sweep(o, lse)
+        if self.most_units > self.early:
+            per_head = num_queries * self.slots * (v.shape[2] * q.element_size() + 4)
+            for hs, gs in self.head_slices(per_head):
+                self._forward_slice(hs, gs, o, lse, self.lists_of(late_lists, gs))
         return o, lse, lists
+
+    def _sweep(self, o: Tensor, lse: Tensor) -> None:
+        """Write the rows of early queries."""
+        q, k, v, ids, plan = self.q, self.k, self.v, self.ids, self.plan
+        tiles, _ = self.tiles(early_tiles)
+        tiles_per_unit, parts = (triton.cdiv(plan.block_size, n) for n in (tiles.rows, tiles.keys))
+        heads, num_tiles = q.shape[1], plan.num_units * tiles_per_unit
+        shape = {name: value for name, value in self.constants(1).items() if name not in ("RATIO", "SLOTS")}
+        _early_kernel[(num_tiles * heads,)](
+            q, k, v, o, lse, ids, plan.key_start_U, plan.key_count_U, plan.position_U, plan.query_start_U,
+            plan.query_low_U, plan.query_high_U, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
+            v.stride(1), o.stride(0), o.stride(1), lse.stride(0), ids.stride(0), ids.stride(1), num_tiles, heads,
+            self.scale * LOG2_E, **shape, HEAD_RATIO=self.ratio, TOP_K=ids.shape[2],
+            TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), EARLY=self.early, BLOCK=plan.block_size, ROWS=tiles.rows,
+            KEYS=tiles.keys, TILES=tiles_per_unit, PARTS=parts, STAGES=tiles.stages, num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )  # fmt: skip
 
     def _forward_slice(self, hs: slice, gs: slice, o: Tensor, lse: Tensor, lists: Lists) -> None:
         q, k, v, ids, plan = self.q[:, hs], self.k[:, gs], self.v[:, gs], self.ids[:, hs], self.plan
@@ -319,9 +365,9 @@ class _Call:
             _own_kernel[(plan.num_units * tiles_per_unit, heads)](
                 q, k, v, o, lse, partial_o, partial_lse, ids, plan.key_start_U, plan.key_count_U, plan.position_U,
                 plan.query_start_U, plan.query_low_U, plan.query_high_U, *strides, *out, self.scale * LOG2_E, **shape,
-                TOP_K=ids.shape[2], TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), BLOCK=plan.block_size,
-                ROWS=tiles.rows, KEYS=tiles.keys, TILES=tiles_per_unit, STAGES=tiles.stages, num_warps=tiles.warps,
-                num_stages=1,
+                TOP_K=ids.shape[2], TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), EARLY=self.early,
+                BLOCK=plan.block_size, ROWS=tiles.rows, KEYS=tiles.keys, TILES=tiles_per_unit, STAGES=tiles.stages,
+                num_warps=tiles.warps, num_stages=1,
             )  # fmt: skip
         else:
             rows = 32
