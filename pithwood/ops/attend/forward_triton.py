@@ -130,8 +130,8 @@ def _own_kernel(
 ):  # fmt: skip
     """Causal attention of a tile of queries to their own unit, merged with their SLOTS partial results.
 
-    One program owns ROWS queries of one head and unit; the first EARLY units of a document are left to another kernel. A query whose ids lack its own unit gets NaN: the selection's
-    promise `own` is not kept.
+    One program owns ROWS queries of one head and unit; the first EARLY units of a document are `_early_kernel`'s. A
+    query whose ids lack its own unit gets NaN: the selection's promise `own` is not kept.
     """
     unit = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES

@@ -79,7 +79,7 @@ def _count_kernel(
     num_queries, stride_t, stride_h, num_units, rows_per_group, span, early, num_early, total,
     RATIO: tl.constexpr, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Rank of every pair in its segment; counters end at the segments' lengths. One program: QUERIES queries, a head."""
+    """Rank of every pair in its segment; counters end at the segments' lengths. One program: QUERIES rows of a head."""
     # Neighbouring programs count different heads: fewer meet at one counter.
     head = tl.program_id(0)
     t = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
