@@ -187,8 +187,8 @@ def attend_blocks_backward(
 
 @attend_blocks_backward.register_fake
 def _(
-    do, dlse, q, k, v, o, lse, entry_P, start_X, count_X, ids, units, queries, causal, self_attention, unit, most_units, own,
-    scale, deterministic,
+    do, dlse, q, k, v, o, lse, entry_P, start_X, count_X, ids, units, queries, causal, self_attention, unit,
+    most_units, own, scale, deterministic,
 ):  # fmt: skip
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
