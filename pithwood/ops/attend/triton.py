@@ -28,6 +28,7 @@ from pithwood.ops.attend.backward_triton import (
     _rows_dq_kernel,
     _sum_dq_kernel,
 )
+from pithwood.ops.attend.early_hopper import _early_hopper_kernel
 from pithwood.ops.attend.early_triton import UNIT_BITS, _early_kernel
 from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
 from pithwood.ops.attend.lists_triton import Lists, Segments, build_items, build_lists, empty_lists
@@ -42,6 +43,8 @@ LOG2_E = 1.4426950408889634
 EARLY_SPANS = 2.5
 """A query is early if it stands among the first EARLY_SPANS * top_k units of its document: then the forward sweeps over
 all keys before it. Later ones go key-major."""
+EARLY_TILE = 128
+"""Queries, and keys, of a tile of the Hopper kernel for early queries."""
 HOPPER_KEYS = 128
 """Keys per program of the Hopper backward kernel; smaller blocks go to the other kernel."""
 
@@ -112,6 +115,14 @@ def hopper_tiles(dim: int) -> dict[str, int]:
     registers = 65536 // (32 * (warps + workers)) // 8 * 8
     shape = {"ROWS": 64, "STAGES": 3, "PIECE": 16, "GATHER_WARPS": workers // 2, "ADD_WARPS": workers // 2}
     return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 80, "num_warps": warps, "maxnreg": registers}
+
+
+def early_hopper_tiles(dim: int) -> dict[str, int]:
+    """Tile shape and launch options of the Hopper kernel for early queries. Registers as in `hopper_tiles`."""
+    warps, workers = 8, 4
+    registers = 65536 // (32 * (warps + workers)) // 8 * 8
+    shape = {"TILE": EARLY_TILE, "STAGES": 2 if dim > 64 else 4, "PIECE": 64}
+    return {**shape, "LOAD_WARPS": workers, "WORKER_REGISTERS": 40, "num_warps": warps, "maxnreg": registers}
 
 
 def num_early(top_k: int, own: bool) -> int:
@@ -294,6 +305,12 @@ class _Call:
             and self.plan.block_size >= HOPPER_KEYS
         )
 
+    def sweeps_on_hopper(self) -> bool:
+        """Whether early queries have a kernel of their own on this GPU, which copies 16 bytes at a time."""
+        inputs = self.q, self.k, self.v
+        aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == x.stride(1) % 16 == 0 for x in inputs)
+        return self.fits_hopper() and aligned and self.plan.block_size % EARLY_TILE == 0 and self.scale > 0
+
     # ---- forward
 
     def forward(self, ordered: bool) -> tuple[Tensor, Tensor, Lists]:
@@ -322,18 +339,33 @@ class _Call:
     def _sweep(self, o: Tensor, lse: Tensor) -> None:
         """Write the rows of early queries."""
         q, k, v, ids, plan = self.q, self.k, self.v, self.ids, self.plan
+        heads, block = q.shape[1], plan.block_size
+        strides = (
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), o.stride(0), o.stride(1),
+            lse.stride(0), ids.stride(0), ids.stride(1),
+        )  # fmt: skip
+        tables = (
+            plan.key_start_U, plan.key_count_U, plan.position_U, plan.query_start_U, plan.query_low_U,
+            plan.query_high_U,
+        )  # fmt: skip
+        scale = self.scale * LOG2_E
+        shape: dict[str, object] = {"HEAD_RATIO": self.ratio, "TOP_K": ids.shape[2], "EARLY": self.early}
+        if self.sweeps_on_hopper():
+            num_tiles = plan.num_units * (block // EARLY_TILE)
+            programs = min(num_tiles * heads, torch.cuda.get_device_properties(q.device).multi_processor_count)
+            _early_hopper_kernel[(programs,)](
+                q, k, v, o, lse, ids, *tables, *strides, num_tiles, heads, scale, K=q.shape[2], BLOCK=block, **shape,
+                **early_hopper_tiles(q.shape[2]),
+            )  # fmt: skip
+            return
         tiles, _ = self.tiles(early_tiles)
-        tiles_per_unit, parts = (triton.cdiv(plan.block_size, n) for n in (tiles.rows, tiles.keys))
-        heads, num_tiles = q.shape[1], plan.num_units * tiles_per_unit
-        shape = {name: value for name, value in self.constants(1).items() if name not in ("RATIO", "SLOTS")}
+        tiles_per_unit, parts = (triton.cdiv(block, n) for n in (tiles.rows, tiles.keys))
+        num_tiles = plan.num_units * tiles_per_unit
+        shape |= {name: value for name, value in self.constants(1).items() if name not in ("RATIO", "SLOTS")}
         _early_kernel[(num_tiles * heads,)](
-            q, k, v, o, lse, ids, plan.key_start_U, plan.key_count_U, plan.position_U, plan.query_start_U,
-            plan.query_low_U, plan.query_high_U, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
-            v.stride(1), o.stride(0), o.stride(1), lse.stride(0), ids.stride(0), ids.stride(1), num_tiles, heads,
-            self.scale * LOG2_E, **shape, HEAD_RATIO=self.ratio, TOP_K=ids.shape[2],
-            TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), EARLY=self.early, BLOCK=plan.block_size, ROWS=tiles.rows,
-            KEYS=tiles.keys, TILES=tiles_per_unit, PARTS=parts, STAGES=tiles.stages, num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            q, k, v, o, lse, ids, *tables, *strides, num_tiles, heads, scale, **shape,
+            TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), BLOCK=block, ROWS=tiles.rows, KEYS=tiles.keys,
+            TILES=tiles_per_unit, PARTS=parts, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
     def _forward_slice(self, hs: slice, gs: slice, o: Tensor, lse: Tensor, lists: Lists) -> None:
