@@ -30,29 +30,31 @@ def _exp2(x):
 
 
 @gluon.jit
-def _tile_of_queries(
-    item, tables, heads, num_tiles,
-    EARLY: gl.constexpr, BLOCK: gl.constexpr, TILE: gl.constexpr,
-):  # fmt: skip
-    """(head, first query, low, high, position of the first query, key position past the last, packed index of the
-    document's first key, number of tiles of keys) of a work item; no tile of keys if it is none.
+def _look_up(item, tables, heads, num_tiles, TILES: gl.constexpr):
+    """What the tables hold of a work item's unit.
 
     Last tiles come first: in a document they are the longest. Heads of one KV head run side by side, for its keys.
     """
     key_start_U, key_count_U, position_U, query_start_U, query_low_U, query_high_U = tables
-    TILES: gl.constexpr = BLOCK // TILE
-    at = num_tiles - 1 - item // heads
-    unit = at // TILES
-    offset = (at % TILES) * TILE
-    key_count = gl.load(key_count_U + unit)
-    position = gl.load(position_U + unit)
-    query = gl.load(query_start_U + unit) + offset
-    low = gl.load(query_low_U + unit)
-    high = gl.load(query_high_U + unit)
+    unit = gl.maximum(num_tiles - 1 - item // heads, 0) // TILES
+    return (
+        gl.load(key_start_U + unit), gl.load(key_count_U + unit), gl.load(position_U + unit),
+        gl.load(query_start_U + unit), gl.load(query_low_U + unit), gl.load(query_high_U + unit),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _tile_of_queries(
+    item, row, heads, num_tiles, EARLY: gl.constexpr, BLOCK: gl.constexpr, TILE: gl.constexpr
+):  # fmt: skip
+    """(head, first query, low, high, position of the first query, key position past the last, packed index of the
+    document's first key, number of tiles of keys) of a work item; no tile of keys if it is none."""
+    key_start, key_count, position, query_start, low, high = row
+    offset = ((num_tiles - 1 - item // heads) % (BLOCK // TILE)) * TILE
+    query = query_start + offset
     some = (offset < key_count) & (position < EARLY * BLOCK) & (query < high) & (query + TILE > low)
     count = gl.where(some, (position + offset) // TILE + 1, 0)
-    first_key = gl.load(key_start_U + unit) - position
-    return item % heads, query, low, high, position + offset, position + key_count, first_key, count
+    return item % heads, query, low, high, position + offset, position + key_count, key_start - position, count
 
 
 @gluon.jit
@@ -72,8 +74,9 @@ def _load(
     base = 0
     number = 0
     for item in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
+        row = _look_up(item, tables, heads, num_tiles, BLOCK // TILE)
         head, query, low, high, _, end, first_key, count = _tile_of_queries(
-            item, tables, heads, num_tiles, EARLY, BLOCK, TILE
+            item, row, heads, num_tiles, EARLY, BLOCK, TILE
         )
         if count > 0:
             group = (head // HEAD_RATIO).to(gl.int64)
@@ -148,22 +151,21 @@ def _multiply(
     out_dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, OUT)), 0)
     base = 0
     number = 0
+    next_unit = _look_up(gl.program_id(0), tables, heads, num_tiles, PARTS)
     for item in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
         head, query, low, high, position, _, _, count = _tile_of_queries(
-            item, tables, heads, num_tiles, EARLY, BLOCK, TILE
+            item, next_unit, heads, num_tiles, EARLY, BLOCK, TILE
         )
+        # On its way while this item is worked on.
+        next_unit = _look_up(item + gl.num_programs(0), tables, heads, num_tiles, PARTS)
         if count > 0:
             head64 = head.to(gl.int64)
             t = query + row
             real = (t >= low) & (t < high)
             id_at = ids + head64 * stride_ih + t.to(gl.int64) * stride_it
-            own = position // BLOCK
-            bits = gl.zeros([TILE], gl.int32, ROW)
+            units = ()
             for slot_k in gl.static_range(TOP_K):
-                unit = gl.load(id_at + slot_k, mask=real, other=-1)
-                chosen = (unit >= 0) & (unit <= own)
-                # The ids of a row differ, so the sum of their bits is their set.
-                bits += gl.where(chosen, 1 << gl.where(chosen, unit, 0), 0)
+                units = units + (gl.load(id_at + slot_k, mask=real, other=-1),)
             q_tile = q_ring.index(number % 2)
             slot = base % STAGES
             mbarrier.wait(full.index(slot), base // STAGES & 1)
@@ -178,6 +180,12 @@ def _multiply(
             total = gl.sum(weight, 1)
             p = gl.convert_layout(weight.to(dtype), P)
             acc = gl.zeros([TILE, K], gl.float32, ACC)
+            own = position // BLOCK
+            bits = gl.zeros([TILE], gl.int32, ROW)
+            for slot_k in gl.static_range(TOP_K):
+                chosen = (units[slot_k] >= 0) & (units[slot_k] <= own)
+                # The ids of a row differ, so the sum of their bits is their set.
+                bits += gl.where(chosen, 1 << gl.where(chosen, units[slot_k], 0), 0)
             for step in range(1, count):
                 slot = (base + step) % STAGES
                 mbarrier.wait(full.index(slot), (base + step) // STAGES & 1)
