@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005  (Triton cannot unpack tuples)
 """The sweep of early queries for Hopper: warps that load keys and values beside warps that multiply.
 
 It does the work of `early_triton._early_kernel` (which see) for blocks of whole tiles, by explicit WGMMA. A program
