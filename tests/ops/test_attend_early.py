@@ -26,6 +26,12 @@ AROUND = (0, 1, BLOCK - 1, SPAN, 0, SPAN + 1, 2 * SPAN, 4 * SPAN + 1, 2)
 """Documents on both sides of every limit, in one packing."""
 
 
+@pytest.fixture(autouse=True)
+def _limit_of_small_units(monkeypatch):
+    """So that queries are early up to 2.5 spans, of units as small as these."""
+    monkeypatch.setattr(schedule, "PAIR_KEYS", 36)
+
+
 def random_ids(packing: Packing, heads: int, seed: int = 0) -> Selection:
     """The own unit of every query, and each unit before it or not, as chance will have it."""
     generator = torch.Generator().manual_seed(seed)
@@ -40,10 +46,10 @@ def random_ids(packing: Packing, heads: int, seed: int = 0) -> Selection:
     return Selection(ids, (ids >= 0).sum(-1, dtype=torch.int32), BLOCK, own=True)
 
 
-@pytest.mark.parametrize("early_spans", [0, 1, 2.5, 4])
+@pytest.mark.parametrize("pair_keys", [-1000, 0, 36, 72])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_documents_around_every_limit(monkeypatch, early_spans, deterministic):
-    monkeypatch.setattr(schedule, "EARLY_SPANS", early_spans)
+def test_documents_around_every_limit(monkeypatch, pair_keys, deterministic):
+    monkeypatch.setattr(schedule, "PAIR_KEYS", pair_keys)
     inputs = make_inputs(AROUND, heads=2, kv_heads=1)
     check_attend(inputs, moba_selection(inputs, BLOCK, TOP_K), "triton", None, DEVICE, deterministic)
 
@@ -70,9 +76,9 @@ def test_a_negative_scale():
     check_attend(inputs, moba_selection(inputs, BLOCK, TOP_K), "triton", None, DEVICE, scale=-0.3)
 
 
-@pytest.mark.parametrize("early_spans", [1, 4])
-def test_nothing_leaks_from_one_document_into_another(monkeypatch, early_spans):
-    monkeypatch.setattr(schedule, "EARLY_SPANS", early_spans)
+@pytest.mark.parametrize("pair_keys", [0, 72])
+def test_nothing_leaks_from_one_document_into_another(monkeypatch, pair_keys):
+    monkeypatch.setattr(schedule, "PAIR_KEYS", pair_keys)
     inputs = make_inputs([SPAN + 7, 2 * SPAN, 30], heads=2)
     ids = replace(moba_selection(inputs, BLOCK, TOP_K), ids=moba_selection(inputs, BLOCK, TOP_K).ids.to(DEVICE))
     packing = inputs.packing.to(DEVICE)

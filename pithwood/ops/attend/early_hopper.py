@@ -1,4 +1,5 @@
 # ruff: noqa: RUF005  (Triton cannot unpack tuples)
+# mypy: disable-error-code="assignment"
 """The sweep of early queries for Hopper: warps that load keys and values beside warps that multiply.
 
 It does the work of `early_triton._early_kernel` (which see) for blocks of whole tiles, by explicit WGMMA. A program
@@ -182,11 +183,11 @@ def _multiply(
             p = gl.convert_layout(weight.to(dtype), P)
             acc = gl.zeros([TILE, K], gl.float32, ACC)
             own = position // BLOCK
-            bits = gl.zeros([TILE], gl.int32, ROW)
+            bits = gl.zeros([TILE], gl.int64, ROW)
             for slot_k in gl.static_range(TOP_K):
                 chosen = (units[slot_k] >= 0) & (units[slot_k] <= own)
                 # The ids of a row differ, so the sum of their bits is their set.
-                bits += gl.where(chosen, 1 << gl.where(chosen, units[slot_k], 0), 0)
+                bits += chosen.to(gl.int64) << gl.where(chosen, units[slot_k], 0).to(gl.int64)
             for step in range(1, count):
                 slot = (base + step) % STAGES
                 mbarrier.wait(full.index(slot), (base + step) // STAGES & 1)

@@ -2,8 +2,8 @@
 choose.
 
 A query at position p that attends to S = top_k * block_size keys costs p keys here and S keys key-major. But here there
-are no lists, no gathered rows and no partial results, which cost more than a second multiplication while p is below a
-few times S. At p < S both compute the same.
+are no lists, no gathered rows and no partial results, which cost more than to multiply twice as often. At p < S both
+compute the same.
 
 Legend: T queries, H query heads, G KV heads, K query/key head dim, V value head dim, U units.
 """
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from pithwood.ops.attend.forward_triton import _load_keys, _store_rows
 
-UNIT_BITS = 32
+UNIT_BITS = 64
 """Units that the set of a row can hold."""
 
 
@@ -33,7 +33,7 @@ def _early_kernel(
     """o and lse of ROWS queries of one head that stand in one of the first EARLY units of their document.
 
     One program streams the keys of the rows' own unit, causally, and then those of all units before it. fp32 softmax
-    and accumulators. A row takes part in a unit if its bit of a 32-bit set says so: an unchosen unit's scores are set
+    and accumulators. A row takes part in a unit if its bit of a 64-bit set says so: an unchosen unit's scores are set
     against a maximum of +inf, so that leaving it out costs nothing per score.
     """
     # Last tiles first: in a document they are the longest. Heads of one KV head run side by side, for its keys.
@@ -67,7 +67,7 @@ def _early_kernel(
     id_tile = tl.load(id_ptr, mask=real[:, None] & (slot < TOP_K)[None, :], other=-1)
     chosen = (id_tile >= 0) & (id_tile <= own)
     # The ids of a row differ, so the sum of their bits is their set.
-    bits = tl.sum(tl.where(chosen, 1 << tl.where(chosen, id_tile, 0), 0), 1)
+    bits = tl.sum(chosen.to(tl.int64) << tl.where(chosen, id_tile, 0).to(tl.int64), 1)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, V_PAD), tl.float32)

@@ -40,9 +40,9 @@ WORKSPACE_BYTES = 2**30
 WHOLE_LISTS = 2**30
 """A chunk that no list exceeds: its sums are formed in one order."""
 LOG2_E = 1.4426950408889634
-EARLY_SPANS = 2.5
-"""A query is early if it stands among the first EARLY_SPANS * top_k units of its document: then the forward sweeps over
-all keys before it. Later ones go key-major."""
+PAIR_KEYS = 220
+"""Keys that a query can sweep over in the time that a pair of a query and a unit costs key-major besides its products:
+for its place in a list, and for a partial result that is written and read. It says up to where queries are early."""
 EARLY_TILE = 128
 """Queries, and keys, of a tile of the Hopper kernel for early queries."""
 HOPPER_KEYS = 128
@@ -125,9 +125,12 @@ def early_hopper_tiles(dim: int) -> dict[str, int]:
     return {**shape, "LOAD_WARPS": workers, "WORKER_REGISTERS": 40, "num_warps": warps, "maxnreg": registers}
 
 
-def num_early(top_k: int, own: bool) -> int:
-    """Units of a document whose queries are early."""
-    return min(int(EARLY_SPANS * top_k), UNIT_BITS) if own and top_k > 1 else 0
+def num_early(block: int, top_k: int, own: bool) -> int:
+    """Units of a document whose queries are early: sweeping over all keys before them costs no more than going
+    key-major."""
+    if not own or top_k == 1:
+        return 0
+    return max(min(round((top_k * block + (top_k - 1) * PAIR_KEYS) / block), UNIT_BITS), 0)
 
 
 def num_slots(top_k: int, own: bool) -> int:
@@ -250,7 +253,7 @@ class _Call:
 
     @property
     def early(self) -> int:
-        return num_early(self.ids.shape[2], self.own)
+        return num_early(self.plan.block_size, self.ids.shape[2], self.own)
 
     @property
     def ratio(self) -> int:
