@@ -1,10 +1,11 @@
 """Block-sparse attention by Triton kernels: the schedule, and the custom ops that torch.compile treats as opaque.
 
-Forward: lists of queries per unit (`lists_triton.py`), partial results of every (query, unit) pair key-major, then the
-own unit and the merge query-major. Backward: the same lists, dK and dV key-major, dQ by fp32 row reductions, or, with
-deterministic=True, by parts that are summed in a fixed order. Heads are worked on in slices, so that what is gathered
-stays in the L2 cache and the workspace under WORKSPACE_BYTES. No size is read on the host: the ops can be captured in
-a CUDA graph.
+Forward: early queries, those near the start of their document, sweep over all keys before them (`early_triton.py`). For
+the others, lists of queries per unit (`lists_triton.py`), partial results of every (query, unit) pair key-major, then
+the own unit and the merge query-major. Backward: lists of all queries, dK and dV key-major, dQ by fp32 row reductions,
+or, with deterministic=True, by parts that are summed in a fixed order. Heads are worked on in slices, so that what is
+gathered stays in the L2 cache and the workspace under WORKSPACE_BYTES. No size is read on the host: the ops can be
+captured in a CUDA graph.
 
 Legend: T queries, H query heads, G KV heads, K query/key head dim, V value head dim, k ids per query.
 """
