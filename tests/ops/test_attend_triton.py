@@ -15,7 +15,16 @@ from tests.ops.attending import CROSS, SELF, check_attend, moba_selection
 from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS
 from tests.ops.reference import gradients, make_inputs, random_selection
 
+NONE_EARLY = -1000
+"""As PAIR_KEYS: all queries go key-major."""
+
 pytestmark = [pytest.mark.usefixtures("poison"), *KERNEL_MARKS]
+
+
+@pytest.fixture(autouse=True)
+def _few_early_queries(monkeypatch):
+    """Documents here are short: with the usual limit none would have queries that go key-major in the forward."""
+    monkeypatch.setattr(schedule, "PAIR_KEYS", 0)
 
 
 def _check(inputs, selection, **options):
@@ -76,6 +85,7 @@ def test_heads_worked_on_in_slices_give_the_same(monkeypatch, heads_at_once):
     inputs = make_inputs([70, 33], heads=4, kv_heads=2)
     selection = moba_selection(inputs, 16, 3)
     (q, k, v), packing, ids = _to_device(inputs, selection)
+    monkeypatch.setattr(schedule, "PAIR_KEYS", NONE_EARLY)
     whole = attend(q, k, v, packing, ids, impl="triton")
     monkeypatch.setattr(schedule, "WORKSPACE_BYTES", heads_at_once * 103 * 2 * (16 * 4 + 4))
     sliced = attend(q, k, v, packing, ids, impl="triton")
@@ -86,7 +96,9 @@ def test_heads_worked_on_in_slices_give_the_same(monkeypatch, heads_at_once):
         assert_close(a, b)
 
 
-def test_a_broken_promise_gives_nan_in_the_rows_that_break_it():
+@pytest.mark.parametrize("pair_keys", [NONE_EARLY, 16])
+def test_a_broken_promise_gives_nan_in_the_rows_that_break_it(monkeypatch, pair_keys):
+    monkeypatch.setattr(schedule, "PAIR_KEYS", pair_keys)
     inputs = make_inputs([64], heads=1)
     selection = moba_selection(inputs, 16, 2)
     selection.ids[40, 0] = torch.tensor([0, 1])
@@ -109,7 +121,7 @@ def test_the_ops_keep_the_rules_of_custom_ops():
     inputs = make_inputs([40, 10], heads=2)
     (q, k, v), packing, ids = _to_device(inputs, moba_selection(inputs, 16, 2))
     plan = block_plan(packing, 16, 50, own=True)
-    args = (q, k, v, ids.ids_per_head(packing, 2, 1), plan.units, plan.queries, True, True, 16, True, 0.25, True)
+    args = (q, k, v, ids.ids_per_head(packing, 2, 1), plan.units, plan.queries, True, True, 16, 3, True, 0.25, True)
     torch.library.opcheck(schedule.attend_blocks, args)
 
 

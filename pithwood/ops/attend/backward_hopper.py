@@ -28,17 +28,20 @@ def _rows_of_tile(
     tile, work, entry_P,
     RATIO: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, LINE: gl.constexpr,
 ):  # fmt: skip
-    """`t * RATIO + head` of a tile's rows, -1 where there is none: first the unit's own queries, then those listed."""
-    own_tiles, first_tile, start_q, low, high, list_start, last = work
+    """`t * RATIO + head` of a tile's rows, -1 where there is none: those listed from the last to the first, then the
+    unit's own queries. All units of a document have their last rows near its end: walking backwards together, they
+    find each other's rows in the L2 cache."""
+    list_tiles, own_tiles, first_tile, start_q, low, high, list_start, last = work
     lane = gl.arange(0, ROWS, layout=LINE)
-    own = tile < own_tiles
-    at_row = (first_tile + tile // RATIO) * ROWS + lane
+    own_tile = own_tiles - 1 - (tile - list_tiles)
+    at_row = (first_tile + own_tile // RATIO) * ROWS + lane
     t = start_q + at_row
-    row = (tile - own_tiles) * ROWS + lane
+    row = (list_tiles - 1 - tile) * ROWS + lane
     listed = (row < last) & (row >= 0)
     pair = gl.load(entry_P + list_start + row, mask=listed, other=-SLOTS)
-    own_row = gl.where((t >= low) & (t < high) & (at_row < BLOCK), t * RATIO + tile % RATIO, -1)
-    return gl.where(own, own_row, pair // SLOTS)
+    inside = (t >= low) & (t < high) & (at_row < BLOCK) & (own_tile >= 0)
+    own_row = gl.where(inside, t * RATIO + own_tile % RATIO, -1)
+    return gl.where(tile >= list_tiles, own_row, pair // SLOTS)
 
 
 @gluon.jit
@@ -168,22 +171,23 @@ def _multiply(
     RATIO: gl.constexpr, S: gl.constexpr, ACC: gl.constexpr, DQ: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """(dk, dv) [KEYS, K] fp32 of all tiles, without the scale."""
-    own_tiles, first_tile = work[0], work[1]
+    list_tiles, own_tiles, first_tile = work[0], work[1], work[2]
     ROWS: gl.constexpr = rings[0].shape[1]
     KEYS: gl.constexpr = k_tile.shape[0]
     K: gl.constexpr = k_tile.shape[1]
     at_key = part * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, S))
     dk = gl.zeros([KEYS, K], gl.float32, ACC)
     dv = gl.zeros([KEYS, K], gl.float32, ACC)
-    for tile in range(own_tiles):
-        first_row = (first_tile + tile // RATIO) * ROWS
-        dk, dv = _step(
-            tile, dk, dv, at_key, first_row, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2, True,
-            S, ACC, DQ, STAGES,
-        )  # fmt: skip
-    for tile in range(own_tiles, num_tiles):
+    for tile in range(list_tiles):
         dk, dv = _step(
             tile, dk, dv, at_key, 0, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2, False,
+            S, ACC, DQ, STAGES,
+        )  # fmt: skip
+    for tile in range(list_tiles, num_tiles):
+        own_tile = own_tiles - 1 - (tile - list_tiles)
+        first_row = (first_tile + own_tile // RATIO) * ROWS
+        dk, dv = _step(
+            tile, dk, dv, at_key, first_row, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2, True,
             S, ACC, DQ, STAGES,
         )  # fmt: skip
     return dk, dv
@@ -221,9 +225,10 @@ def _keys_hopper_kernel(
     # Queries before this part of the unit see none of its keys.
     first_tile = part * KEYS // ROWS
     own_tiles = gl.where(chunk == 0, (OWN_TILES - first_tile) * RATIO, 0)
-    num_tiles = own_tiles + (rows_left + ROWS - 1) // ROWS
+    list_tiles = (rows_left + ROWS - 1) // ROWS
+    num_tiles = list_tiles + own_tiles
     work = (
-        own_tiles, first_tile, gl.load(query_start_U + unit), gl.load(query_low_U + unit),
+        list_tiles, own_tiles, first_tile, gl.load(query_start_U + unit), gl.load(query_low_U + unit),
         gl.load(query_high_U + unit), gl.load(start_X + x) + first, rows_left,
     )  # fmt: skip
 

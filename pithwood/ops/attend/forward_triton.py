@@ -126,20 +126,21 @@ def _own_kernel(
     stride_it, stride_ih, num_queries, scale_log2,
     K: tl.constexpr, V: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr,
     RATIO: tl.constexpr, HEAD_RATIO: tl.constexpr, SLOTS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Causal attention of a tile of queries to their own unit, merged with their SLOTS partial results.
 
-    One program owns ROWS queries of one head and unit. A query whose ids lack its own unit gets NaN: the selection's
-    promise `own` is not kept.
+    One program owns ROWS queries of one head and unit; the first EARLY units of a document are `_early_kernel`'s. A
+    query whose ids lack its own unit gets NaN: the selection's promise `own` is not kept.
     """
     unit = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     head = tl.program_id(1)
     key_count = tl.load(key_count_U + unit)
     offset = tile * ROWS
-    if offset >= key_count:
+    own = tl.load(position_U + unit) // BLOCK
+    if (offset >= key_count) | (own < EARLY):
         return
     at_row = offset + tl.arange(0, ROWS)
     query = tl.load(query_start_U + unit) + at_row
@@ -172,7 +173,6 @@ def _own_kernel(
         acc = acc * shrink[:, None]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
         top = new_top
-    own = tl.load(position_U + unit) // BLOCK
     slot_k = tl.arange(0, TOP_K_PAD)
     id_ptr = ids + t[:, None] * stride_it + head.to(tl.int64) * stride_ih + slot_k[None, :]
     id_tile = tl.load(id_ptr, mask=real[:, None] & (slot_k < TOP_K)[None, :], other=-1)

@@ -7,6 +7,9 @@ counters, so the order inside a list may differ from call to call; the ordered f
 Legend: T queries, H query heads, G KV heads of the slice at hand, U units, X = G * U lists, P pairs of a (query, head)
 and one of its slots.
 An entry of a list is `(t * RATIO + r) * SLOTS + slot`, r the query head within its KV head.
+
+A list is cut into segments by the queries' position in their document. Inside a segment the order is free, segments
+ascend: programs that walk over the lists of one document in step find each other's rows in the L2 cache.
 """
 
 from __future__ import annotations
@@ -24,6 +27,31 @@ QUERIES = 128
 """Queries per program of the passes over ids."""
 LISTS = 256
 """Lists per program that writes work items."""
+SEGMENT_QUERIES = 256
+"""Queries of a document that one segment takes up, a unit at least."""
+LATE_SEGMENTS = 16
+"""Segments of the queries that are not early; those of long documents crowd the last one."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How lists are cut by the queries' own unit."""
+
+    span: int
+    """Units of a segment."""
+    early: int
+    """Queries with an own unit below this are early: they have segments apart from the others."""
+    num_early: int
+    total: int
+    """A list has so many."""
+
+    @staticmethod
+    def of(block_size: int, early: int, own: bool) -> Segments:
+        if not own:
+            return Segments(1, 0, 0, 1)
+        span = max(SEGMENT_QUERIES // block_size, 1)
+        num_early = triton.cdiv(early, span)
+        return Segments(span, early, num_early, num_early + LATE_SEGMENTS)
 
 
 @dataclass(frozen=True)
@@ -39,12 +67,19 @@ class Lists:
 
 
 @triton.jit
+def _segment(own, span, early, num_early, total):
+    """The segment of queries with these own units."""
+    late = num_early + (own - early) // span
+    return tl.minimum(tl.where(own < early, own // span, late), total - 1)
+
+
+@triton.jit
 def _count_kernel(
-    ids, rank, count_X, first_unit_T, limit_T,
-    num_queries, stride_t, stride_h, num_units, rows_per_group,
+    ids, rank, count_XS, first_unit_T, limit_T,
+    num_queries, stride_t, stride_h, num_units, rows_per_group, span, early, num_early, total,
     RATIO: tl.constexpr, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Rank of every pair in its list; counters end at the lists' lengths. One program: QUERIES queries of one head."""
+    """Rank of every pair in its segment; counters end at the segments' lengths. One program: QUERIES rows of a head."""
     # Neighbouring programs count different heads: fewer meet at one counter.
     head = tl.program_id(0)
     t = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
@@ -58,15 +93,16 @@ def _count_kernel(
     seen = inside & (unit >= 0) & (unit < limit[:, None])
     group = head // RATIO
     x = group.to(tl.int64) * num_units + first[:, None] + unit
-    place = tl.atomic_add(count_X + x, 1, mask=seen, sem="relaxed")
+    segment = _segment(limit, span, early, num_early, total)
+    place = tl.atomic_add(count_XS + x * total + segment[:, None], 1, mask=seen, sem="relaxed")
     pair = (t[:, None] * RATIO + head % RATIO) * SLOTS + slot[None, :]
     tl.store(rank + group.to(tl.int64) * rows_per_group + pair, tl.where(seen, place, -1), mask=inside)
 
 
 @triton.jit
 def _scatter_kernel(
-    ids, rank, start_X, entry_P, first_unit_T,
-    num_queries, stride_t, stride_h, num_units, rows_per_group,
+    ids, rank, start_XS, entry_P, first_unit_T, limit_T,
+    num_queries, stride_t, stride_h, num_units, rows_per_group, span, early, num_early, total,
     RATIO: tl.constexpr, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Write every pair to its place in its list."""
@@ -76,6 +112,7 @@ def _scatter_kernel(
     slot = tl.arange(0, SLOTS_PAD)
     real = t < num_queries
     first = tl.load(first_unit_T + t, mask=real, other=0)
+    limit = tl.load(limit_T + t, mask=real, other=0)
     inside = real[:, None] & (slot < SLOTS)[None, :]
     at = t.to(tl.int64)[:, None] * stride_t + head * stride_h + slot[None, :]
     unit = tl.load(ids + at, mask=inside, other=-1)
@@ -83,7 +120,9 @@ def _scatter_kernel(
     pair = (t[:, None] * RATIO + head % RATIO) * SLOTS + slot[None, :]
     place = tl.load(rank + group.to(tl.int64) * rows_per_group + pair, mask=inside, other=-1)
     seen = place >= 0
-    start = tl.load(start_X + group.to(tl.int64) * num_units + first[:, None] + unit, mask=seen, other=0)
+    x = group.to(tl.int64) * num_units + first[:, None] + unit
+    segment = _segment(limit, span, early, num_early, total)
+    start = tl.load(start_XS + x * total + segment[:, None], mask=seen, other=0)
     tl.store(entry_P + start + place, pair, mask=seen)
 
 
@@ -136,8 +175,11 @@ def empty_lists(ids_THk: Tensor, plan: BlockPlan, num_groups: int, slots: int) -
     return Lists(entry_P, start_X, torch.zeros(num_lists, dtype=torch.int32, device=device))
 
 
-def build_lists(ids_THk: Tensor, plan: BlockPlan, num_groups: int, slots: int, ordered: bool) -> Lists:
-    """Lists of the heads in ids [T, H, k] (a slice of heads is fine), which belong to num_groups KV heads.
+def build_lists(
+    ids_THk: Tensor, plan: BlockPlan, num_groups: int, slots: int, segments: Segments, ordered: bool
+) -> tuple[Lists, Lists]:
+    """Lists of the heads in ids [T, H, k] (a slice of heads is fine), which belong to num_groups KV heads; and those
+    parts of them that belong to queries that are not early.
 
     slots     leading ids of each row that can be past units: k, or k - 1 if the own unit is among them
     ordered   entries ascend in every list, whatever ran when; slower
@@ -152,23 +194,34 @@ def build_lists(ids_THk: Tensor, plan: BlockPlan, num_groups: int, slots: int, o
             "use fewer tokens per call or a smaller top_k"
         )
     device = ids_THk.device
-    count_X = torch.zeros(num_lists, dtype=torch.int32, device=device)
+    count_XS = torch.zeros(num_lists, segments.total, dtype=torch.int32, device=device)
     rank = torch.empty(bound, dtype=torch.int32, device=device)
     entry_P = torch.empty(bound, dtype=torch.int32, device=device)
     grid = (heads, triton.cdiv(num_queries, QUERIES))
     slots_pad = triton.next_power_of_2(slots)
-    sizes = (num_queries, ids_THk.stride(0), ids_THk.stride(1), plan.num_units, rows_per_group)
+    sizes = (
+        num_queries, ids_THk.stride(0), ids_THk.stride(1), plan.num_units, rows_per_group, segments.span,
+        segments.early, segments.num_early, segments.total,
+    )  # fmt: skip
     shape = {"RATIO": ratio, "SLOTS": slots, "SLOTS_PAD": slots_pad, "QUERIES": QUERIES}
-    _count_kernel[grid](ids_THk, rank, count_X, plan.first_unit_T, plan.limit_T, *sizes, **shape)
-    start_X = count_X.cumsum(0) - count_X
+    _count_kernel[grid](ids_THk, rank, count_XS, plan.first_unit_T, plan.limit_T, *sizes, **shape)
+    start_XS = (count_XS.view(-1).cumsum(0) - count_XS.view(-1)).view_as(count_XS)
     if ordered:
-        _sort_ranks(ids_THk, rank, start_X, plan, num_groups, slots)
-    _scatter_kernel[grid](ids_THk, rank, start_X, entry_P, plan.first_unit_T, *sizes, **shape)
-    return Lists(entry_P, start_X, count_X)
+        _sort_ranks(ids_THk, rank, start_XS[:, 0], plan, num_groups, slots)
+        # Ranks are those in the whole list, whose order is that of the segments.
+        start_of_rank = start_XS[:, :1].expand_as(start_XS).contiguous()
+    else:
+        start_of_rank = start_XS
+    _scatter_kernel[grid](ids_THk, rank, start_of_rank, entry_P, plan.first_unit_T, plan.limit_T, *sizes, **shape)
+    whole = Lists(entry_P, start_XS[:, 0].contiguous(), count_XS.sum(1, dtype=torch.int32))
+    if segments.num_early == 0:
+        return whole, whole
+    late_X = count_XS[:, segments.num_early :].sum(1, dtype=torch.int32)
+    return whole, Lists(entry_P, start_XS[:, segments.num_early].contiguous(), late_X)
 
 
 def _sort_ranks(ids_THk: Tensor, rank: Tensor, start_X: Tensor, plan: BlockPlan, num_groups: int, slots: int) -> None:
-    """Replace ranks given by atomic counters by those of the entries' own order."""
+    """Replace ranks in segments, given by atomic counters, by those of the entries' own order in the whole list."""
     num_queries, heads, _ = ids_THk.shape
     ratio = heads // num_groups
     list_of_pair = plan.first_unit_T.long()[:, None, None] + ids_THk[..., :slots]

@@ -1,10 +1,11 @@
 """Block-sparse attention by Triton kernels: the schedule, and the custom ops that torch.compile treats as opaque.
 
-Forward: lists of queries per unit (`lists_triton.py`), partial results of every (query, unit) pair key-major, then the
-own unit and the merge query-major. Backward: the same lists, dK and dV key-major, dQ by fp32 row reductions, or, with
-deterministic=True, by parts that are summed in a fixed order. Heads are worked on in slices, so that what is gathered
-stays in the L2 cache and the workspace under WORKSPACE_BYTES. No size is read on the host: the ops can be captured in
-a CUDA graph.
+Forward: early queries, those near the start of their document, sweep over all keys before them (`early_triton.py`). For
+the others, lists of queries per unit (`lists_triton.py`), partial results of every (query, unit) pair key-major, then
+the own unit and the merge query-major. Backward: lists of all queries, dK and dV key-major, dQ by fp32 row reductions,
+or, with deterministic=True, by parts that are summed in a fixed order. Heads are worked on in slices, so that what is
+gathered stays in the L2 cache and the workspace under WORKSPACE_BYTES. No size is read on the host: the ops can be
+captured in a CUDA graph.
 
 Legend: T queries, H query heads, G KV heads, K query/key head dim, V value head dim, k ids per query.
 """
@@ -28,10 +29,12 @@ from pithwood.ops.attend.backward_triton import (
     _rows_dq_kernel,
     _sum_dq_kernel,
 )
+from pithwood.ops.attend.early_hopper import _early_hopper_kernel
+from pithwood.ops.attend.early_triton import UNIT_BITS, _early_kernel
 from pithwood.ops.attend.forward_hopper import _rows_hopper_kernel, hopper_forward_tiles
 from pithwood.ops.attend.forward_hopper_parts import _parts_hopper_kernel, hopper_parts_tiles
 from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
-from pithwood.ops.attend.lists_triton import Lists, build_items, build_lists, empty_lists
+from pithwood.ops.attend.lists_triton import Lists, Segments, build_items, build_lists, empty_lists
 from pithwood.ops.attend.plan import BlockPlan, block_plan
 from pithwood.ops.packing import Packing, Selection
 
@@ -40,6 +43,11 @@ WORKSPACE_BYTES = 2**30
 WHOLE_LISTS = 2**30
 """A chunk that no list exceeds: its sums are formed in one order."""
 LOG2_E = 1.4426950408889634
+PAIR_KEYS = 220
+"""Keys that a query can sweep over in the time that a pair of a query and a unit costs key-major besides its products:
+for its place in a list, and for a partial result that is written and read. It says up to where queries are early."""
+EARLY_TILE = 128
+"""Queries, and keys, of a tile of the Hopper kernel for early queries."""
 HOPPER_KEYS = 128
 """Keys per program of the Hopper backward kernel; smaller blocks go to the other kernel."""
 
@@ -69,6 +77,16 @@ def own_tiles(block: int, dim: int, element_size: int) -> Tiles:
     if element_size == 4:
         return Tiles(_tile(block, 32), _tile(block, 32), 4, 1)
     return Tiles(_tile(block, 64), _tile(block, 64), 4, 3)
+
+
+def early_tiles(block: int, dim: int, element_size: int) -> Tiles:
+    """Of the forward kernel for early queries."""
+    if element_size == 4:
+        return Tiles(_tile(block, 32), _tile(block, 32), 4, 1)
+    if dim > 128:
+        return Tiles(_tile(block, 64), _tile(block, 64), 4, 2)
+    rows = _tile(block, 128)
+    return Tiles(rows, _tile(block, 128), 8 if rows == 128 else 4, 2)
 
 
 def backward_tiles(block: int, dim: int, element_size: int) -> Tiles:
@@ -102,6 +120,22 @@ def hopper_tiles(dim: int) -> dict[str, int]:
     return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 80, "num_warps": warps, "maxnreg": registers}
 
 
+def early_hopper_tiles(dim: int) -> dict[str, int]:
+    """Tile shape and launch options of the Hopper kernel for early queries. Registers as in `hopper_tiles`."""
+    warps, workers = 8, 4
+    registers = 65536 // (32 * (warps + workers)) // 8 * 8
+    shape = {"TILE": EARLY_TILE, "STAGES": 2 if dim > 64 else 4, "PIECE": 64}
+    return {**shape, "LOAD_WARPS": workers, "WORKER_REGISTERS": 40, "num_warps": warps, "maxnreg": registers}
+
+
+def num_early(block: int, top_k: int, own: bool) -> int:
+    """Units of a document whose queries are early: sweeping over all keys before them costs no more than going
+    key-major."""
+    if not own or top_k == 1:
+        return 0
+    return max(min(round((top_k * block + (top_k - 1) * PAIR_KEYS) / block), UNIT_BITS), 0)
+
+
 def num_slots(top_k: int, own: bool) -> int:
     """Leading ids of a query that can be past units: ids ascend, so with an own unit never the last."""
     return max(top_k - (1 if own else 0), 1)
@@ -132,7 +166,7 @@ def attend_triton(
     plan = block_plan(packing, selection.unit, k_TGK.shape[0], own)
     o, lse, *_ = attend_blocks(
         q_THK, k_TGK, v_TGV, ids_THk.to(torch.int32), plan.units, plan.queries, packing.causal, packing.self_attention,
-        selection.unit, own, scale, deterministic,
+        selection.unit, triton.cdiv(packing.max_k, selection.unit), own, scale, deterministic,
     )  # fmt: skip
     return o, lse
 
@@ -140,16 +174,16 @@ def attend_triton(
 @torch.library.custom_op("pithwood::attend_blocks", mutates_args=())
 def attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, ids: Tensor, units: Tensor, queries: Tensor, causal: bool, self_attention: bool,
-    unit: int, own: bool, scale: float, deterministic: bool,
+    unit: int, most_units: int, own: bool, scale: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Forward of `attend_triton` on plain arguments: o, lse and, for the backward, entries, starts, counts of lists."""
-    call = _Call.of(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale)
+    call = _Call.of(q, k, v, ids, units, queries, causal, self_attention, unit, most_units, own, scale)
     o, lse, lists = call.forward(deterministic)
     return o, lse, lists.entry_P, lists.start_X, lists.count_X
 
 
 @attend_blocks.register_fake
-def _(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale, deterministic):
+def _(q, k, v, ids, units, queries, causal, self_attention, unit, most_units, own, scale, deterministic):
     num_queries, heads, _ = q.shape
     num_lists = k.shape[1] * units.shape[1]
     slots = num_slots(ids.shape[2], own)
@@ -166,17 +200,17 @@ def _(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale, de
 def attend_blocks_backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, entry_P: Tensor,
     start_X: Tensor, count_X: Tensor, ids: Tensor, units: Tensor, queries: Tensor, causal: bool, self_attention: bool,
-    unit: int, own: bool, scale: float, deterministic: bool,
+    unit: int, most_units: int, own: bool, scale: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) of `attend_blocks`, from what it returned and the same ids."""
-    call = _Call.of(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale)
+    call = _Call.of(q, k, v, ids, units, queries, causal, self_attention, unit, most_units, own, scale)
     return call.backward(do, dlse, o, lse, Lists(entry_P, start_X, count_X), deterministic)
 
 
 @attend_blocks_backward.register_fake
 def _(
-    do, dlse, q, k, v, o, lse, entry_P, start_X, count_X, ids, units, queries, causal, self_attention, unit, own, scale,
-    deterministic,
+    do, dlse, q, k, v, o, lse, entry_P, start_X, count_X, ids, units, queries, causal, self_attention, unit,
+    most_units, own, scale, deterministic,
 ):  # fmt: skip
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
@@ -191,10 +225,10 @@ def _save(ctx, inputs, output):
 def _backward(ctx, do, dlse, *_):
     q, k, v, o, lse, *lists_and_ids = ctx.saved_tensors
     if do is None and dlse is None:
-        return (None,) * 12
+        return (None,) * 13
     do = torch.zeros_like(o) if do is None else do
     dq, dk, dv = attend_blocks_backward(do, dlse, q, k, v, o, lse, *lists_and_ids, *ctx.rest)
-    return dq, dk, dv, *(None,) * 9
+    return dq, dk, dv, *(None,) * 10
 
 
 attend_blocks.register_autograd(_backward, setup_context=_save)
@@ -211,17 +245,23 @@ class _Call:
     plan: BlockPlan
     causal: bool
     self_attention: bool
+    most_units: int
+    """No document has more."""
     own: bool
     scale: float
 
     @staticmethod
-    def of(q, k, v, ids, units, queries, causal, self_attention, unit, own, scale) -> _Call:
+    def of(q, k, v, ids, units, queries, causal, self_attention, unit, most_units, own, scale) -> _Call:
         q, k, v, ids = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, ids))
-        return _Call(q, k, v, ids, BlockPlan(unit, units, queries), causal, self_attention, own, scale)
+        return _Call(q, k, v, ids, BlockPlan(unit, units, queries), causal, self_attention, most_units, own, scale)
 
     @property
     def slots(self) -> int:
         return num_slots(self.ids.shape[2], self.own)
+
+    @property
+    def early(self) -> int:
+        return num_early(self.plan.block_size, self.ids.shape[2], self.own)
 
     @property
     def ratio(self) -> int:
@@ -285,6 +325,11 @@ class _Call:
         fits = self.on_hopper() and (64 <= block <= HOPPER_KEYS or block % HOPPER_KEYS == 0) and self.scale > 0
         return fits and all(_aligned(x) for x in (self.q, self.k, self.v))
 
+    def sweeps_on_hopper(self) -> bool:
+        """Whether early queries have a kernel of their own on this GPU, which copies 16 bytes at a time."""
+        aligned = all(_aligned(x) for x in (self.q, self.k, self.v))
+        return self.fits_hopper() and aligned and self.plan.block_size % EARLY_TILE == 0 and self.scale > 0
+
     # ---- forward
 
     def forward(self, ordered: bool) -> tuple[Tensor, Tensor, Lists]:
@@ -296,15 +341,51 @@ class _Call:
         num_groups = self.k.shape[1]
         if num_queries == 0 or self.k.shape[0] == 0:
             return o.zero_(), lse.fill_(float("-inf")), empty_lists(self.ids, self.plan, num_groups, self.slots)
-        lists = build_lists(self.ids, self.plan, num_groups, self.slots, ordered)
+        segments = Segments.of(self.plan.block_size, self.early, self.own)
+        lists, late_lists = build_lists(self.ids, self.plan, num_groups, self.slots, segments, ordered)
         if self.own and not self.self_attention:
             # Queries before their document's first key belong to no unit.
             o.zero_()
             lse.fill_(float("-inf"))
-        per_head = num_queries * self.slots * (v.shape[2] * q.element_size() + 4)
-        for hs, gs in self.head_slices(per_head):
-            self._forward_slice(hs, gs, o, lse, self.lists_of(lists, gs))
+        if self.early:
+            self._sweep(o, lse)
+        if self.most_units > self.early:
+            per_head = num_queries * self.slots * (v.shape[2] * q.element_size() + 4)
+            for hs, gs in self.head_slices(per_head):
+                self._forward_slice(hs, gs, o, lse, self.lists_of(late_lists, gs))
         return o, lse, lists
+
+    def _sweep(self, o: Tensor, lse: Tensor) -> None:
+        """Write the rows of early queries."""
+        q, k, v, ids, plan = self.q, self.k, self.v, self.ids, self.plan
+        heads, block = q.shape[1], plan.block_size
+        strides = (
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), o.stride(0), o.stride(1),
+            lse.stride(0), ids.stride(0), ids.stride(1),
+        )  # fmt: skip
+        tables = (
+            plan.key_start_U, plan.key_count_U, plan.position_U, plan.query_start_U, plan.query_low_U,
+            plan.query_high_U,
+        )  # fmt: skip
+        scale = self.scale * LOG2_E
+        shape: dict[str, object] = {"HEAD_RATIO": self.ratio, "TOP_K": ids.shape[2], "EARLY": self.early}
+        if self.sweeps_on_hopper():
+            num_tiles = plan.num_units * (block // EARLY_TILE)
+            programs = min(num_tiles * heads, torch.cuda.get_device_properties(q.device).multi_processor_count)
+            _early_hopper_kernel[(programs,)](
+                q, k, v, o, lse, ids, *tables, *strides, num_tiles, heads, scale, K=q.shape[2], BLOCK=block, **shape,
+                **early_hopper_tiles(q.shape[2]),
+            )  # fmt: skip
+            return
+        tiles, _ = self.tiles(early_tiles)
+        tiles_per_unit, parts = (triton.cdiv(block, n) for n in (tiles.rows, tiles.keys))
+        num_tiles = plan.num_units * tiles_per_unit
+        shape |= {name: value for name, value in self.constants(1).items() if name not in ("RATIO", "SLOTS")}
+        _early_kernel[(num_tiles * heads,)](
+            q, k, v, o, lse, ids, *tables, *strides, num_tiles, heads, scale, **shape,
+            TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), BLOCK=block, ROWS=tiles.rows, KEYS=tiles.keys,
+            TILES=tiles_per_unit, PARTS=parts, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
 
     def _forward_slice(self, hs: slice, gs: slice, o: Tensor, lse: Tensor, lists: Lists) -> None:
         q, k, v, ids, plan = self.q[:, hs], self.k[:, gs], self.v[:, gs], self.ids[:, hs], self.plan
@@ -346,9 +427,9 @@ class _Call:
             _own_kernel[(plan.num_units * tiles_per_unit, heads)](
                 q, k, v, o, lse, partial_o, partial_lse, ids, plan.key_start_U, plan.key_count_U, plan.position_U,
                 plan.query_start_U, plan.query_low_U, plan.query_high_U, *strides, *out, self.scale * LOG2_E, **shape,
-                TOP_K=ids.shape[2], TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), BLOCK=plan.block_size,
-                ROWS=tiles.rows, KEYS=tiles.keys, TILES=tiles_per_unit, STAGES=tiles.stages, num_warps=tiles.warps,
-                num_stages=1,
+                TOP_K=ids.shape[2], TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), EARLY=self.early,
+                BLOCK=plan.block_size, ROWS=tiles.rows, KEYS=tiles.keys, TILES=tiles_per_unit, STAGES=tiles.stages,
+                num_warps=tiles.warps, num_stages=1,
             )  # fmt: skip
         else:
             rows = 32
