@@ -43,6 +43,7 @@ def test_every_answer_is_a_setting_of_a_run(path: str):
         ("warmup_ratio", "optim.schedule.warmup_fraction"),
         ("per_device_train_batch_size", "samples_per_micro_batch"),
         ("logging_steps", "log_every"),
+        ("gradient_checkpointing", "recompute"),
         # nanoGPT
         ("batch_size", "samples_per_step"),
         ("n_embd", "model.model_dim"),
