@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ from pithwood.moe.experts import DenseMLP
 from pithwood.moe.layer import MoELayer
 from pithwood.ops.embed import embed
 from pithwood.ops.linear import linear
-from pithwood.ops.linear_logprob import CHUNK_BYTES, KEEP_BYTES, linear_logprob
-from pithwood.ops.linear_nll import linear_nll
+from pithwood.ops.linear_logprob import linear_logprob
+from pithwood.ops.linear_nll import linear_nll, workspace_bytes
 from pithwood.ops.packing import Packing
 from pithwood.ops.permute import RowPlan
 from pithwood.ops.rms_norm import add_rms_norm, rms_norm
@@ -149,12 +149,15 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-    def of_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(x + y, its norm)."""
-        return add_rms_norm(x, y, self.weight, self.eps)
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, add: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with something to add, (x + add, the norm of that)."""
+        if add is None:
+            return rms_norm(x, self.weight, self.eps)
+        return add_rms_norm(x, add, self.weight, self.eps)
 
 
 class Block(nn.Module):
@@ -175,7 +178,7 @@ class Block(nn.Module):
 
     def attend_and_route(self, x_TD: Tensor, ctx: LayerContext) -> Routed:
         out = self.self_attn(self.input_layernorm(x_TD), ctx)
-        residual_TD, ffn_in_TD = self.post_attention_layernorm.of_sum(x_TD, out.y_TD)
+        residual_TD, ffn_in_TD = self.post_attention_layernorm(x_TD, out.y_TD)
         carry = {**ctx.carry, **out.carry}
         if isinstance(self.mlp, DenseMLP):
             return Routed(residual_TD, ffn_in_TD, None, None, carry)
@@ -373,7 +376,7 @@ class Qwen3MoE(nn.Module):
         return {"total": total, "active": total - idle, "embedding": embedding}
 
     def cost(self, packing: Packing, element_size: int = 4) -> Cost:
-        """Cost of one forward over a packing with offsets on the CPU, log-probabilities of all tokens included.
+        """Cost of one forward over a packing with offsets on the CPU, the loss of all tokens (`nll_sum`) included.
 
         Its bytes are those that `activations` leaves on the device: a recomputed block keeps its input and decisions,
         and the largest of them, whole for its backward pass, counts as workspace.
@@ -382,16 +385,13 @@ class Qwen3MoE(nn.Module):
         """
         tokens, dim = packing.num_queries, self.cfg.model_dim
         row = float(tokens * dim * element_size)
-        head, logits = 2.0 * tokens * dim * self.cfg.vocab_size, 4.0 * tokens * self.cfg.vocab_size
-        # fp32 cos and sin for all layers, the final norm's input and the head's; all logits are kept or none, and a
-        # chunk of them lives with its gradient
-        kept = logits if logits <= KEEP_BYTES else 0.0
-        cost = Cost(
-            head,
-            head,
-            saved_bytes=8.0 * tokens * self.cfg.head_dim + 2 * row + kept,
-            workspace_bytes=2 * min(logits, CHUNK_BYTES),
-        )
+        flops = 2.0 * tokens * dim * self.cfg.vocab_size
+        # half precision is what GPUs train in; the model may not be on its device yet
+        device = torch.device("cuda" if element_size == 2 else "cpu")
+        head_saved, logits = workspace_bytes(tokens, self.cfg.vocab_size, dim, element_size, device)
+        # fp32 cos and sin for all layers, the final norm's input
+        saved = 8.0 * tokens * self.cfg.head_dim + row + head_saved
+        cost = Cost(flops, flops, saved_bytes=saved, workspace_bytes=float(logits))
         # layers of one kind cost the same, and a long packing takes milliseconds to price
         known: dict[tuple[MixerConfig, bool], BlockCost] = {}
         blocks = []

@@ -52,13 +52,15 @@ def cheaply_recomputed(
     """`block(x_TD, ctx)`, in whose graph the outputs of `cheap` modules are not kept but computed again from their
     inputs, which are.
 
-    cheap   submodules of one tensor to one, such as norms; whoever saves their output gets it anew, once for all
+    cheap   submodules of one tensor to one, such as norms; whoever saves their output gets it anew, once for all. One
+            that first adds another returns (sum, output): the output is computed again from the sum
     """
     made: dict[tuple[int, torch.Size, torch.dtype], tuple[Tensor, _Again]] = {}
 
-    def note(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+    def note(module: nn.Module, args: tuple[Tensor, ...], result: Tensor | tuple[Tensor, Tensor]) -> None:
+        x, out = result if isinstance(result, tuple) else (args[0], result)
         # the output is held until the block is done, so that no other tensor can take its address
-        made[out.data_ptr(), out.shape, out.dtype] = out, _Again(module, args[0].detach())
+        made[out.data_ptr(), out.shape, out.dtype] = out, _Again(module, x.detach())
 
     def pack(tensor: Tensor) -> Tensor | _Again:
         found = made.get((tensor.data_ptr(), tensor.shape, tensor.dtype)) if tensor.is_contiguous() else None
