@@ -48,6 +48,26 @@ def test_it_is_the_product_of_each_groups_rows(case: str, dtype: torch.dtype, ad
         assert_close(out[e], want, 1e-5)
 
 
+@pytest.mark.parametrize("impl", [pytest.param("triton", marks=KERNEL_MARKS)])
+@pytest.mark.parametrize("bulk", [False, True])
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("case", ["mixed", "one_takes_all", "whole_chunks", "nothing_but_tail"])
+def test_both_ways_to_load_agree(case: str, add: bool, bulk: bool, impl: str) -> None:
+    from pithwood.ops.grouped_mm.weight_triton import PLAIN, launch
+
+    sizes, behind, width_x, width_d = CASES[case]
+    used = sum(sizes)
+    grad_RX = torch.randn(used + behind, width_x, device=DEVICE).half()
+    rows_RD = torch.randn(used + behind, width_d, device=DEVICE).half()
+    grad_RX[used:], rows_RD[used:] = float("nan"), float("inf")
+    offsets = torch.tensor([0, *sizes], device=DEVICE).cumsum(0).to(torch.int32)
+    out = torch.randn(len(sizes), width_x, width_d, device=DEVICE)
+    want = grouped_grad_weight(grad_RX, rows_RD, offsets, out.clone(), add=add, impl="ref")
+    launch(grad_RX, rows_RD, offsets, out, add, PLAIN._replace(bulk=bulk))
+    assert_close(out, want, 1e-5)
+    assert impl == "triton"
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_groups_nan_stays_its_own(impl: str) -> None:
     grad_RX, rows_RD = torch.randn(20, 8, device=DEVICE), torch.randn(20, 8, device=DEVICE)
