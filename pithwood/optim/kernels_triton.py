@@ -20,10 +20,16 @@ MOMENTUM_ROUNDS = 4
 WARPS = 4
 
 
+def norm_parts(size: int) -> int:
+    """Programs of the momentum kernel for a matrix of so many elements, each of which adds up a part of its norm."""
+    return triton.cdiv(size, BLOCK * MOMENTUM_ROUNDS)
+
+
 def momentum_pass(
     grad_MRC: Tensor,
     momentum_MRC: Tensor,
     update_MRC: Tensor,
+    squares_MP: Tensor,
     *,
     momentum: float,
     nesterov: bool,
@@ -31,23 +37,23 @@ def momentum_pass(
     ok: Tensor,
     key: RoundingKey,
     first: int,
-) -> Tensor:
+) -> None:
     """Draw the momentum towards the gradient in place where `ok`, write what is to be orthogonalised to `update_MRC`.
 
     grad_MRC      [M, R, C] fp32, contiguous, as are the others
     momentum_MRC  fp32, or bf16 that is rounded by chance: `key` and `first`, the parameter's element that is this one's
                   first, decide
     update_MRC    of any float dtype
-    returns       [M] fp32 squared norms of the update as written, added up in the same order every time
+    squares_MP    [M, norm_parts(R * C)] fp32: gets the squared norms of the update as written, each in parts
     """
     num, size = grad_MRC.shape[0], grad_MRC.shape[1] * grad_MRC.shape[2]
-    parts = triton.cdiv(size, BLOCK * MOMENTUM_ROUNDS)
-    partial = torch.empty(num, parts, dtype=torch.float32, device=grad_MRC.device)
+    parts = norm_parts(size)
+    assert squares_MP.shape == (num, parts)
     _momentum[(num * parts,)](
         grad_MRC,
         momentum_MRC,
         update_MRC,
-        partial,
+        squares_MP,
         grad_scale,
         ok,
         size,
@@ -61,7 +67,6 @@ def momentum_pass(
         ROUNDS=MOMENTUM_ROUNDS,
         num_warps=WARPS,
     )
-    return partial.sum(1)
 
 
 @triton.jit(do_not_specialize=["first", "key0", "key1"])
@@ -69,7 +74,7 @@ def _momentum(
     grad_ptr,
     momentum_ptr,
     update_ptr,
-    partial_ptr,
+    squares_ptr,
     scale_ptr,
     ok_ptr,
     size,
@@ -105,7 +110,7 @@ def _momentum(
         tl.store(momentum_ptr + base + at, kept, mask=real & ok)
         rounded = update.to(tl.float32)
         total += tl.where(real, rounded * rounded, 0.0)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0))
+    tl.store(squares_ptr + tl.program_id(0), tl.sum(total, 0))
 
 
 def weights_pass(

@@ -260,16 +260,19 @@ def _fused_chunk(
     grad_scale: Tensor,
     ok: Tensor,
 ) -> None:
-    from pithwood.optim.kernels_triton import momentum_pass, weights_pass
+    from pithwood.optim.kernels_triton import momentum_pass, norm_parts, weights_pass
 
     _, rows, cols = chunk[0].param.shape
     stops = list(itertools.accumulate(item.param.shape[0] for item in chunk))
+    places = [slice(stop - item.param.shape[0], stop) for item, stop in zip(chunk, stops, strict=True)]
     update_MRC = chunk[0].param.new_empty(stops[-1], rows, cols, dtype=ns_dtype)
-    squares = [
+    squares_MP = chunk[0].param.new_empty(stops[-1], norm_parts(rows * cols))
+    for item, held_MRC, place in zip(chunk, momenta, places, strict=True):
         momentum_pass(
             item.grad.contiguous(),
             held_MRC,
-            update_MRC[stop - item.param.shape[0] : stop],
+            update_MRC[place],
+            squares_MP[place],
             momentum=momentum,
             nesterov=nesterov,
             grad_scale=grad_scale,
@@ -277,14 +280,12 @@ def _fused_chunk(
             key=item.key,
             first=item.first,
         )
-        for item, held_MRC, stop in zip(chunk, momenta, stops, strict=True)
-    ]
-    inverse_M = torch.cat(squares).sqrt_().clamp_(min=NORM_EPS).reciprocal_()
+    inverse_M = squares_MP.sum(1).sqrt_().clamp_(min=NORM_EPS).reciprocal_()
     ortho_MRC = orthogonalize_scaled(update_MRC, inverse_M, ns_steps)
-    for item, stop in zip(chunk, stops, strict=True):
+    for item, place in zip(chunk, places, strict=True):
         weights_pass(
             item.param,
-            ortho_MRC[stop - item.param.shape[0] : stop],
+            ortho_MRC[place],
             item.copy,
             decay=1.0 - item.lr * item.weight_decay,
             step_size=item.lr * update_scale(rows, cols),

@@ -9,7 +9,7 @@ import torch
 
 from pithwood.optim import kernels_triton
 from pithwood.optim.adamw import AdamWSlice, adamw_update
-from pithwood.optim.kernels_triton import momentum_pass
+from pithwood.optim.kernels_triton import momentum_pass, norm_parts
 from pithwood.optim.muon import MuonSlice, muon_update
 from pithwood.optim.rounding import random_bits, round_to_bf16, rounding_key
 from tests.numerics import assert_close
@@ -75,8 +75,11 @@ def test_a_muon_step_is_that_of_the_plain_path(shape, nesterov):
 def test_the_norms_are_those_of_the_update_as_written():
     item, update = muon_slice((3, 40, 30)), torch.empty(3, 40, 30, dtype=torch.float16, device=DEVICE)
     tensors = {"grad_scale": torch.tensor(0.5, device=DEVICE), "ok": torch.tensor(True, device=DEVICE)}
-    squares = momentum_pass(item.grad, item.momentum, update, momentum=0.9, nesterov=False, key=KEY, first=0, **tensors)
-    assert_close(squares, update.double().square().sum((1, 2)), tol=1e-6)
+    squares_MP = torch.empty(3, norm_parts(40 * 30), device=DEVICE)
+    settings = {"momentum": 0.9, "nesterov": False, "key": KEY, "first": 0}
+    momentum_pass(item.grad, item.momentum, update, squares_MP, **settings, **tensors)
+    assert squares_MP.shape[1] > 1
+    assert_close(squares_MP.sum(1), update.double().square().sum((1, 2)), tol=1e-6)
     assert_close(update, item.momentum, tol=1e-3)
 
 
@@ -127,7 +130,9 @@ def test_kernels_round_by_the_same_chances(first):
     item, update = muon_slice((2, 24, 40), torch.bfloat16), torch.empty(2, 24, 40, device=DEVICE)
     old = item.momentum.float()
     tensors = {"grad_scale": torch.tensor(1.0, device=DEVICE), "ok": torch.tensor(True, device=DEVICE)}
-    momentum_pass(item.grad, item.momentum, update, momentum=0.5, nesterov=False, key=KEY, first=first, **tensors)
+    squares_MP = torch.empty(2, norm_parts(24 * 40), device=DEVICE)
+    settings = {"momentum": 0.5, "nesterov": False, "key": KEY, "first": first}
+    momentum_pass(item.grad, item.momentum, update, squares_MP, **settings, **tensors)
     mean = torch.lerp(old, item.grad, 0.5)
     expected = round_to_bf16(mean, random_bits(mean.numel(), KEY, first, mean.device))
     assert (item.momentum != expected).double().mean().item() < 1e-3

@@ -75,12 +75,12 @@ def _launch(
     # The interpreter takes programs one after the other: a few of them show the walk over tiles.
     programs = min(total, _programs(x_MRC.device) if x_MRC.is_cuda else 5)
     row_side, col_side = ([1, TILE_DEPTH, side] if tall else [1, side, TILE_DEPTH] for side in (TILE_ROWS, TILE_COLS))
-    tile, mirror = [1, TILE_ROWS, TILE_COLS], [1, TILE_COLS, TILE_ROWS]
+    tile, half, mirror = [1, TILE_ROWS, TILE_COLS], [1, TILE_ROWS, TILE_COLS // 2], [1, TILE_COLS // 2, TILE_ROWS]
     _symmetric_product[(programs,)](
         TensorDescriptor.from_tensor(x_MRC, row_side),
         TensorDescriptor.from_tensor(x_MRC, col_side),
         TensorDescriptor.from_tensor(x_MRC if square else out_MKK, tile),
-        TensorDescriptor.from_tensor(out_MKK, tile),
+        TensorDescriptor.from_tensor(out_MKK, half),
         TensorDescriptor.from_tensor(out_MKK, mirror),
         # always a pointer to fp32, so that there is one variant with and without
         out_MKK.view(-1)[:0].float() if scale_M is None else scale_M.float(),
@@ -127,6 +127,7 @@ def _symmetric_product(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    HALF: tl.constexpr = COLS // 2
     for number in tl.range(tl.program_id(0), total, programs):
         matrix = number // tiles
         row0, col0 = _tile_origin(number % tiles, ROWS, COLS)
@@ -150,11 +151,15 @@ def _symmetric_product(
             acc = scale * (acc + tl.where(row == col, a, 0.0))
         else:
             acc *= scale * scale
-        result = acc.to(out_desc.dtype)
-        out_desc.store([matrix, row0, col0], result.reshape(1, ROWS, COLS))
+        # by halves, whose way to memory takes half of the shared memory
+        west, east = tl.split(acc.reshape(ROWS, 2, HALF).permute(0, 2, 1))
+        west, east = west.to(out_desc.dtype), east.to(out_desc.dtype)
+        out_desc.store([matrix, row0, col0], west.reshape(1, ROWS, HALF))
+        out_desc.store([matrix, row0, col0 + HALF], east.reshape(1, ROWS, HALF))
         # tiles on the diagonal hold both of an element's places
         if col0 + COLS <= row0:
-            mirror_desc.store([matrix, col0, row0], result.T.reshape(1, COLS, ROWS))
+            mirror_desc.store([matrix, col0, row0], west.T.reshape(1, HALF, ROWS))
+            mirror_desc.store([matrix, col0 + HALF, row0], east.T.reshape(1, HALF, ROWS))
 
 
 @triton.jit
