@@ -71,12 +71,12 @@ class Measured:
 def start(run: Run, steps: int, tokens: Tokens, runs_dir: Path, tell: Tell) -> Started:
     """A fresh model and optimizer for `run`, on its own text or on random tokens.
 
-    raises  ValueError before any work for a run that cannot work or by estimate does not fit into memory
+    raises  ValueError before any work for a run that cannot work, on a CPU also for one that by estimate does not fit
     """
     run = lengthened(run, steps)
     figures, device = plan(run), pick_device(run)
     check_device_settings(run, device)
-    for line in check_memory(run, figures, device):
+    for line in _told_memory(run, figures, device):
         tell(line)
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -87,6 +87,18 @@ def start(run: Run, steps: int, tokens: Tokens, runs_dir: Path, tell: Tell) -> S
         corpus = open_data(run.data, runs_dir / "corpora", tell)
         batches = training_batches(corpus, run.stages(), seed=run.seed, steps=run.steps)
     return Started(Trainer(run, device, corpus), batches)
+
+
+def _told_memory(run: Run, figures: dict[str, Any], device: torch.device) -> list[str]:
+    """What the estimate of memory has to say. A GPU that has too little refuses without harm: there the run is tried,
+    whatever the estimate.
+    """
+    try:
+        return check_memory(run, figures, device)
+    except ValueError as error:
+        if device.type != "cuda":
+            raise
+        return [f"WARNING: {error}"]
 
 
 def lengthened(run: Run, steps: int) -> Run:

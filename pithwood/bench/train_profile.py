@@ -47,7 +47,7 @@ def profile_steps(
         content = json.loads(path.read_bytes())
         if trace is not None:
             _keep(path, trace)
-    return read_trace(content, step_ms)
+    return read_trace(content, step_ms, gpu=device.type == "cuda")
 
 
 def _keep(path: Path, target: Path) -> None:

@@ -28,7 +28,7 @@ part. A sweep measures its rows one by one, cheap first, each in a process of it
 def add(subjects: Any) -> None:
     """Add the subject to `pithwood bench`."""
     parser = add_command(subjects, "train", "measure the training of a recipe and write train.json", HELP)
-    add_train_arguments(parser, steps=12)
+    add_train_arguments(parser, steps=13)
     parser.add_argument("--drop", metavar="N", type=int, default=3, help="first steps not counted (default: 3)")
     parser.add_argument("--breakdown", action="store_true", help="also profile where the step's time goes")
     parser.add_argument(

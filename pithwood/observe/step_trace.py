@@ -84,13 +84,14 @@ class _Host:
     """What the trace calls the thread of the steps where it says which thread a node's forward ran on."""
 
 
-def read_trace(trace: dict[str, Any], step_ms: float | None = None) -> StepProfile:
+def read_trace(trace: dict[str, Any], step_ms: float | None = None, gpu: bool = False) -> StepProfile:
     """The profile of the steps that a chrome trace holds.
 
     trace    content of the file that torch.profiler exported, with_stack=True, the steps annotated with STEP
     step_ms  how long a step takes without the profiler, whose own cost lies in the gaps between kernels: on a GPU the
              idle time is what remains of it; None takes the profiled steps' time
-    raises   ValueError if the trace holds no annotated step
+    gpu      whether the steps ran on a GPU: then a trace without kernels is refused
+    raises   ValueError if the trace holds no annotated step, or no kernel where there must be some
     """
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     host = _read_host([event for event in events if event.get("cat") in _HOST])
@@ -98,6 +99,8 @@ def read_trace(trace: dict[str, Any], step_ms: float | None = None) -> StepProfi
         raise ValueError(f"the trace has no {STEP!r} annotation; nothing was profiled")
     parts_of = _Attribution(host)
     device = [event for event in events if event.get("cat") in _DEVICE]
+    if gpu and not device:
+        raise ValueError("the trace holds no kernel: the profiler (CUPTI) cannot see this GPU; check its permissions")
     work = _device_work(device, host, parts_of) if device else _host_work(host, parts_of)
     count = len(host.steps)
     profiled = sum(step.end - step.start for step in host.steps) / count / 1e3

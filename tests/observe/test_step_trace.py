@@ -29,7 +29,7 @@ def launched(number: int, host: float, name: str, start: float, length: float, t
 
 def read(*events, step_ms: float | None = None):
     flat = [item for part in events for item in (part if isinstance(part, list) else [part])]
-    return read_trace({"traceEvents": [event("user_annotation", STEP, 0, 1000), *flat]}, step_ms)
+    return read_trace({"traceEvents": [event("user_annotation", STEP, 0, 1000), *flat]}, step_ms, gpu=True)
 
 
 def test_a_kernel_belongs_to_the_innermost_frame_that_says_something():
@@ -107,13 +107,15 @@ def test_work_that_nothing_tells_of_is_counted_and_said():
 
 
 def test_kernels_outside_the_steps_do_not_count():
-    profile = read(launched(1, 13, "late", 1000, 30))
+    profile = read(launched(1, 13, "late", 1001, 30))
     assert profile.kernels == []
 
 
-def test_a_trace_without_steps_is_refused():
+def test_a_trace_without_steps_or_without_kernels_is_refused():
     with pytest.raises(ValueError, match="nothing was profiled"):
         read_trace({"traceEvents": []})
+    with pytest.raises(ValueError, match="CUPTI"):
+        read()
 
 
 @pytest.mark.parametrize(
