@@ -73,5 +73,6 @@ def attach_loss(x: Tensor, term: LossTerm, ledger: LossLedger | None) -> Tensor:
     ledger.record(term)
     if not term.sum.requires_grad:
         return x
-    scale = torch.as_tensor(term.coef, dtype=term.sum.dtype, device=term.sum.device) / ledger.total(term.name)
+    # Filled on the device: a host number copied there would make the host wait for it.
+    scale = torch.full((), term.coef, dtype=term.sum.dtype, device=term.sum.device) / ledger.total(term.name)
     return _AttachLoss.apply(x, term.sum, scale.to(term.sum.dtype))
