@@ -108,16 +108,22 @@ class MoELayer(nn.Module):
         pairs = num_tokens * cfg.top_k
         router = 2.0 * num_tokens * dim * cfg.num_experts
         experts = 6.0 * dim * (pairs * cfg.expert_dim + num_tokens * cfg.shared_width)
-        # Saved per pair: the dispatched row, gate and up, their product and the expert's output; for the shared experts
-        # gate, silu(gate), up and their product. The router's input and scores are fp32 at any element_size, so a
-        # narrower input of the shared experts is one more copy.
-        saved = pairs * (2 * dim + 3 * cfg.expert_dim) + num_tokens * 4 * cfg.shared_width
-        if cfg.shared_width and element_size != 4:
-            saved += num_tokens * dim
-        routing = num_tokens * 4 * (dim + cfg.num_experts) + pairs * 16
+        # Saved per pair: gate and up, the row unless it is gathered again, its weight twice, its id, and where it goes;
+        # for the shared experts gate, silu(gate), up and their product. The router keeps its input and fp32 logits.
+        row = dim if cfg.save_rows else 0
+        saved = pairs * (2 * cfg.expert_dim + row) + num_tokens * (dim + 4 * cfg.shared_width)
+        chunked = 0 < cfg.chunk_tokens < num_tokens
+        if chunked and cfg.chunk_recompute:
+            saved = num_tokens * (dim + 4 * cfg.shared_width)
+        routing = num_tokens * 4 * cfg.num_experts + pairs * 28
+        # At its peak the backward pass holds the gradients of the experts' output, of gate and up, and of the rows.
+        rows_at_once = (cfg.chunk_tokens if chunked else num_tokens) * cfg.top_k
+        workspace = rows_at_once * 2 * (dim + cfg.expert_dim)
+        if chunked and cfg.chunk_recompute:
+            workspace += rows_at_once * (2 * cfg.expert_dim + row)
         return Cost(
             model_flops=router + experts,
             executed_flops=router + experts,
             saved_bytes=float(saved * element_size + routing),
-            workspace_bytes=float(pairs * 2 * cfg.expert_dim * element_size),
+            workspace_bytes=float(workspace * element_size),
         )

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pithwood.attention.base import Cost
 from pithwood.moe import DenseMLP, MoEConfig, MoELayer
 from pithwood.moe.dispatch import dispatch_tokens
 from tests.moe.helpers import context, dense_moe, filled, make_layer
@@ -183,12 +184,26 @@ def test_cost_counts_active_experts_and_the_router() -> None:
     expected = 10 * (2 * 32 * 16 + 2 * 6 * 32 * 8 + 6 * 32 * 4)
     assert layer.cost(10).model_flops == expected
     assert layer.cost(10).executed_flops == expected
-    # the router's input and scores, and per pair the id, the score and the weight, stay wide; the shared experts then
-    # keep an input of their own
-    fixed = 10 * 4 * (32 + 16) + 20 * 16
+    # the router's logits, and per pair the id, the weights and the places, stay wide
+    fixed = 10 * 4 * 16 + 20 * 28
     wide, narrow = layer.cost(10), layer.cost(10, element_size=2)
-    assert narrow.saved_bytes - fixed - 10 * 32 * 2 == (wide.saved_bytes - fixed) / 2
+    assert narrow.saved_bytes - fixed == (wide.saved_bytes - fixed) / 2
     assert narrow.workspace_bytes == wide.workspace_bytes / 2
+
+
+def test_cost_knows_the_ways_to_save_memory() -> None:
+    def cost(**fields: Any) -> Cost:
+        return MoELayer(MoEConfig(16, 2, 8, **fields), 32).cost(100)
+
+    plain = cost()
+    assert plain.saved_bytes - cost(save_rows=False).saved_bytes == 100 * 2 * 32 * 4
+    assert cost(chunk_tokens=100) == plain
+    kept = cost(chunk_tokens=10, chunk_recompute=False)
+    assert kept.saved_bytes == plain.saved_bytes
+    assert kept.workspace_bytes == plain.workspace_bytes / 10
+    again = cost(chunk_tokens=10)
+    assert plain.saved_bytes - again.saved_bytes == 100 * 2 * (32 + 2 * 8) * 4
+    assert kept.workspace_bytes < again.workspace_bytes < plain.workspace_bytes / 4
 
 
 def test_routing_and_experts_compile_as_one_graph_each() -> None:

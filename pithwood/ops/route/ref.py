@@ -5,6 +5,8 @@ Legend: T packed tokens, D model width, E experts, k experts per token, G groups
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,9 +15,25 @@ from pithwood.ops.routing_rule import RoutingRule
 
 
 def router_logits_ref(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """x W^T in fp32, or fp64 for fp64 inputs."""
+    """x W^T in fp32, or fp64 for fp64 inputs; what is kept of a narrower x is x itself, not its wide copy."""
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
+    if x_TD.dtype == dtype or torch.compiler.is_compiling():
+        return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
+    return _WideLinear.apply(x_TD, weight_ED)
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x_TD, weight_ED)
+        return F.linear(x_TD.float(), weight_ED.float())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor):  # type: ignore[override]
+        x_TD, weight_ED = ctx.saved_tensors
+        grad_x = (grad_TE @ weight_ED.float()).to(x_TD.dtype)
+        return grad_x, (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)
 
 
 def scores_ref(logits_TE: Tensor, rule: RoutingRule) -> Tensor:
