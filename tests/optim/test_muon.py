@@ -9,12 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from pithwood.ops.gram import gram, gram_polynomial
 from pithwood.optim import muon
 from pithwood.optim.config import MuonConfig
 from pithwood.optim.groups import ParamRole
-from pithwood.optim.muon import MuonSlice, chunk_slices, muon_update, orthogonalize, resolve_ns_dtype
+from pithwood.optim.muon import (
+    QUINTIC,
+    MuonSlice,
+    chunk_slices,
+    muon_update,
+    orthogonalize,
+    orthogonalize_scaled,
+    resolve_ns_dtype,
+)
 from pithwood.optim.optimizer import Optimizer
-from tests.numerics import assert_close
+from tests.numerics import assert_close, rel_error
 
 SHAPES = {"square": (48, 48), "wide": (32, 80), "tall": (96, 40)}
 
@@ -143,6 +152,43 @@ def test_orthogonalize_moves_singular_values_near_one(shape):
     values = torch.linalg.svdvals(orthogonalize(matrices, 5, torch.float32))
     assert values.min() > 0.5
     assert values.max() < 1.3
+
+
+def test_scaled_rounds_equal_rounds_of_scaled_matrices():
+    for shape in ((2, 24, 40), (2, 40, 24)):
+        update = gradients(shape, 1)[0]
+        inverse_M = 1 / update.norm(dim=(1, 2))
+        assert_close(orthogonalize_scaled(update.clone(), inverse_M, 5), orthogonalize(update, 5, torch.float32), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["normal", "square", "low rank", "decaying"])
+def test_bf16_kernels_round_no_worse_than_torchs_order(kind):
+    """What the kernels compute, fp32 sums rounded to bf16 at their end, beside the order of torch.optim.Muon."""
+    a, b, c = QUINTIC
+    update = {
+        "normal": lambda: gradients((1, 192, 512), 1)[0],
+        "square": lambda: gradients((1, 256, 256), 1)[0],
+        "low rank": lambda: torch.randn(1, 256, 32) @ torch.randn(1, 32, 512) + 0.1 * torch.randn(1, 256, 512),
+        "decaying": lambda: (
+            torch.linalg.qr(torch.randn(256, 256))[0]
+            @ torch.diag(torch.logspace(0, -4, 256))
+            @ torch.linalg.qr(torch.randn(512, 256))[0].T
+        )[None],
+    }[kind]()
+    exact = update.double() / update.double().norm()
+    plain = update.bfloat16()
+    plain = plain / torch.linalg.vector_norm(plain)
+    fast, scale = update.bfloat16(), 1 / update.bfloat16().float().norm().view(1)
+    for number in range(5):
+        gram_exact = exact @ exact.mT
+        exact = a * exact + (b * gram_exact + c * gram_exact @ gram_exact) @ exact
+        gram_plain = gram(plain, impl="ref")
+        poly_plain = gram_polynomial(gram_plain, 0.0, b, c, impl="ref")
+        plain = (a * plain.float() + poly_plain.float() @ plain.float()).bfloat16()
+        scale_M = scale if number == 0 else None
+        poly = gram_polynomial(gram(fast, scale_M=scale_M, impl="ref"), a, b, c, scale_M=scale_M, impl="ref")
+        fast = (poly.float() @ fast.float()).bfloat16()
+    assert rel_error(fast, exact) < 1.02 * rel_error(plain, exact)
 
 
 def test_zero_gradient_gives_a_zero_update():
