@@ -37,7 +37,10 @@ def profile_steps(
         def export(profiler: profile) -> None:
             profiler.export_chrome_trace(str(path))
 
-        with profile(activities=activities, schedule=plan, on_trace_ready=export, with_stack=True) as profiler:
+        # acc_events: there is one cycle only, and without it torch warns that it keeps no others
+        with profile(
+            activities=activities, schedule=plan, on_trace_ready=export, with_stack=True, acc_events=True
+        ) as profiler:
             for step in range(first, first + count):
                 with record_function(STEP):
                     one_step(started, step)

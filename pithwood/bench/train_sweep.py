@@ -11,11 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pithwood.bench.train import Tell
+from pithwood.config import apply_overrides
+from pithwood.estimate.devices import Device
+from pithwood.estimate.fit import fitting_overrides
+from pithwood.recipes import load_recipe
 
 FULL, MOBA = "model.attention=FullAttentionConfig", "model.attention=MoBAConfig"
 """MoBA's defaults are (128, 8)."""
@@ -46,6 +50,14 @@ class SweepRow:
     drop: int
     cost: float
     """Roughly, in tokens that need no attention."""
+
+    def fitted(self, recipe: str, more: Sequence[str], device: Device, tell: Tell) -> SweepRow:
+        """The row with what `fitting_overrides` adds for a device; `more` are overrides for every row."""
+        run = apply_overrides(load_recipe(recipe), [*self.overrides, *more])
+        added, fits = fitting_overrides(run, device)
+        if not fits:
+            tell(f"{self.name}: by estimate it does not fit into {device.name}, even with {' '.join(added)}")
+        return replace(self, overrides=(*self.overrides, *added))
 
     def words(self, recipe: str, more: Sequence[str]) -> list[str]:
         """The command line after `pithwood`; `more` are overrides and options for every row, and win over the row's."""

@@ -16,13 +16,14 @@ HELP = """examples:
   pithwood bench train qwen3_30b_8l --tokens real --routing learned --breakdown
   pithwood bench train qwen3_30b_8l seq_len=131072 samples_per_step=1 samples_per_micro_batch=1 --steps 6 --drop 2
   pithwood bench train qwen3_30b_8l --sweep issue --breakdown --budget-s 550
-  pithwood bench train qwen3_30b_8l --sweep lengths --dry-run
+  pithwood bench train qwen3_30b_8l --sweep lengths --fit h200 --dry-run
 
 A fresh model of the recipe does --steps optimizer steps; the device is idle at both ends of every step's clock, and the
 first --drop steps are not counted. The row replaces an equal one in bench/results/<device>/train.json and is compared
 with the last committed one of the same workload. --breakdown adds where the step's time goes, and the floor of each
 part. A sweep measures its rows one by one, cheap first, each in a process of its own that writes its row; overrides and
---breakdown hold for all of them. Where the code is no checkout, PITHWOOD_COMMIT names its commit."""
+--breakdown hold for all of them, --fit adds recomputation where it is needed. Where the code is no checkout,
+PITHWOOD_COMMIT names its commit."""
 
 
 def add(subjects: Any) -> None:
@@ -37,6 +38,9 @@ def add(subjects: Any) -> None:
     parser.add_argument(
         "--sweep", metavar="NAME", help="measure several rows: issue, lengths (4K to 1M tokens), or N,N,... tokens"
     )
+    parser.add_argument(
+        "--fit", metavar="NAME", help="with --sweep: add what makes each row fit into h200 or h100, by estimate"
+    )
     parser.add_argument("--budget-s", metavar="S", type=float, help="with --sweep: begin no row after these seconds")
     parser.add_argument("--dry-run", action="store_true", help="print the sweep's commands, or what the row would be")
     parser.add_argument("--json", action="store_true", help="print the row as one JSON object on stdout")
@@ -50,6 +54,8 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     check_steps(args.steps, args.drop)
     if args.sweep is not None:
         return _sweep(args)
+    if args.fit is not None:
+        raise ValueError("--fit is for the rows of a --sweep; see pithwood estimate for what a single row needs")
     if args.budget_s is not None:
         raise ValueError("--budget-s is for the rows of a --sweep; a single row takes --steps")
 
@@ -106,9 +112,15 @@ def _sweep(args: argparse.Namespace) -> tuple[int, str]:
         raise ValueError(f"--budget-s={args.budget_s} must be above 0")
 
     from pithwood.bench.train_sweep import outcome, run_sweep, sweep_rows
+    from pithwood.estimate.devices import DEVICES
+
+    if args.fit is not None and args.fit not in DEVICES:
+        raise ValueError(f"--fit {args.fit} is not known; choose one of {', '.join(DEVICES)}")
 
     run_of(args)  # whatever is wrong with the recipe or the overrides is wrong with every row
     rows = sweep_rows(args.sweep, args.steps, args.drop)
+    if args.fit is not None:
+        rows = [row.fitted(args.recipe, args.overrides, DEVICES[args.fit], tell) for row in rows]
     more = [*args.overrides, *([] if args.out is None else ["--out", str(args.out)])]
     more += [] if args.runs_dir == Path("runs") else ["--runs-dir", str(args.runs_dir)]
     more += ["--breakdown"] if args.breakdown else []

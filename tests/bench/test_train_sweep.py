@@ -65,12 +65,23 @@ def test_a_dry_run_prints_the_commands(capsys):
 
 
 @pytest.mark.quick
+def test_rows_that_need_it_get_what_makes_them_fit(capsys):
+    words = ["bench", "train", "qwen3_30b_8l", "--sweep", "4096,131072", "--fit", "h200", "--dry-run", "--json"]
+    assert main(words) == 0
+    commands = json.loads(capsys.readouterr().out)
+    assert {"recompute" in command for command in commands if "seq_len=4096" in command} == {False}
+    assert {"recompute=" in command for command in commands if "seq_len=131072" in command} == {True}
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--sweep", "everything"], "choose issue, lengths, or lengths such as 4096,8192"),
         (["--sweep", "issue", "--routing", "learned"], "are what the rows of a --sweep say themselves"),
         (["--sweep", "issue", "--budget-s", "0"], "--budget-s=0.0 must be above 0"),
+        (["--sweep", "issue", "--fit", "a100"], "--fit a100 is not known; choose one of h200, h100"),
+        (["--fit", "h200"], "--fit is for the rows of a --sweep"),
         (["--budget-s", "9"], "--budget-s is for the rows of a --sweep"),
         (["--sweep", "issue", "optim.lr=-1"], "lr=-1"),
     ],
