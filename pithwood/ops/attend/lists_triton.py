@@ -101,11 +101,12 @@ def _count_kernel(
 
 @triton.jit
 def _scatter_kernel(
-    ids, rank, start_XS, entry_P, first_unit_T, limit_T,
+    ids, rank, count_XS, end_XS, entry_P, first_unit_T, limit_T,
     num_queries, stride_t, stride_h, num_units, rows_per_group, span, early, num_early, total,
     RATIO: tl.constexpr, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr, QUERIES: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Write every pair to its place in its list."""
+    """Write every pair to its place in its list. WHOLE: ranks count from the start of the list, not of the segment."""
     # Neighbouring programs count different heads: fewer meet at one counter.
     head = tl.program_id(0)
     t = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
@@ -120,22 +121,41 @@ def _scatter_kernel(
     pair = (t[:, None] * RATIO + head % RATIO) * SLOTS + slot[None, :]
     place = tl.load(rank + group.to(tl.int64) * rows_per_group + pair, mask=inside, other=-1)
     seen = place >= 0
-    x = group.to(tl.int64) * num_units + first[:, None] + unit
-    segment = _segment(limit, span, early, num_early, total)
-    start = tl.load(start_XS + x * total + segment[:, None], mask=seen, other=0)
+    at = (group.to(tl.int64) * num_units + first[:, None] + unit) * total
+    if not WHOLE:
+        at += _segment(limit, span, early, num_early, total)[:, None]
+    start = tl.load(end_XS + at, mask=seen, other=0) - tl.load(count_XS + at, mask=seen, other=0)
     tl.store(entry_P + start + place, pair, mask=seen)
 
 
 @triton.jit
+def _bounds_kernel(
+    count_XS, end_XS, start_X, count_X, late_start_X, late_count_X, num_lists, num_early, total, LISTS: tl.constexpr
+):  # fmt: skip
+    """Where lists, and their parts that are not early, begin, and how long they are."""
+    x = tl.program_id(0) * LISTS + tl.arange(0, LISTS)
+    real = x < num_lists
+    at = x.to(tl.int64) * total
+    start = tl.load(end_XS + at, mask=real, other=0) - tl.load(count_XS + at, mask=real, other=0)
+    end = tl.load(end_XS + at + total - 1, mask=real, other=0)
+    at += num_early
+    late_start = tl.load(end_XS + at, mask=real, other=0) - tl.load(count_XS + at, mask=real, other=0)
+    tl.store(start_X + x, start, mask=real)
+    tl.store(count_X + x, (end - start).to(tl.int32), mask=real)
+    tl.store(late_start_X + x, late_start, mask=real)
+    tl.store(late_count_X + x, (end - late_start).to(tl.int32), mask=real)
+
+
+@triton.jit
 def _items_kernel(
-    count_X, first_item_X, key_count_U, item_list, item_chunk, num_lists, num_units,
+    count_X, end_item_X, key_count_U, item_list, item_chunk, num_lists, num_units,
     CHUNK: tl.constexpr, AT_LEAST_ONE: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """Cut every list into chunks of CHUNK rows and write one work item for each."""
     x = tl.program_id(0) * LISTS + tl.arange(0, LISTS)
     real = x < num_lists
     chunks = _num_chunks(count_X, key_count_U, x, real, num_units, CHUNK, AT_LEAST_ONE)
-    first = tl.load(first_item_X + x, mask=real, other=0)
+    first = tl.load(end_item_X + x, mask=real, other=0) - chunks
     most = tl.max(chunks, 0)
     chunk = 0
     while chunk < most:
@@ -205,23 +225,23 @@ def build_lists(
     )  # fmt: skip
     shape = {"RATIO": ratio, "SLOTS": slots, "SLOTS_PAD": slots_pad, "QUERIES": QUERIES}
     _count_kernel[grid](ids_THk, rank, count_XS, plan.first_unit_T, plan.limit_T, *sizes, **shape)
-    start_XS = (count_XS.view(-1).cumsum(0) - count_XS.view(-1)).view_as(count_XS)
+    end_XS = count_XS.view(-1).cumsum(0)
+    start_X, late_start_X = (torch.empty(num_lists, dtype=torch.int64, device=device) for _ in range(2))
+    count_X, late_count_X = (torch.empty(num_lists, dtype=torch.int32, device=device) for _ in range(2))
+    _bounds_kernel[(triton.cdiv(num_lists, LISTS),)](
+        count_XS, end_XS, start_X, count_X, late_start_X, late_count_X, num_lists, segments.num_early, segments.total,
+        LISTS=LISTS,
+    )  # fmt: skip
     if ordered:
-        _sort_ranks(ids_THk, rank, start_XS[:, 0], plan, num_groups, slots)
-        # Ranks are those in the whole list, whose order is that of the segments.
-        start_of_rank = start_XS[:, :1].expand_as(start_XS).contiguous()
-    else:
-        start_of_rank = start_XS
-    _scatter_kernel[grid](ids_THk, rank, start_of_rank, entry_P, plan.first_unit_T, plan.limit_T, *sizes, **shape)
-    whole = Lists(entry_P, start_XS[:, 0].contiguous(), count_XS.sum(1, dtype=torch.int32))
-    if segments.num_early == 0:
-        return whole, whole
-    late_X = count_XS[:, segments.num_early :].sum(1, dtype=torch.int32)
-    return whole, Lists(entry_P, start_XS[:, segments.num_early].contiguous(), late_X)
+        _sort_ranks(ids_THk, rank, start_X, plan, num_groups, slots)
+    _scatter_kernel[grid](
+        ids_THk, rank, count_XS, end_XS, entry_P, plan.first_unit_T, plan.limit_T, *sizes, **shape, WHOLE=ordered
+    )
+    return Lists(entry_P, start_X, count_X), Lists(entry_P, late_start_X, late_count_X)
 
 
 def _sort_ranks(ids_THk: Tensor, rank: Tensor, start_X: Tensor, plan: BlockPlan, num_groups: int, slots: int) -> None:
-    """Replace ranks in segments, given by atomic counters, by those of the entries' own order in the whole list."""
+    """Replace ranks in segments, which atomic counters gave, by those in whole lists in the order of their entries."""
     num_queries, heads, _ = ids_THk.shape
     ratio = heads // num_groups
     list_of_pair = plan.first_unit_T.long()[:, None, None] + ids_THk[..., :slots]
@@ -258,10 +278,10 @@ def build_items(lists: Lists, plan: BlockPlan, chunk: int, most: int, at_least_o
     grid = (triton.cdiv(num_lists, LISTS),)
     options = {"CHUNK": chunk, "AT_LEAST_ONE": at_least_one, "LISTS": LISTS}
     _chunks_kernel[grid](lists.count_X, plan.key_count_U, chunks_X, num_lists, plan.num_units, **options)
-    first_item_X = chunks_X.cumsum(0) - chunks_X
+    end_item_X = chunks_X.cumsum(0)
     list_I = torch.full((bound,), -1, dtype=torch.int32, device=device)
     chunk_I = torch.empty(bound, dtype=torch.int32, device=device)
     _items_kernel[grid](
-        lists.count_X, first_item_X, plan.key_count_U, list_I, chunk_I, num_lists, plan.num_units, **options
+        lists.count_X, end_item_X, plan.key_count_U, list_I, chunk_I, num_lists, plan.num_units, **options
     )
     return Items(list_I, chunk_I, bound)
