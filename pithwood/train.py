@@ -489,4 +489,4 @@ def attention_backend(device: torch.device) -> str:
     """One line on which kernels the mixers call on this device."""
     if device.type == "cpu":
         return "plain torch, linear memory"
-    return "Triton kernels for blocks of 16 keys or more, varlen kernel for full attention"
+    return "Triton kernels for blocks of 16 keys or more, cuDNN or varlen kernel for full attention"

@@ -1,7 +1,8 @@
 """The gradient of an embedding table, added in place: only rows that a token names are touched.
 
-Tokens are sorted by id, stably, on the device. One program for each place in that order: if a run of equal ids begins
-there, it adds the run's rows, ROWS at a time in fp32, and then the sum to the table's row; else it ends at once. No
+Tokens are sorted by id, stably, on the device. One program for each place in that order and BLOCK_D columns: if a run
+of equal ids begins there, it adds the run's rows in fp32 and then the sum to the table's row; else it ends at once. A
+run of one, the most frequent by far, takes no more than reading both rows; a longer one is added ROWS at a time. No
 atomics, no counts on the host, and every sum has one order.
 
 Legend: T tokens, X vocabulary, D model width.
@@ -18,7 +19,7 @@ from pithwood.ops.master import gradient_sink
 
 ROWS = 16
 """Rows of a run that a program adds at a time."""
-BLOCK_D = 256
+BLOCK_D = 512
 """Columns of a program."""
 WARPS = 4
 
@@ -90,21 +91,27 @@ def _add_rows_kernel(
 ):
     first = tl.program_id(0)
     token = tl.load(sorted_ptr + first)
-    before = tl.load(sorted_ptr + tl.maximum(first - 1, 0))
-    if (first == 0) | (before != token):
+    before = tl.load(sorted_ptr + first - 1, mask=first > 0, other=-1)
+    after = tl.load(sorted_ptr + first + 1, mask=first + 1 < num_tokens, other=-1)
+    if before != token:
         col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        total = tl.zeros([BLOCK_D], tl.float32)
-        place = first + tl.arange(0, ROWS)
-        same = (place < num_tokens) & (tl.load(sorted_ptr + place, mask=place < num_tokens, other=-1) == token)
-        count = tl.sum(same.to(tl.int32), 0)
-        while count > 0:
-            row = tl.load(order_ptr + place, mask=same, other=0)
-            at = rows_ptr + row[:, None] * dim + col[None, :]
-            rows = tl.load(at, mask=same[:, None] & (col < dim)[None, :], other=0.0)  # [ROWS, BLOCK_D]
-            total += tl.sum(rows.to(tl.float32), 0)
-            place += ROWS
+        to = total_ptr + token * stride_x + col
+        total = tl.load(to, mask=col < dim, other=0.0).to(tl.float32)
+        if after != token:
+            row = tl.load(order_ptr + first)
+            total += tl.load(rows_ptr + row * dim + col, mask=col < dim, other=0.0).to(tl.float32)
+        else:
+            run = tl.zeros([BLOCK_D], tl.float32)
+            place = first + tl.arange(0, ROWS)
             same = (place < num_tokens) & (tl.load(sorted_ptr + place, mask=place < num_tokens, other=-1) == token)
             count = tl.sum(same.to(tl.int32), 0)
-        to = total_ptr + token * stride_x + col
-        old = tl.load(to, mask=col < dim, other=0.0).to(tl.float32)
-        tl.store(to, (old + total).to(total_ptr.dtype.element_ty), mask=col < dim)
+            while count > 0:
+                row = tl.load(order_ptr + place, mask=same, other=0)
+                at = rows_ptr + row[:, None] * dim + col[None, :]
+                rows = tl.load(at, mask=same[:, None] & (col < dim)[None, :], other=0.0)  # [ROWS, BLOCK_D]
+                run += tl.sum(rows.to(tl.float32), 0)
+                place += ROWS
+                same = (place < num_tokens) & (tl.load(sorted_ptr + place, mask=place < num_tokens, other=-1) == token)
+                count = tl.sum(same.to(tl.int32), 0)
+            total += run
+        tl.store(to, total.to(total_ptr.dtype.element_ty), mask=col < dim)

@@ -16,6 +16,9 @@ from pithwood.ops.checks import compute_dtype
 
 def linear_nll_eager(x_TD: Tensor, weight_XD: Tensor, target_T: Tensor, weight_T: Tensor, rows: int) -> Tensor:
     """As linear_nll_ref, `rows` tokens at a time."""
+    if not torch.is_grad_enabled():
+        # a function's inputs count as wanting gradients whether they are recorded or not
+        x_TD, weight_XD = x_TD.detach(), weight_XD.detach()
     return _LinearNll.apply(x_TD, weight_XD, target_T, weight_T, rows)
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 TILE_ELEMENTS = 2048
 """Elements that a program holds at a time: one row of the widest models, several of a narrow one."""
-PARTS = 528
-"""Programs of a backward pass: four for each multiprocessor of a Hopper GPU."""
-WARPS = 4
+PARTS = 264
+"""Programs of a backward pass: two for each multiprocessor of a Hopper GPU."""
+WARPS = 8
 STAGES = 3
 """Tiles that a backward program has on their way from memory at a time."""
 
