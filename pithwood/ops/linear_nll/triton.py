@@ -209,7 +209,7 @@ def _nll_kernel(
             col = step * BLOCK + at
             tile = tl.load(base + col, mask=col < vocab, other=float("-inf"), cache_modifier=".cg")
             peak, total = _sum_up(peak, total, tile)
-            held = held + (tile,)  # noqa: RUF005
+            held = held + (tile,)  # type: ignore[assignment]  # noqa: RUF005
         top = tl.max(peak, 0)
         lse = top + tl.log2(tl.sum(total * tl.exp2(peak - top), 0))
         tl.store(loss_ptr + row, weight * (lse - chosen) * LN_2)
