@@ -20,21 +20,21 @@ from pithwood.ops.packing import Packing
 
 @functools.cache
 def installed() -> bool:
-    """Whether the package can be found; it is imported at the first call that uses it."""
+    """Whether the package is there; looking imports it, which only calls on a GPU that could take it do."""
     try:
         return importlib.util.find_spec("flash_attn.cute.interface") is not None
-    except ModuleNotFoundError:  # no package flash_attn, or one without `cute`
+    except ImportError:  # no package flash_attn, one without `cute`, or one that lacks what `cute` imports
         return False
 
 
 def fa4_misfit(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, needs_lse: bool) -> str | None:
     """Why flash-attention 4 cannot take this call, or None if it can."""
-    if not installed():
-        return "the package flash-attn-4 is not installed"
     misfit = varlen_misfit(q_THK, k_TGK, v_TGV, needs_lse)
-    if misfit is None and torch.cuda.get_device_capability(q_THK.device)[0] != 9:
+    if misfit is not None:
+        return misfit
+    if torch.cuda.get_device_capability(q_THK.device)[0] != 9:
         return f"it is known here on Hopper GPUs only, got {torch.cuda.get_device_name(q_THK.device)}"
-    return misfit
+    return None if installed() else "the package flash-attn-4 is not installed"
 
 
 def fa4_attention(

@@ -50,11 +50,9 @@ def varlen_attention(
         options["scale"] = scale
     else:
         q_THK = q_THK * (scale * q_THK.shape[2] ** 0.5)
-    ratio = q_THK.shape[1] // k_TGK.shape[1]
-    if ratio > 1 and "enable_gqa" in accepted:
+    # releases without this argument take grouped heads as they are
+    if q_THK.shape[1] != k_TGK.shape[1] and "enable_gqa" in accepted:
         options["enable_gqa"] = True
-    elif ratio > 1:
-        k_TGK, v_TGV = k_TGK.repeat_interleave(ratio, dim=1), v_TGV.repeat_interleave(ratio, dim=1)
     if need_lse:
         options["return_aux"] = AuxRequest(lse=True)
     result: Any = varlen_attn(q_THK, k_TGK, v_TGV, packing.cu_q, packing.cu_k, packing.max_q, packing.max_k, **options)
