@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from pithwood.config import apply_overrides, config_hash
 from pithwood.moe import MoEConfig
+from pithwood.recipes import load_recipe
+from pithwood.run import LENGTH_AND_LOGGING
 
 GOOD: dict[str, Any] = {"num_experts": 8, "top_k": 2, "expert_dim": 16}
 
@@ -55,3 +58,11 @@ def test_shared_width_defaults_to_the_experts_own() -> None:
     assert MoEConfig(**GOOD).shared_width == 0
     assert MoEConfig(**GOOD, num_shared_experts=3).shared_width == 48
     assert MoEConfig(**GOOD, num_shared_experts=3, shared_dim=5).shared_width == 15
+
+
+def test_settings_of_memory_keep_a_runs_folder() -> None:
+    run = load_recipe("debug")
+    plain = config_hash(run, exclude=LENGTH_AND_LOGGING)
+    for change in ("save_rows=false", "chunk_tokens=64", "chunk_recompute=false"):
+        assert config_hash(apply_overrides(run, [f"model.moe.{change}"]), exclude=LENGTH_AND_LOGGING) == plain
+    assert config_hash(apply_overrides(run, ["model.moe.scale=2.0"]), exclude=LENGTH_AND_LOGGING) != plain
