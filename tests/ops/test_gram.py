@@ -58,8 +58,9 @@ def test_polynomials_are_those_of_the_definition(size, dtype, impl):
 def test_tiles_of_other_shapes_cover_the_same_matrix(tile, monkeypatch):
     from pithwood.ops.gram import triton as kernels
 
-    for name, value in zip(("TILE_ROWS", "TILE_COLS", "TILE_DEPTH"), tile, strict=True):
-        monkeypatch.setattr(kernels, name, value)
+    tiling = kernels.Tiling(*tile, warps=4, stages=2, programs_per_sm=1)
+    monkeypatch.setattr(kernels, "GRAM", tiling)
+    monkeypatch.setattr(kernels, "POLYNOMIAL", tiling)
     for shape in ((3, 40, 64), (2, 200, 48), (1, 136, 72)):
         x = matrices(shape)
         found = gram(x, impl="triton")
@@ -92,5 +93,7 @@ def test_what_does_not_fit_is_refused():
         gram(matrices((2, 8, 8)).double(), impl="triton")
     with pytest.raises(ValueError, match=r"stacks of matrices \[M, R, C\], got \(4, 8\)"):
         gram(matrices((4, 8)))
+    with pytest.raises(ValueError, match="c other than 0"):
+        gram_polynomial(matrices((2, 8, 8)), 1.0, 1.0, 0.0)
     with pytest.raises(ValueError, match="square matrices"):
         gram_polynomial(matrices((2, 4, 8)), 1.0, 1.0, 1.0)
