@@ -31,12 +31,14 @@ class Tiling(NamedTuple):
     stages: int
     programs_per_sm: int
     """More than fit at once let the hardware even out what the tiles of a program take."""
+    flatten: bool
+    """Whether loads of a program's next tile start while this one is written; takes registers and shared memory."""
 
 
 # Measured on an H100: a long contraction wants its loads far ahead, a short one a second program on the SM that
 # multiplies while the first writes.
-GRAM = Tiling(128, 128, 64, warps=8, stages=5, programs_per_sm=1)
-POLYNOMIAL = Tiling(128, 128, 64, warps=4, stages=2, programs_per_sm=8)
+GRAM = Tiling(128, 128, 64, warps=8, stages=5, programs_per_sm=1, flatten=False)
+POLYNOMIAL = Tiling(128, 128, 64, warps=4, stages=2, programs_per_sm=8, flatten=False)
 
 
 def gram_misfit(x_MRC: Tensor) -> str | None:
@@ -102,6 +104,7 @@ def _launch(
         int(scale_M is not None),
         num * tiles,
         tiles,
+        size,
         depth,
         programs,
         a,
@@ -112,6 +115,7 @@ def _launch(
         ROWS=tiling.rows,
         COLS=tiling.cols,
         DEPTH=tiling.depth,
+        FLATTEN=tiling.flatten,
         PRECISION="ieee" if x_MRC.dtype == torch.float32 else "tf32",
         num_warps=tiling.warps,
         num_stages=tiling.stages,
@@ -119,7 +123,7 @@ def _launch(
 
 
 # Few variants to compile: what differs from call to call is no constant.
-@triton.jit(do_not_specialize=["has_scale", "total", "tiles", "programs"])
+@triton.jit(do_not_specialize=["has_scale", "total", "tiles", "size", "programs"])
 def _symmetric_product(
     row_desc,
     col_desc,
@@ -130,6 +134,7 @@ def _symmetric_product(
     has_scale,
     total,
     tiles,
+    size,
     depth,
     programs,
     a,
@@ -140,10 +145,11 @@ def _symmetric_product(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     HALF: tl.constexpr = COLS // 2
-    for number in tl.range(tl.program_id(0), total, programs):
+    for number in tl.range(tl.program_id(0), total, programs, flatten=FLATTEN):
         matrix = number // tiles
         row0, col0 = _tile_origin(number % tiles, ROWS, COLS)
         if SQUARE:
@@ -171,10 +177,11 @@ def _symmetric_product(
         west, east = west.to(out_desc.dtype), east.to(out_desc.dtype)
         out_desc.store([matrix, row0, col0], west.reshape(1, ROWS, HALF))
         out_desc.store([matrix, row0, col0 + HALF], east.reshape(1, ROWS, HALF))
-        # tiles on the diagonal hold both of an element's places
-        if col0 + COLS <= row0:
-            mirror_desc.store([matrix, col0, row0], west.T.reshape(1, HALF, ROWS))
-            mirror_desc.store([matrix, col0 + HALF, row0], east.T.reshape(1, HALF, ROWS))
+        # Tiles on the diagonal hold both of an element's places: their mirror images go beyond the edge, where nothing
+        # is written. A branch would keep the loops from being flattened.
+        mirror_row = tl.where(col0 + COLS <= row0, col0, size)
+        mirror_desc.store([matrix, mirror_row, row0], west.T.reshape(1, HALF, ROWS))
+        mirror_desc.store([matrix, mirror_row + HALF, row0], east.T.reshape(1, HALF, ROWS))
 
 
 @triton.jit
