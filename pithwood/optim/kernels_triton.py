@@ -15,8 +15,10 @@ from pithwood.optim.rounding import RoundingKey
 
 BLOCK = 2048
 """Elements that a program has in flight at a time, 16 of them a thread."""
-MOMENTUM_ROUNDS = 4
+MOMENTUM_ROUNDS = 1
 """Blocks of one matrix that a program of the momentum kernel goes through before it writes its share of the norm."""
+ADAMW_BLOCK = 1024
+"""The same for AdamW, which has twice as many numbers in flight for each."""
 WARPS = 4
 
 
@@ -179,7 +181,7 @@ def adamw_pass(
     corrections  [2] fp32: 1 - beta1^n and sqrt(1 - beta2^n) after n updates, this one included
     key, first   chances of rounding moments that are bf16; `first` is the parameter's element that is this one's first
     """
-    _adamw[(triton.cdiv(param.numel(), BLOCK),)](
+    _adamw[(triton.cdiv(param.numel(), ADAMW_BLOCK),)](
         param,
         grad,
         exp_avg,
@@ -197,7 +199,7 @@ def adamw_pass(
         weight_decay,
         HAS_COPY=copy is not None,
         STOCHASTIC=exp_avg.dtype == torch.bfloat16,
-        BLOCK=BLOCK,
+        BLOCK=ADAMW_BLOCK,
         num_warps=WARPS,
     )
 

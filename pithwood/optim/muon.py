@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pithwood.ops.checks import check_impl
-from pithwood.ops.gram import gram, gram_polynomial
+from pithwood.ops.gram import gram, gram_polynomial, symmetric_pays
 from pithwood.ops.triton_support import INSTALLED, triton_misfit
 from pithwood.optim.offload import Residence, in_place
 from pithwood.optim.rounding import RoundingKey, random_bits, round_to_bf16
@@ -280,8 +280,11 @@ def _fused_chunk(
             key=item.key,
             first=item.first,
         )
-    inverse_M = squares_MP.sum(1).sqrt_().clamp_(min=NORM_EPS).reciprocal_()
-    ortho_MRC = orthogonalize_scaled(update_MRC, inverse_M, ns_steps)
+    if symmetric_pays(update_MRC):
+        inverse_M = squares_MP.sum(1).sqrt_().clamp_(min=NORM_EPS).reciprocal_()
+        ortho_MRC = orthogonalize_scaled(update_MRC, inverse_M, ns_steps)
+    else:
+        ortho_MRC = orthogonalize(update_MRC, ns_steps, ns_dtype)
     for item, place in zip(chunk, places, strict=True):
         weights_pass(
             item.param,

@@ -54,14 +54,16 @@ def test_polynomials_are_those_of_the_definition(size, dtype, impl):
         assert_close(gram_polynomial(g, 3.4, -4.8, 2.0, scale_M=scale_M, impl=impl), expected, REL_ERROR[dtype])
 
 
-@pytest.mark.parametrize("tile", [(32, 32, 16), (32, 64, 16), (16, 64, 32)])
-def test_tiles_of_other_shapes_cover_the_same_matrix(tile, monkeypatch):
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("tile", [(64, 64, 32), (64, 128, 32), (64, 256, 64)])
+def test_tiles_of_other_shapes_cover_the_same_matrix(tile, flatten, monkeypatch):
     from pithwood.ops.gram import triton as kernels
 
-    for name, value in zip(("TILE_ROWS", "TILE_COLS", "TILE_DEPTH"), tile, strict=True):
-        monkeypatch.setattr(kernels, name, value)
-    for shape in ((3, 40, 64), (2, 200, 48), (1, 136, 72)):
-        x = matrices(shape)
+    tiling = kernels.Tiling(*tile, warps=4, stages=2, programs_per_sm=1, flatten=flatten)
+    monkeypatch.setattr(kernels, "GRAM", tiling)
+    monkeypatch.setattr(kernels, "POLYNOMIAL", tiling)
+    for shape in ((3, 40, 64), (2, 400, 328), (1, 136, 72)):
+        x = matrices(shape) / shape[1]
         found = gram(x, impl="triton")
         assert_close(found, gram(x, impl="ref"))
         assert_close(gram_polynomial(found, 1.0, 0.5, 0.1, impl="triton"), gram_polynomial(found, 1.0, 0.5, 0.1))
@@ -92,5 +94,7 @@ def test_what_does_not_fit_is_refused():
         gram(matrices((2, 8, 8)).double(), impl="triton")
     with pytest.raises(ValueError, match=r"stacks of matrices \[M, R, C\], got \(4, 8\)"):
         gram(matrices((4, 8)))
+    with pytest.raises(ValueError, match="c other than 0"):
+        gram_polynomial(matrices((2, 8, 8)), 1.0, 1.0, 0.0)
     with pytest.raises(ValueError, match="square matrices"):
         gram_polynomial(matrices((2, 4, 8)), 1.0, 1.0, 1.0)

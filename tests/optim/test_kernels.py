@@ -56,12 +56,16 @@ def small_blocks(monkeypatch):
     """Blocks of which a small matrix has several, the last of them not full."""
     monkeypatch.setattr(kernels_triton, "BLOCK", 256)
     monkeypatch.setattr(kernels_triton, "MOMENTUM_ROUNDS", 2)
+    monkeypatch.setattr(kernels_triton, "ADAMW_BLOCK", 256)
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_muon_step_is_that_of_the_plain_path(shape, nesterov):
+def test_a_muon_step_is_that_of_the_plain_path(shape, nesterov, scaled, monkeypatch):
+    """With the norms that the momentum kernel adds up, and with rounds that normalise on their own."""
+    monkeypatch.setattr("pithwood.optim.muon.symmetric_pays", lambda x: scaled)
     start = muon_slice(shape)
     plain, fused = (run_muon(muon_slice(shape), impl, nesterov=nesterov) for impl in ("torch", "triton"))
     assert_close(fused.momentum, plain.momentum, tol=1e-6)

@@ -12,10 +12,15 @@ from pithwood.ops.checks import check_impl, compute_dtype
 from pithwood.ops.gram.ref import gram_polynomial_ref, gram_ref
 from pithwood.ops.triton_support import triton_misfit
 
-__all__ = ["gram", "gram_polynomial"]
+__all__ = ["gram", "gram_polynomial", "symmetric_pays"]
 
-SMALLEST_SYMMETRIC = 256
-"""K below which the kernel has too few tiles to skip any: cuBLAS computes both halves."""
+FEWEST_TILES = 512
+"""Tiles of 128 x 128 below which the kernel does not fill a GPU for long: one batched product is faster."""
+
+
+def symmetric_pays(x_MRC: Tensor) -> bool:
+    """Whether `impl=None` computes one half only: fp16 and bf16 on Hopper GPUs where there is enough of it."""
+    return _choose(None, x_MRC) == "triton"
 
 
 @torch.no_grad()
@@ -28,7 +33,7 @@ def gram(
     scale_M  [M] fp32 s, None for 1
     out_MKK  [M, K, K] like x, K = min(R, C): written and returned; None makes one
     impl     "ref" | "torch" | "triton"   "torch": one batched product. "triton": the lower half, written twice. None:
-             "triton" for fp16 and bf16 on Hopper GPUs with K of SMALLEST_SYMMETRIC or more, "torch" elsewhere
+             "triton" where `symmetric_pays`, "torch" elsewhere
     returns  [M, K, K] in x's dtype, accumulated in fp32 (fp64 for fp64); no gradient
     raises   ValueError for a wrong shape, an unknown impl, or "triton" where it does not fit
     """
@@ -60,7 +65,8 @@ def gram_polynomial(
 ) -> Tensor:
     """s (a I + b G + c G^2) of each symmetric matrix G.
 
-    g_MKK    [M, K, K] float, symmetric: only its lower half decides the result's
+    g_MKK    [M, K, K] float, symmetric
+    c        not 0
     scale_M  [M] fp32 s, None for 1
     out_MKK  like g, written and returned, not g itself; None makes one
     impl     as for `gram`
@@ -69,6 +75,8 @@ def gram_polynomial(
     """
     if g_MKK.dim() == 3 and g_MKK.shape[1] != g_MKK.shape[2]:
         raise ValueError(f"gram_polynomial takes square matrices [M, K, K], got {tuple(g_MKK.shape)}")
+    if c == 0.0:
+        raise ValueError("gram_polynomial takes c other than 0: without a square there is nothing to multiply")
     check_impl(impl, ("ref", "torch", "triton"))
     impl = _choose(impl, g_MKK)
     if out_MKK is None:
@@ -92,9 +100,11 @@ def _choose(impl: str | None, x_MRC: Tensor) -> str:
     """The implementation; ValueError if it does not fit."""
     if x_MRC.dim() != 3:
         raise ValueError(f"gram takes stacks of matrices [M, R, C], got {tuple(x_MRC.shape)}")
-    wanted = x_MRC.is_cuda and x_MRC.dtype in (torch.float16, torch.bfloat16)
-    if impl != "triton" and not (impl is None and wanted and min(x_MRC.shape[1:]) >= SMALLEST_SYMMETRIC):
+    if impl != "triton" and not (impl is None and x_MRC.is_cuda and x_MRC.dtype in (torch.float16, torch.bfloat16)):
         return impl or "torch"
+    blocks = -(-min(x_MRC.shape[1:]) // 128)
+    if impl is None and x_MRC.shape[0] * blocks * (blocks + 1) // 2 < FEWEST_TILES:
+        return "torch"
     misfit = triton_misfit(x_MRC)
     if misfit is None:
         from pithwood.ops.gram.triton import gram_misfit

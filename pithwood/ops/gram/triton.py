@@ -10,6 +10,7 @@ Legend: M matrices, R rows, C columns, K min(R, C).
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,13 +18,27 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-TILE_ROWS, TILE_COLS = 128, 128
-"""Tile of the result that a program computes at a time; TILE_COLS is TILE_ROWS or a multiple of it."""
-TILE_DEPTH = 64
-"""Elements of the contracted side per load: 128 bytes of bf16, the widest swizzle of shared memory."""
-WARPS, STAGES = 4, 2
-PROGRAMS_PER_SM = 2
-"""Two programs with 96 KiB of shared memory each live on an SM: one multiplies while the other writes."""
+
+class Tiling(NamedTuple):
+    """How a kernel cuts its result, and what it keeps in flight."""
+
+    rows: int
+    cols: int
+    """Tile of the result that a program computes at a time; as wide as high, or a multiple of that."""
+    depth: int
+    """Elements of the contracted side per load; 64 of bf16 are 128 bytes, the widest swizzle of shared memory."""
+    warps: int
+    stages: int
+    programs_per_sm: int
+    """More than fit at once let the hardware even out what the tiles of a program take."""
+    flatten: bool
+    """Whether loads of a program's next tile start while this one is written; takes registers and shared memory."""
+
+
+# Measured on an H100: a long contraction wants its loads far ahead, a short one a second program on the SM that
+# multiplies while the first writes.
+GRAM = Tiling(128, 128, 64, warps=8, stages=5, programs_per_sm=1, flatten=False)
+POLYNOMIAL = Tiling(128, 128, 64, warps=4, stages=2, programs_per_sm=8, flatten=False)
 
 
 def gram_misfit(x_MRC: Tensor) -> str | None:
@@ -53,40 +68,43 @@ def gram_polynomial_triton(
     return out_MKK
 
 
-def tile_count(size: int) -> int:
+def tile_count(size: int, tiling: Tiling) -> int:
     """Tiles of a [size, size] result that touch its lower triangle."""
-    ratio = TILE_COLS // TILE_ROWS
-    return sum(row // ratio + 1 for row in range(triton.cdiv(size, TILE_ROWS)))
+    ratio = tiling.cols // tiling.rows
+    return sum(row // ratio + 1 for row in range(triton.cdiv(size, tiling.rows)))
 
 
 @cache
-def _programs(device: torch.device) -> int:
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch(
     x_MRC: Tensor, out_MKK: Tensor, scale_M: Tensor | None, a: float, b: float, c: float, *, square: bool
 ) -> None:
+    tiling = POLYNOMIAL if square else GRAM
     num, rows, cols = x_MRC.shape
     tall = rows > cols
     size, depth = (cols, rows) if tall else (rows, cols)
-    tiles = tile_count(size)
-    total = num * tiles
+    tiles = tile_count(size, tiling)
     # The interpreter takes programs one after the other: a few of them show the walk over tiles.
-    programs = min(total, _programs(x_MRC.device) if x_MRC.is_cuda else 5)
-    row_side, col_side = ([1, TILE_DEPTH, side] if tall else [1, side, TILE_DEPTH] for side in (TILE_ROWS, TILE_COLS))
-    tile, half, mirror = [1, TILE_ROWS, TILE_COLS], [1, TILE_ROWS, TILE_COLS // 2], [1, TILE_COLS // 2, TILE_ROWS]
+    programs = min(num * tiles, tiling.programs_per_sm * _sm_count(x_MRC.device) if x_MRC.is_cuda else 5)
+    row_side, col_side = (
+        [1, tiling.depth, side] if tall else [1, side, tiling.depth] for side in (tiling.rows, tiling.cols)
+    )
+    half, mirror = [1, tiling.rows, tiling.cols // 2], [1, tiling.cols // 2, tiling.rows]
     _symmetric_product[(programs,)](
         TensorDescriptor.from_tensor(x_MRC, row_side),
         TensorDescriptor.from_tensor(x_MRC, col_side),
-        TensorDescriptor.from_tensor(x_MRC if square else out_MKK, tile),
+        TensorDescriptor.from_tensor(x_MRC, [1, tiling.rows, tiling.cols]) if square else None,
         TensorDescriptor.from_tensor(out_MKK, half),
         TensorDescriptor.from_tensor(out_MKK, mirror),
         # always a pointer to fp32, so that there is one variant with and without
         out_MKK.view(-1)[:0].float() if scale_M is None else scale_M.float(),
         int(scale_M is not None),
-        total,
+        num * tiles,
         tiles,
+        size,
         depth,
         programs,
         a,
@@ -94,17 +112,18 @@ def _launch(
         c,
         TALL=tall,
         SQUARE=square,
-        ROWS=TILE_ROWS,
-        COLS=TILE_COLS,
-        DEPTH=TILE_DEPTH,
+        ROWS=tiling.rows,
+        COLS=tiling.cols,
+        DEPTH=tiling.depth,
+        FLATTEN=tiling.flatten,
         PRECISION="ieee" if x_MRC.dtype == torch.float32 else "tf32",
-        num_warps=WARPS,
-        num_stages=STAGES,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
     )
 
 
 # Few variants to compile: what differs from call to call is no constant.
-@triton.jit(do_not_specialize=["has_scale", "total", "tiles", "programs"])
+@triton.jit(do_not_specialize=["has_scale", "total", "tiles", "size", "programs"])
 def _symmetric_product(
     row_desc,
     col_desc,
@@ -115,6 +134,7 @@ def _symmetric_product(
     has_scale,
     total,
     tiles,
+    size,
     depth,
     programs,
     a,
@@ -125,13 +145,21 @@ def _symmetric_product(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     HALF: tl.constexpr = COLS // 2
-    for number in tl.range(tl.program_id(0), total, programs):
+    for number in tl.range(tl.program_id(0), total, programs, flatten=FLATTEN):
         matrix = number // tiles
         row0, col0 = _tile_origin(number % tiles, ROWS, COLS)
-        acc = tl.zeros([ROWS, COLS], tl.float32)
+        if SQUARE:
+            # sums begin with what is divided by c here and multiplied by it at the end
+            own = own_desc.load([matrix, row0, col0]).reshape(ROWS, COLS)
+            row = row0 + tl.arange(0, ROWS)[:, None]
+            col = col0 + tl.arange(0, COLS)[None, :]
+            acc = (b / c) * own.to(tl.float32) + tl.where(row == col, a / c, 0.0)
+        else:
+            acc = tl.zeros([ROWS, COLS], tl.float32)
         for k in range(0, depth, DEPTH):
             if TALL:
                 left = row_desc.load([matrix, k, row0]).reshape(DEPTH, ROWS)
@@ -143,23 +171,17 @@ def _symmetric_product(
                 acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
 
         scale = tl.load(scale_ptr + matrix, mask=has_scale != 0, other=1.0)
-        if SQUARE:
-            own = own_desc.load([matrix, row0, col0]).reshape(ROWS, COLS)
-            acc = c * acc + b * own.to(tl.float32)
-            row = row0 + tl.arange(0, ROWS)[:, None]
-            col = col0 + tl.arange(0, COLS)[None, :]
-            acc = scale * (acc + tl.where(row == col, a, 0.0))
-        else:
-            acc *= scale * scale
+        acc *= scale * c if SQUARE else scale * scale
         # by halves, whose way to memory takes half of the shared memory
         west, east = tl.split(acc.reshape(ROWS, 2, HALF).permute(0, 2, 1))
         west, east = west.to(out_desc.dtype), east.to(out_desc.dtype)
         out_desc.store([matrix, row0, col0], west.reshape(1, ROWS, HALF))
         out_desc.store([matrix, row0, col0 + HALF], east.reshape(1, ROWS, HALF))
-        # tiles on the diagonal hold both of an element's places
-        if col0 + COLS <= row0:
-            mirror_desc.store([matrix, col0, row0], west.T.reshape(1, HALF, ROWS))
-            mirror_desc.store([matrix, col0 + HALF, row0], east.T.reshape(1, HALF, ROWS))
+        # Tiles on the diagonal hold both of an element's places: their mirror images go beyond the edge, where nothing
+        # is written. A branch would keep the loops from being flattened.
+        mirror_row = tl.where(col0 + COLS <= row0, col0, size)
+        mirror_desc.store([matrix, mirror_row, row0], west.T.reshape(1, HALF, ROWS))
+        mirror_desc.store([matrix, mirror_row + HALF, row0], east.T.reshape(1, HALF, ROWS))
 
 
 @triton.jit
