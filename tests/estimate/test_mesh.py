@@ -91,7 +91,7 @@ def test_shards_divide_the_state_and_leave_the_activations():
 def test_context_ranks_divide_the_activations_of_a_sequence():
     run = run_of("seq_len=131072", "samples_per_step=1", "samples_per_micro_batch=1")
     one, four = memory(run), memory(run, cp=4)
-    assert four["activations"] == pytest.approx(one["activations"] / 4, rel=0.02)
+    assert four["activations"] == pytest.approx(one["activations"] / 4, rel=0.05)
     assert four["weights"] == pytest.approx(one["weights"] / 4)
 
 
