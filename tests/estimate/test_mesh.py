@@ -9,7 +9,7 @@ import torch
 
 from pithwood.config import apply_overrides
 from pithwood.estimate.devices import DEVICES, MeshSizes, check_mesh, mesh_from_text
-from pithwood.estimate.efficiency import efficiency
+from pithwood.estimate.efficiency import REST_SHARE, efficiency
 from pithwood.estimate.memory import estimate_memory
 from pithwood.estimate.time import estimate_time
 from pithwood.memory import keeps_copies, memory_by_kind
@@ -128,7 +128,9 @@ def test_a_pipeline_waits_for_its_first_and_last_micro_batch():
     one, two = time(run), time(run, pp=2)
     work = sum(two.parts[part] for part in two.parts if part not in (IDLE, "optimizer", "other"))
     rest = two.parts[IDLE] - work / 8
-    assert rest == pytest.approx(one.parts[IDLE] / 2)
+    assert rest == pytest.approx(REST_SHARE * (work + two.parts["optimizer"]))
+    assert two.parts["experts"] == pytest.approx(one.parts["experts"] / 2)
+    assert two.parts["head and loss"] == pytest.approx(one.parts["head and loss"])
     assert two.communication["pipeline"] > 0
 
 
