@@ -13,13 +13,15 @@ from pithwood.bench.train_text import attention_words, length_words
 
 Row = dict[str, Any]
 COLOURS = {"full": "#111827", "moba": "#2f6db3"}
+LINES = {"full": "s--", "moba": "o-"}
+"""Where the two lie on each other both remain to be seen."""
 
 
 def length_rows(rows: Sequence[Row], recipe: str | None = None) -> dict[str, dict[int, Row]]:
     """By attention and length the fastest row of a sweep over lengths: random tokens, balanced routing, STEP_TOKENS a
-    step or one sequence; of MoBA the (block size, top k) with most lengths.
+    step or one sequence; of one number of layers and one (block size, top k) of MoBA, those with most rows.
 
-    recipe  None takes that of most lengths
+    recipe  None takes that of most rows
     """
     fitting = [
         row
@@ -29,11 +31,10 @@ def length_rows(rows: Sequence[Row], recipe: str | None = None) -> dict[str, dic
         and row["sequences"] == max(1, STEP_TOKENS // row["seq_len"])
         and row["attention"]["op"] in COLOURS
     ]
-    if recipe is None:
-        recipe = _commonest([row["recipe"] for row in fitting])
+    kind = _commonest([_kind(row) for row in fitting if recipe in (None, row["recipe"])])
     found: dict[str, dict[int, Row]] = {}
     for op in COLOURS:
-        own = [row for row in fitting if row["recipe"] == recipe and row["attention"]["op"] == op]
+        own = [row for row in fitting if _kind(row) == kind and row["attention"]["op"] == op]
         blocks = _commonest([(row["attention"]["block_size"], row["attention"]["top_k"]) for row in own])
         for row in own:
             if (row["attention"]["block_size"], row["attention"]["top_k"]) != blocks:
@@ -61,13 +62,18 @@ def plot_lengths(rows: Sequence[Row], path: Path) -> bool:
     for op, found in by_op.items():
         good = [row for row in found.values() if measured(row)]
         label = attention_words(next(iter(found.values()))["attention"])
-        style = {"color": COLOURS[op], "marker": "o", "markersize": 5, "linewidth": 1.8, "label": label}
+        style = {"color": COLOURS[op], "markersize": 5, "linewidth": 1.8, "label": label}
         at = [row["seq_len"] for row in good]
-        time.plot(at, [STEP_TOKENS / row["tokens_per_s"] for row in good], **style)
-        memory.plot(at, [row["peak_gb"] for row in good], **style)
+        time.plot(at, [STEP_TOKENS / row["tokens_per_s"] for row in good], LINES[op], **style)
+        memory.plot(at, [row["peak_gb"] for row in good], LINES[op], **style)
         lost = [row["seq_len"] for row in found.values() if not measured(row)]
-        memory.plot(lost, [0.97] * len(lost), "x", color=COLOURS[op], transform=memory.get_xaxis_transform())
-    for ax, title in ((time, f"seconds for {length_words(STEP_TOKENS)} tokens"), (memory, "peak memory, GB")):
+        if lost:
+            places = {"transform": memory.get_xaxis_transform(), "color": COLOURS[op]}
+            memory.plot(lost, [0.97] * len(lost), "x", label=f"{label}: out of memory", **places)
+    for ax, title in (
+        (time, f"step time, seconds for {length_words(STEP_TOKENS)} tokens"),
+        (memory, "peak memory, GB"),
+    ):
         ax.set_xscale("log", base=2)
         ax.set_xticks(lengths)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length_words(round(value))))
@@ -77,13 +83,18 @@ def plot_lengths(rows: Sequence[Row], path: Path) -> bool:
         ax.grid(True, which="major", color="#e5e7eb", linewidth=0.7)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False)
-    time.set_yscale("log")
+    time.set_yscale("log", base=2)
+    time.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     memory.set_ylim(bottom=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     fig.savefig(temporary, format="png")
     os.replace(temporary, path)
     return True
+
+
+def _kind(row: Row) -> tuple[str, int]:
+    return row["recipe"], row["layers"]
 
 
 def _speed(row: Row) -> float:

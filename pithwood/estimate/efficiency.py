@@ -85,7 +85,7 @@ def read_rows(root: Path, device: str) -> tuple[list[Row], str]:
 def _of(row: Row, part: str) -> float | None:
     found = row["breakdown"]
     ms, floor = found["ms"].get(part, 0.0), found["floor_ms"].get(part, 0.0)
-    return floor * found["repeated"].get(part, 1.0) / ms if ms > 0 and floor > 0 else None
+    return floor * found.get("repeated", {}).get(part, 1.0) / ms if ms > 0 and floor > 0 else None
 
 
 def _rest(row: Row) -> float:

@@ -1,7 +1,8 @@
 """How long a step takes on a mesh: the floor of each part over its efficiency, and communication that no part hides.
 
-Per device: a data rank takes its share of the samples, pp and cp divide what is left of the work, the update is divided
-over the devices that share a state. Communication counts what one device sends in one direction:
+Per device: a data rank takes its share of the samples, cp divides what is left of the work, pp the layers, and the
+update is divided over the devices that share a state. The stage with the head has it beside as many layers as the
+others, which wait for it. Communication counts what one device sends in one direction:
 
     experts     top_k rows per token to their experts and back, forward and backward; not hidden
     weights     bf16 weights gathered for each forward and backward pass, fp32 gradients reduced once a step; hidden
@@ -67,10 +68,12 @@ def estimate_time(run: Run, device: Device, mesh: MeshSizes, known: Efficiency) 
 
 
 def _own_share(work: Work, mesh: MeshSizes) -> Work:
-    """The work of one device: pp and cp divide everything, the shards of the state the update."""
+    """The work of the busiest device: pp and cp divide the layers, cp the head, which one stage has whole, and the
+    shards of the state the update.
+    """
     share: dict[str, Any] = {}
     for part, pieces in work.items():
-        ways = mesh.pp * (mesh.shards if part == "optimizer" else mesh.cp)
+        ways = (1 if part == "head and loss" else mesh.pp) * (mesh.shards if part == "optimizer" else mesh.cp)
         share[part] = [replace(piece, flops=piece.flops / ways, bytes=piece.bytes / ways) for piece in pieces]
     return share
 

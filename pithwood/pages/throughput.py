@@ -73,7 +73,7 @@ def throughput(what: str, root: Path) -> str:
         if found:
             sections.append(f"On `{path.parent.name}`:\n\n{found}")
     if not sections and what == "goals":
-        return _goals([], root)
+        return _goal_table([])
     return "\n\n".join(sections) or NOTHING
 
 
@@ -92,6 +92,10 @@ def _is(row: Row, goal: Goal) -> bool:
 
 
 def _goals(rows: Sequence[Row], folder: Path) -> str:
+    return _goal_table(rows) if any(fastest(rows, goal) is not None for goal in GOALS) else ""
+
+
+def _goal_table(rows: Sequence[Row]) -> str:
     head = ["workload", "PithTrain", "must", "stretch", "tokens/s", "spread", "MFU", "of 790", "peak GB", "settings"]
     first = fastest(rows, GOALS[0])
     table = [head, ["---", "---", *["---:"] * 7, "---"]]
@@ -172,20 +176,33 @@ def _lengths(rows: Sequence[Row], folder: Path) -> str:
             else:
                 cells += [row["status"], "", ""]
         table.append(cells)
+    layers = next(row["layers"] for found in by_op.values() for row in found.values())
     picture = folder / "train.png"
     shown = f"\n\n![step time and memory against sequence length](../bench/results/{folder.name}/train.png)"
-    return _text(table) + (shown if picture.is_file() else "")
+    of_layers = "" if layers == 8 else f"With {layers} layers in place of 8:\n\n"
+    return of_layers + _text(table) + (shown if picture.is_file() else "")
 
 
 def _estimate(rows: Sequence[Row], folder: Path) -> str:
-    head = ["run", "GB", "estimated", "error", "ms a step", "estimated", "error", "by the other rows alone", "settings"]
-    table = [head, ["---", *["---:"] * 7, "---"]]
+    head = [
+        "run",
+        "layers",
+        "GB",
+        "estimated",
+        "error",
+        "ms a step",
+        "estimated",
+        "error",
+        "by the other rows alone",
+        "settings",
+    ]
+    table = [head, ["---", *["---:"] * 8, "---"]]
     for row in rows:
         what = f"{row['sequences']} x {length_words(row['seq_len'])}, {attention_words(row['attention'])}"
         name = f"{what}, {row['routing']}"
         cells = [f"{row['measured_gb']:.1f}", f"{row['estimated_gb']:.1f}", f"{row['memory_error']:+.1%}"]
         cells += [f"{row['measured_ms']:,.1f}", f"{row['estimated_ms']:,.1f}", f"{row['time_error']:+.1%}"]
-        table.append([name, *cells, f"{row['others_error']:+.1%}", _settings(row)])
+        table.append([name, str(row["layers"]), *cells, f"{row['others_error']:+.1%}", _settings(row)])
     return _text(table) if rows else ""
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pithwood.config import apply_overrides
 from pithwood.estimate.devices import DEVICES, MeshSizes, check_mesh, mesh_from_text
-from pithwood.estimate.efficiency import efficiency
+from pithwood.estimate.efficiency import REST_SHARE, efficiency
 from pithwood.estimate.memory import estimate_memory
 from pithwood.estimate.time import estimate_time
 from pithwood.memory import keeps_copies, memory_by_kind
@@ -91,7 +91,7 @@ def test_shards_divide_the_state_and_leave_the_activations():
 def test_context_ranks_divide_the_activations_of_a_sequence():
     run = run_of("seq_len=131072", "samples_per_step=1", "samples_per_micro_batch=1")
     one, four = memory(run), memory(run, cp=4)
-    assert four["activations"] == pytest.approx(one["activations"] / 4, rel=0.02)
+    assert four["activations"] == pytest.approx(one["activations"] / 4, rel=0.05)
     assert four["weights"] == pytest.approx(one["weights"] / 4)
 
 
@@ -128,7 +128,9 @@ def test_a_pipeline_waits_for_its_first_and_last_micro_batch():
     one, two = time(run), time(run, pp=2)
     work = sum(two.parts[part] for part in two.parts if part not in (IDLE, "optimizer", "other"))
     rest = two.parts[IDLE] - work / 8
-    assert rest == pytest.approx(one.parts[IDLE] / 2)
+    assert rest == pytest.approx(REST_SHARE * (work + two.parts["optimizer"]))
+    assert two.parts["experts"] == pytest.approx(one.parts["experts"] / 2)
+    assert two.parts["head and loss"] == pytest.approx(one.parts["head and loss"])
     assert two.communication["pipeline"] > 0
 
 

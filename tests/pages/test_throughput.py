@@ -107,6 +107,24 @@ def test_lengths_stand_in_order_beside_each_other_with_the_picture(tmp_path):
     assert lines[-1].endswith("(../bench/results/nvidia-h200/train.png)")
 
 
+def test_rows_of_fewer_layers_are_shown_apart_where_they_are_most_and_reach_no_goal(tmp_path):
+    few = [row("model.num_layers=4", f"seq_len={n}", f"samples_per_step={65536 // n}", "samples_per_micro_batch=1")
+           for n in (4096, 8192)]  # fmt: skip
+    lines = page([row(), *few], "lengths", tmp_path)
+    assert lines[2] == "With 4 layers in place of 8:"
+    assert [cells(line)[0] for line in lines[6:]] == ["4K", "8K"]
+    assert cells(page(few, "goals", tmp_path)[2])[4] == "not measured"
+
+
+def test_estimates_stand_beside_measurements(tmp_path):
+    compared = {**row(), "measured_gb": 56.2, "estimated_gb": 58.0, "memory_error": 0.032, "measured_ms": 642.8}
+    compared |= {"estimated_ms": 638.8, "time_error": -0.006, "others_error": -0.049}
+    table = [cells(line) for line in page([compared], "estimate", tmp_path, "estimate.json")[2:]]
+    assert table[2][:-1] == [
+        "16 x 4K, full attention, balanced", "8", "56.2", "58.0", "+3.2%", "642.8", "638.8", "-0.6%", "-4.9%",
+    ]  # fmt: skip
+
+
 def test_one_length_makes_no_picture(tmp_path):
     assert not plot_lengths([row()], tmp_path / "train.png")
     assert not list(tmp_path.iterdir())
