@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from pithwood.ops.linear_logprob import linear_logprob
 from pithwood.ops.linear_nll import linear_nll, workspace_bytes
 from pithwood.ops.packing import Packing
 from pithwood.ops.permute import RowPlan
-from pithwood.ops.rms_norm import add_rms_norm, rms_norm
+from pithwood.ops.rms_norm import add_rms_norm, branch_rms_norm, rms_norm
 from pithwood.ops.rope import Rope
 from pithwood.optim.groups import ParamRole
 
@@ -153,11 +153,14 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor: ...
     @overload
     def forward(self, x: Tensor, add: Tensor) -> tuple[Tensor, Tensor]: ...
-    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x; with something to add, (x + add, the norm of that)."""
-        if add is None:
-            return rms_norm(x, self.weight, self.eps)
-        return add_rms_norm(x, add, self.weight, self.eps)
+    @overload
+    def forward(self, x: Tensor, *, branch: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, add: Tensor | None = None, *, branch: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with something to add, (x + add, the norm of that); as a branch, (x, its norm)."""
+        if add is not None:
+            return add_rms_norm(x, add, self.weight, self.eps)
+        norm = branch_rms_norm if branch else rms_norm
+        return norm(x, self.weight, self.eps)
 
 
 class Block(nn.Module):
@@ -177,7 +180,8 @@ class Block(nn.Module):
         return self.input_layernorm, self.post_attention_layernorm
 
     def attend_and_route(self, x_TD: Tensor, ctx: LayerContext) -> Routed:
-        out = self.self_attn(self.input_layernorm(x_TD), ctx)
+        x_TD, normed_TD = self.input_layernorm(x_TD, branch=True)
+        out = self.self_attn(normed_TD, ctx)
         residual_TD, ffn_in_TD = self.post_attention_layernorm(x_TD, out.y_TD)
         carry = {**ctx.carry, **out.carry}
         if isinstance(self.mlp, DenseMLP):

@@ -53,7 +53,7 @@ def cheaply_recomputed(
     inputs, which are.
 
     cheap   submodules of one tensor to one, such as norms; whoever saves their output gets it anew, once for all. One
-            that first adds another returns (sum, output): the output is computed again from the sum
+            that returns (input, output), the input perhaps a sum of two, has its output computed again from that
     """
     made: dict[tuple[int, torch.Size, torch.dtype], tuple[Tensor, _Again]] = {}
 

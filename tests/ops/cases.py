@@ -133,6 +133,11 @@ def add_rms_norm() -> Iterator[dict[str, Any]]:
         yield {**case, "y": _normal(*case["x"].shape, dtype=case["x"].dtype)}
 
 
+def branch_rms_norm() -> Iterator[dict[str, Any]]:
+    """What rms_norm is tried with."""
+    yield from rms_norm()
+
+
 def norm_rope() -> Iterator[dict[str, Any]]:
     """Norm and rotation, and each alone; half precision once."""
     for tokens, dim, norm, rotate, dtype in (

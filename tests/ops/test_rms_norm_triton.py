@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pithwood.ops.rms_norm import add_rms_norm, rms_norm
+from pithwood.ops.rms_norm import add_rms_norm, branch_rms_norm, rms_norm
 from tests.numerics import assert_close
 from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS
 
@@ -45,6 +45,24 @@ def test_the_norm_of_a_sum_has_both_values_and_the_sum_of_both_gradients(dtype, 
     assert torch.equal(grads[0], grads[1])
     assert_close(grads[0], wanted[0])
     assert_close(grads[2], wanted[2], 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_a_branch_has_its_input_and_norm_and_the_sum_of_both_gradients(dtype):
+    (x,), weight, (upstream,) = leaves((37, 129), dtype)
+    passed = torch.randn_like(upstream)
+    found, expected = (branch_rms_norm(x * 1.0, weight, 1e-5, impl=impl) for impl in ("triton", "ref"))
+    assert torch.equal(found[0], x)
+    assert_close(found[1], expected[1])
+    for pulled in ((0, 1), (0,), (1,)):
+        ups = [(passed, upstream)[place] for place in pulled]
+        leaves_of = [x, weight] if 1 in pulled else [x]
+        grads, wanted = (
+            torch.autograd.grad([outs[place] for place in pulled], leaves_of, ups, retain_graph=True)
+            for outs in (found, expected)
+        )
+        for grad, want in zip(grads, wanted, strict=True):
+            assert_close(grad, want, 1e-2 if dtype != torch.float32 else None)
 
 
 @pytest.mark.parametrize("used", [0, 1])

@@ -19,8 +19,9 @@ __all__ = ["chunk_rows", "linear_nll", "workspace_bytes"]
 CPU_ROWS = 256
 """Tokens of a chunk on a CPU: few, so that their logits are in the cache, but enough to pay for a pass over the head's
 gradient, which every chunk makes."""
-GPU_ROWS = 4096
-"""Most tokens of a chunk on a GPU: enough for full tiles in all three products."""
+GPU_ROWS = 2048
+"""Most tokens of a chunk on a GPU: enough for full tiles in all three products (more takes more memory and no less
+time)."""
 GPU_BYTES = 2 << 30
 """Most bytes of a chunk's logits on a GPU."""
 

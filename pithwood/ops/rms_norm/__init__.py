@@ -12,7 +12,7 @@ from pithwood.ops.rms_norm.eager import rms_norm_eager
 from pithwood.ops.rms_norm.ref import rms_norm_ref
 from pithwood.ops.triton_support import triton_misfit
 
-__all__ = ["add_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "branch_rms_norm", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str | None = None) -> Tensor:
@@ -57,6 +57,22 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, *, impl: str 
         return add_rms_norm_triton(x, y, weight, eps)
     total = x + y
     return total, rms_norm(total, weight, eps, impl=impl or "torch")
+
+
+def branch_rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """A residual and the norm that branches off it, (x, rms_norm(x)): as kernels, what comes back to x from both is
+    added where the norm's gradient is made.
+
+    x, weight, impl, raises   as in rms_norm
+    returns                   both like x; the first shares its memory
+    """
+    check_impl(impl, ("ref", "torch", "triton"))
+    _check_weight(x, weight)
+    if _by_kernel(impl, x):
+        from pithwood.ops.rms_norm.triton import branch_rms_norm_triton
+
+        return branch_rms_norm_triton(x, weight, eps)
+    return x, rms_norm(x, weight, eps, impl=impl or "torch")
 
 
 def _check_weight(x: Tensor, weight: Tensor) -> None:

@@ -35,6 +35,11 @@ def add_rms_norm_triton(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tup
     return _AddRmsNorm.apply(x, y, weight, eps)
 
 
+def branch_rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x, its norm) for fp32, fp16 and bf16."""
+    return _BranchRmsNorm.apply(x, weight, eps)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
@@ -72,6 +77,27 @@ class _AddRmsNorm(torch.autograd.Function):
         )
         grad_x = grad_x.view(grad_normed.shape)
         return grad_x, grad_x, grad_weight.to(weight.dtype), None
+
+
+class _BranchRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float):  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        _, normed, inv_rms_R = torch.ops.pithwood.rms_norm_forward(_rows(x), None, weight, eps)
+        ctx.save_for_backward(x, weight, inv_rms_R)
+        return x.view_as(x), normed.view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_x: Tensor | None, grad_normed: Tensor | None):  # type: ignore[override]
+        x, weight, inv_rms_R = ctx.saved_tensors
+        if grad_normed is None:
+            return grad_x, None, None
+        residual = None if grad_x is None else _rows(grad_x)
+        grad_x, grad_weight = torch.ops.pithwood.rms_norm_backward(
+            _rows(grad_normed), residual, _rows(x), weight, inv_rms_R
+        )
+        return grad_x.view(x.shape), grad_weight.to(weight.dtype), None
 
 
 def _rows(x: Tensor) -> Tensor:
