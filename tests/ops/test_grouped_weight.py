@@ -49,10 +49,10 @@ def test_it_is_the_product_of_each_groups_rows(case: str, dtype: torch.dtype, ad
 
 
 @pytest.mark.parametrize("impl", [pytest.param("triton", marks=KERNEL_MARKS)])
-@pytest.mark.parametrize("bulk", [False, True])
+@pytest.mark.parametrize("way", ["plain", "bulk", pytest.param("divided", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("case", ["mixed", "one_takes_all", "whole_chunks", "nothing_but_tail"])
-def test_both_ways_to_load_agree(case: str, add: bool, bulk: bool, impl: str) -> None:
+def test_all_ways_to_load_agree(case: str, add: bool, way: str, impl: str) -> None:
     from pithwood.ops.grouped_mm.weight_triton import PLAIN, launch
 
     sizes, behind, width_x, width_d = CASES[case]
@@ -63,7 +63,7 @@ def test_both_ways_to_load_agree(case: str, add: bool, bulk: bool, impl: str) ->
     offsets = torch.tensor([0, *sizes], device=DEVICE).cumsum(0).to(torch.int32)
     out = torch.randn(len(sizes), width_x, width_d, device=DEVICE)
     want = grouped_grad_weight(grad_RX, rows_RD, offsets, out.clone(), add=add, impl="ref")
-    launch(grad_RX, rows_RD, offsets, out, add, PLAIN._replace(bulk=bulk))
+    launch(grad_RX, rows_RD, offsets, out, add, PLAIN._replace(way=way))
     assert_close(out, want, 1e-5)
     assert impl == "triton"
 

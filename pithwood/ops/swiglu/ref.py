@@ -13,9 +13,12 @@ from torch import Tensor
 def swiglu_ref(gate_up_RF: Tensor, weight_R: Tensor | None) -> Tensor:
     """[..., F]: silu(gate) * up (* weight), fp32 inside."""
     gate, up = _wide(gate_up_RF).chunk(2, dim=-1)
-    hidden = F.silu(gate) * up
-    if weight_R is not None:
-        hidden = hidden * weight_R.to(hidden.dtype)[:, None]
+    weight = None if weight_R is None else weight_R.to(gate.dtype)[:, None]
+    hidden = F.silu(gate)
+    if torch.is_grad_enabled():  # traced by a compiler, whose business buffers are
+        hidden = hidden * up if weight is None else hidden * up * weight
+    else:
+        hidden = hidden.mul_(up) if weight is None else hidden.mul_(up).mul_(weight)
     return hidden.to(gate_up_RF.dtype)
 
 
@@ -39,7 +42,9 @@ def swiglu_backward_ref(
     elif needs_hidden:
         hidden = silu * up
     torch.mul(silu, grad, out=grad_up)
-    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    # With a weight, grad is this function's own.
+    grad = grad * up if weight_R is None else grad.mul_(up)
+    torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad_gate)
     dtype = gate_up_RF.dtype
     return None if hidden is None else hidden.to(dtype), grad_gate_up.to(dtype), grad_weight
 
