@@ -49,6 +49,8 @@ def gram_misfit(x_MRC: Tensor) -> str | None:
     row_bytes = [side * x_MRC.element_size() for side in (x_MRC.shape[2], min(x_MRC.shape[1:]))]
     if x_MRC.numel() == 0 or any(size % 16 for size in row_bytes) or x_MRC.data_ptr() % 16:
         return "rows of matrices and of results must be multiples of 16 bytes, and start at one"
+    if x_MRC.is_cuda and x_MRC.dtype == torch.float32:
+        return "on a GPU kernels take fp16 and bf16, fp32 is for the interpreter"
     if x_MRC.is_cuda and torch.cuda.get_device_capability(x_MRC.device) < (9, 0):
         return "kernels need a GPU of compute capability 9.0 or later"
     return None
