@@ -24,7 +24,7 @@ class Tiling(NamedTuple):
 
     rows: int
     cols: int
-    """Tile of the result that a program computes at a time; as wide as high, or a multiple of that."""
+    """Tile of the result that a program computes at a time: as wide as high, or twice that."""
     depth: int
     """Elements of the contracted side per load; 64 of bf16 are 128 bytes, the widest swizzle of shared memory."""
     warps: int
@@ -49,6 +49,8 @@ def gram_misfit(x_MRC: Tensor) -> str | None:
     row_bytes = [side * x_MRC.element_size() for side in (x_MRC.shape[2], min(x_MRC.shape[1:]))]
     if x_MRC.numel() == 0 or any(size % 16 for size in row_bytes) or x_MRC.data_ptr() % 16:
         return "rows of matrices and of results must be multiples of 16 bytes, and start at one"
+    if x_MRC.is_cuda and x_MRC.dtype == torch.float32:
+        return "on a GPU kernels take fp16 and bf16, fp32 is for the interpreter"
     if x_MRC.is_cuda and torch.cuda.get_device_capability(x_MRC.device) < (9, 0):
         return "kernels need a GPU of compute capability 9.0 or later"
     return None
@@ -92,13 +94,11 @@ def _launch(
     row_side, col_side = (
         [1, tiling.depth, side] if tall else [1, side, tiling.depth] for side in (tiling.rows, tiling.cols)
     )
-    half, mirror = [1, tiling.rows, tiling.cols // 2], [1, tiling.cols // 2, tiling.rows]
     _symmetric_product[(programs,)](
         TensorDescriptor.from_tensor(x_MRC, row_side),
         TensorDescriptor.from_tensor(x_MRC, col_side),
         TensorDescriptor.from_tensor(x_MRC, [1, tiling.rows, tiling.cols]) if square else None,
-        TensorDescriptor.from_tensor(out_MKK, half),
-        TensorDescriptor.from_tensor(out_MKK, mirror),
+        TensorDescriptor.from_tensor(out_MKK, [1, tiling.rows, tiling.rows]),
         # always a pointer to fp32, so that there is one variant with and without
         out_MKK.view(-1)[:0].float() if scale_M is None else scale_M.float(),
         int(scale_M is not None),
@@ -129,7 +129,6 @@ def _symmetric_product(
     col_desc,
     own_desc,
     out_desc,
-    mirror_desc,
     scale_ptr,
     has_scale,
     total,
@@ -148,16 +147,15 @@ def _symmetric_product(
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    HALF: tl.constexpr = COLS // 2
     for number in tl.range(tl.program_id(0), total, programs, flatten=FLATTEN):
         matrix = number // tiles
         row0, col0 = _tile_origin(number % tiles, ROWS, COLS)
-        if SQUARE:
-            # sums begin with what is divided by c here and multiplied by it at the end
-            own = own_desc.load([matrix, row0, col0]).reshape(ROWS, COLS)
-            row = row0 + tl.arange(0, ROWS)[:, None]
-            col = col0 + tl.arange(0, COLS)[None, :]
-            acc = (b / c) * own.to(tl.float32) + tl.where(row == col, a / c, 0.0)
+        # Sums begin with b G + a I over c, which takes fewer registers than to add it at the end; but flattened loops
+        # keep loads in flight only where sums begin with nothing.
+        if FLATTEN:
+            acc = tl.zeros([ROWS, COLS], tl.float32)
+        elif SQUARE:
+            acc = _own(own_desc, matrix, row0, col0, a / c, b / c, ROWS, COLS)
         else:
             acc = tl.zeros([ROWS, COLS], tl.float32)
         for k in range(0, depth, DEPTH):
@@ -171,17 +169,36 @@ def _symmetric_product(
                 acc = tl.dot(left, right.T, acc, input_precision=PRECISION)
 
         scale = tl.load(scale_ptr + matrix, mask=has_scale != 0, other=1.0)
-        acc *= scale * c if SQUARE else scale * scale
-        # by halves, whose way to memory takes half of the shared memory
-        west, east = tl.split(acc.reshape(ROWS, 2, HALF).permute(0, 2, 1))
-        west, east = west.to(out_desc.dtype), east.to(out_desc.dtype)
-        out_desc.store([matrix, row0, col0], west.reshape(1, ROWS, HALF))
-        out_desc.store([matrix, row0, col0 + HALF], east.reshape(1, ROWS, HALF))
+        if SQUARE:
+            if FLATTEN:
+                acc += _own(own_desc, matrix, row0, col0, a / c, b / c, ROWS, COLS)
+            acc *= scale * c
+        else:
+            acc *= scale * scale
         # Tiles on the diagonal hold both of an element's places: their mirror images go beyond the edge, where nothing
         # is written. A branch would keep the loops from being flattened.
         mirror_row = tl.where(col0 + COLS <= row0, col0, size)
-        mirror_desc.store([matrix, mirror_row, row0], west.T.reshape(1, HALF, ROWS))
-        mirror_desc.store([matrix, mirror_row + HALF, row0], east.T.reshape(1, HALF, ROWS))
+        if COLS == ROWS:
+            tile = acc.to(out_desc.dtype)
+            out_desc.store([matrix, row0, col0], tile.reshape(1, ROWS, ROWS))
+            out_desc.store([matrix, mirror_row, row0], tile.T.reshape(1, ROWS, ROWS))
+        else:
+            # by halves, whose way to memory takes half of the shared memory
+            west, east = tl.split(acc.reshape(ROWS, 2, ROWS).permute(0, 2, 1))
+            west, east = west.to(out_desc.dtype), east.to(out_desc.dtype)
+            out_desc.store([matrix, row0, col0], west.reshape(1, ROWS, ROWS))
+            out_desc.store([matrix, row0, col0 + ROWS], east.reshape(1, ROWS, ROWS))
+            out_desc.store([matrix, mirror_row, row0], west.T.reshape(1, ROWS, ROWS))
+            out_desc.store([matrix, mirror_row + ROWS, row0], east.T.reshape(1, ROWS, ROWS))
+
+
+@triton.jit
+def _own(desc, matrix, row0, col0, a, b, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """b G + a I on a tile: [ROWS, COLS] fp32."""
+    own = desc.load([matrix, row0, col0]).reshape(ROWS, COLS)
+    row = row0 + tl.arange(0, ROWS)[:, None]
+    col = col0 + tl.arange(0, COLS)[None, :]
+    return b * own.to(tl.float32) + tl.where(row == col, a, 0.0)
 
 
 @triton.jit
