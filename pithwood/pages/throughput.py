@@ -96,21 +96,34 @@ def _goals(rows: Sequence[Row], folder: Path) -> str:
 
 
 def _goal_table(rows: Sequence[Row]) -> str:
-    head = ["workload", "PithTrain", "must", "stretch", "tokens/s", "spread", "MFU", "of 790", "peak GB", "settings"]
+    head = [
+        "workload",
+        "PithTrain",
+        "must",
+        "stretch",
+        "tokens/s",
+        "spread",
+        "MFU",
+        "of 790",
+        "peak GB",
+        "start s",
+        "settings",
+    ]
     first = fastest(rows, GOALS[0])
-    table = [head, ["---", "---", *["---:"] * 7, "---"]]
+    table = [head, ["---", "---", *["---:"] * 8, "---"]]
     for goal in GOALS:
         must, stretch = _asked(goal)
         row = fastest(rows, goal)
         if row is None:
-            cells = ["not measured", "", "", "", "", ""]
+            cells = ["not measured", *[""] * 6]
         elif not measured(row):
-            cells = [row["status"], "", "", "", _number(row["peak_gb"], ".1f"), _settings(row)]
+            cells = [row["status"], "", "", "", _number(row["peak_gb"], ".1f"), "", _settings(row)]
         else:
             met = _met(goal, row, first)
             speed = f"{row['tokens_per_s']:,.0f}" + ("" if met is None else f" ({met})")
             shares = [_number(row.get(name), ".1%") for name in ("mfu", "mfu_measured")]
-            cells = [speed, _number(row["spread"], ",.0f"), *shares, _number(row["peak_gb"], ".1f"), _settings(row)]
+            memory, start = _number(row["peak_gb"], ".1f"), _number(row["first_step_s"], ".0f")
+            cells = [speed, _number(row["spread"], ",.0f"), *shares, memory, start, _settings(row)]
         table.append([goal.words(), goal.others, must, stretch, *cells])
     return _text(table)
 

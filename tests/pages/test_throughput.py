@@ -25,8 +25,15 @@ def row(*overrides: str, speed: float = 60_000.0, gb: float = 90.0, routing: str
     words = [*overrides, f"model.moe.routing={routing}"]
     run = apply_overrides(load_recipe("qwen3_30b_8l"), words)
     step_ms = 1e3 * run.samples_per_step * run.seq_len / speed
-    measured = {"status": "ok", "tokens_per_s": speed, "spread": 100.0, "step_ms": step_ms, "peak_gb": gb, "mfu": 0.4}
-    return {**workload(run, "qwen3_30b_8l", words, tokens), **measured, "mfu_measured": 0.5, "breakdown": None}
+    measured = {"status": "ok", "tokens_per_s": speed, "spread": 100.0, "step_ms": step_ms, "peak_gb": gb}
+    return {
+        **workload(run, "qwen3_30b_8l", words, tokens),
+        **measured,
+        "mfu": 0.4,
+        "mfu_measured": 0.5,
+        "first_step_s": 32.0,
+        "breakdown": None,
+    }
 
 
 def out_of_memory(*overrides: str) -> dict[str, Any]:
