@@ -5,7 +5,8 @@
 <!-- throughput lengths -->    step time and memory against sequence length, full attention and MoBA, and the picture
 <!-- throughput estimate -->   `pithwood estimate` beside what was measured
 
-Of several rows of one workload (other micro-batches, other settings) the fastest is shown, with its settings.
+Of several rows of one workload (other micro-batches, other settings) the fastest is shown, with its settings; where a
+limit on memory is asked for, the fastest within it.
 """
 
 from __future__ import annotations
@@ -78,9 +79,13 @@ def throughput(what: str, root: Path) -> str:
 
 
 def fastest(rows: Sequence[Row], goal: Goal) -> Row | None:
-    """The fastest measured row of a workload, else one that says why there is no speed, else None."""
+    """The fastest measured row of a workload, of those within the memory asked for if there are any, else one that says
+    why there is no speed, else None.
+    """
     here = [row for row in rows if _is(row, goal)]
     speeds = [row for row in here if measured(row)]
+    lean = [row for row in speeds if goal.most_gb is None or row["peak_gb"] <= goal.most_gb]
+    speeds = lean or speeds
     return max(speeds, key=lambda row: row["tokens_per_s"]) if speeds else next(iter(here), None)
 
 

@@ -77,6 +77,11 @@ def test_a_goal_that_is_missed_says_by_how_much_or_for_want_of_what(tmp_path):
     assert cells(page([row(speed=90_000.0)], "goals", tmp_path)[4])[4] == "90,000 (stretch)"
 
 
+def test_a_row_within_the_memory_asked_for_comes_before_a_faster_one(tmp_path):
+    rows = [row(speed=70_000.0, gb=96.0), row("samples_per_micro_batch=8", speed=76_000.0, gb=108.0)]
+    assert cells(page(rows, "goals", tmp_path)[4])[4] == "70,000 (must)"
+
+
 def test_rows_of_other_blocks_or_layers_do_not_count():
     moba = ("seq_len=32768", "samples_per_step=4", "samples_per_micro_batch=1", "model.attention=MoBAConfig")
     goal = GOALS[3]
