@@ -50,6 +50,7 @@ def test_a_skill_says_its_name_its_use_its_check_and_what_to_do_on_failure(skill
         ("add-model", ["no_such_model"], "FAIL file: pithwood/models/no_such_model.py does not exist"),
         ("run-experiment", ["nothing", "--baseline", "nothing"], "FAIL runs: ValueError: no run 'nothing'"),
         ("validate-correctness", ["debug"], "FAIL arguments: the line above says what to change"),
+        ("speed-up-training", ["no_such_recipe"], "FAIL arguments: the line above says what to change"),
     ],
 )
 def test_a_check_prints_pass_or_the_first_failing_gate_and_exits_0_or_1(skill, words, last_line, tmp_path):

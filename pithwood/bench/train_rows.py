@@ -105,6 +105,23 @@ def committed_rows() -> tuple[list[Row], str]:
     return rows, where
 
 
+def verdict(row: Row, against: dict[str, Any] | None, limit: float) -> str:
+    """PASS if a row is neither slower nor larger than the committed one by more than `limit` percent, else FAIL, the
+    gate and the reason.
+
+    against  what `comparison` returned
+    """
+    if not measured(row):
+        return f"FAIL status: {row['status']}"
+    if against is None:
+        return "FAIL committed: no row of this workload is committed for this device"
+    slower, larger = 100 * (1 / against["speed"] - 1), 100 * ((against["memory"] or 1) - 1)
+    for gate, change, words in (("speed", slower, "more time"), ("memory", larger, "more memory")):
+        if change > limit:
+            return f"FAIL {gate}: {change:.1f} % {words} than {against['from']}; {limit:g} % are allowed"
+    return "PASS"
+
+
 def comparison(row: Row, committed: Sequence[Row], where: str) -> dict[str, Any] | None:
     """How a measured row compares with the committed one of the same workload: of equal settings if there is one, else
     the fastest; None without either number.

@@ -33,6 +33,9 @@ def add(subjects: Any) -> None:
     parser.add_argument("--drop", metavar="N", type=int, default=3, help="first steps not counted (default: 3)")
     parser.add_argument("--breakdown", action="store_true", help="also profile where the step's time goes")
     parser.add_argument(
+        "--limit", metavar="P", type=float, help="PASS, or FAIL if P percent slower or larger than the committed row"
+    )
+    parser.add_argument(
         "--out", metavar="DIR", type=Path, help="folder of train.json (default: bench/results/<device>)"
     )
     parser.add_argument(
@@ -54,6 +57,8 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     check_steps(args.steps, args.drop)
     if args.sweep is not None:
         return _sweep(args)
+    if args.limit is not None and not args.limit >= 0:
+        raise ValueError(f"--limit={args.limit} must be 0 percent or more")
     if args.fit is not None:
         raise ValueError("--fit is for the rows of a --sweep; see pithwood estimate for what a single row needs")
     if args.budget_s is not None:
@@ -62,7 +67,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     from pithwood.bench import train
     from pithwood.bench.results import device_name, merge_rows, read_results, write_results
     from pithwood.bench.train_plot import plot_lengths
-    from pithwood.bench.train_rows import committed_rows, comparison, measured, row_key, workload
+    from pithwood.bench.train_rows import committed_rows, comparison, measured, row_key, verdict, workload
 
     settings = run_of(args)
     folder = args.out or Path("bench") / "results" / device_name()
@@ -96,18 +101,22 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
         row["breakdown"] = breakdown(started, args.steps, row["step_ms"], tell)
         save()
     against = comparison(row, committed, where)
-    code = 0 if measured(row) else 1
+    gate = [] if args.limit is None else [verdict(row, against, args.limit)]
+    code = 0 if measured(row) and gate in ([], ["PASS"]) else 1
     if args.json:
-        return code, json_text({"file": path, "row": row, "committed": against})
+        result = {"file": path, "row": row, "committed": against}
+        return code, json_text({**result, "verdict": gate[0]} if gate else result)
     from pithwood.bench.train_text import row_lines
 
-    return code, "\n".join([*row_lines(row, against, where), str(path)])
+    return code, "\n".join([*row_lines(row, against, where), str(path), *gate])
 
 
 def _sweep(args: argparse.Namespace) -> tuple[int, str]:
     """The outcome of every row of a sweep; exit code 1 if one has no speed."""
     if args.routing is not None or args.tokens != "fake":
         raise ValueError("--routing and --tokens are what the rows of a --sweep say themselves; drop them")
+    if args.limit is not None:
+        raise ValueError("--limit judges a single row; drop it or --sweep")
     if args.budget_s is not None and not args.budget_s > 0:
         raise ValueError(f"--budget-s={args.budget_s} must be above 0")
 

@@ -14,7 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pithwood.estimate.work import attention_op
 from pithwood.observe.step_parts import IDLE, PARTS
+from pithwood.run import Run
 
 Row = dict[str, Any]
 
@@ -44,8 +46,13 @@ class Efficiency:
     """Where the numbers come from, in words."""
 
 
-def efficiency(rows: Sequence[Row], attention: str, seq_len: int, where: str = "results files") -> Efficiency:
-    """What the breakdowns among `rows` say of a run with this attention (`full`, `moba`, ...) at this length."""
+def efficiency(rows: Sequence[Row], run: Run, where: str = "results files") -> Efficiency:
+    """What the breakdowns among `rows` say of a run's attention at its length.
+
+    Of several rows at one length those count that are most like the run: first in their routing, then in the tokens of
+    a micro-batch.
+    """
+    attention, seq_len = attention_op(run.phase(0).attention), run.seq_len
     known = [row for row in rows if row.get("status") == "ok" and row.get("breakdown")]
     same = [row for row in known if row["attention"]["op"] == attention]
     parts: dict[str, float] = {}
@@ -53,10 +60,9 @@ def efficiency(rows: Sequence[Row], attention: str, seq_len: int, where: str = "
         if part == "other":
             continue
         chosen = same if part == "attention" or same else known
-        parts[part] = _interpolated([(row["seq_len"], _of(row, part)) for row in chosen], seq_len) or default(
-            part, attention
-        )
-    rest = _interpolated([(row["seq_len"], _rest(row)) for row in same or known], seq_len)
+        points = [(row["seq_len"], _of(row, part)) for row in _most_alike(chosen, run)]
+        parts[part] = _interpolated(points, seq_len) or default(part, attention)
+    rest = _interpolated([(row["seq_len"], _rest(row)) for row in _most_alike(same or known, run)], seq_len)
     if not known:
         return Efficiency(parts, REST_SHARE, "constants, as no breakdown of this device was measured")
     lengths = sorted({row["seq_len"] for row in same or known})
@@ -64,6 +70,19 @@ def efficiency(rows: Sequence[Row], attention: str, seq_len: int, where: str = "
     if not same:
         said += f", none of them with {attention} attention"
     return Efficiency(parts, REST_SHARE if rest is None else rest, said)
+
+
+def _most_alike(rows: Sequence[Row], run: Run) -> list[Row]:
+    """At each length the rows that are most like the run."""
+
+    def likeness(row: Row) -> tuple[bool, bool]:
+        tokens = row["micro_batch"] * row["seq_len"] == run.samples_per_micro_batch * run.seq_len
+        return row["routing"] == run.model.moe.routing, tokens
+
+    best: dict[int, tuple[bool, bool]] = {}
+    for row in rows:
+        best[row["seq_len"]] = max(best.get(row["seq_len"], (False, False)), likeness(row))
+    return [row for row in rows if likeness(row) == best[row["seq_len"]]]
 
 
 def default(part: str, attention: str) -> float:

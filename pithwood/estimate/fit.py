@@ -20,7 +20,7 @@ def fitting_overrides(run: Run, device: Device) -> tuple[list[str], bool]:
     is needed, else those that take least.
 
     Tried in order: norms computed again, then one block after another, then block inputs in host memory, then experts
-    in chunks.
+    in chunks, then optimizer state in host memory.
     """
     least: tuple[float, list[str]] = float("inf"), []
     for words in _candidates(run):
@@ -44,3 +44,6 @@ def _candidates(run: Run) -> Iterator[list[str]]:
         if tokens < run.samples_per_micro_batch * run.seq_len:
             yield ["recompute=block", f"model.moe.chunk_tokens={tokens}"]
             yield [*whole, f"model.moe.chunk_tokens={tokens}"]
+    # slow for short steps, nothing beside those of very long sequences
+    chunks = [] if CHUNKS[-1] >= run.samples_per_micro_batch * run.seq_len else [f"model.moe.chunk_tokens={CHUNKS[-1]}"]
+    yield [*whole, *chunks, "optim.offload_state=true"]

@@ -10,7 +10,7 @@ from pithwood.estimate.devices import Device, MeshSizes
 from pithwood.estimate.efficiency import Efficiency, Row, efficiency
 from pithwood.estimate.memory import estimate_memory
 from pithwood.estimate.time import estimate_time
-from pithwood.estimate.work import attention_op, meta_model, step_flops
+from pithwood.estimate.work import meta_model, step_flops
 from pithwood.observe.metrics import HOPPER_MEASURED_FLOPS, HOPPER_PEAK_FLOPS, mfu
 from pithwood.recipes import load_recipe
 from pithwood.run import Run
@@ -21,8 +21,7 @@ def estimate(run: Run, device: Device, mesh: MeshSizes, rows: Sequence[Row], whe
 
     rows, where  measured rows whose breakdowns say how efficient each part is, and the file that they come from
     """
-    known = efficiency(rows, attention_op(run.phase(0).attention), run.seq_len, where)
-    return _estimate(run, device, mesh, known)
+    return _estimate(run, device, mesh, efficiency(rows, run, where))
 
 
 def _estimate(run: Run, device: Device, mesh: MeshSizes, known: Efficiency) -> dict[str, Any]:
@@ -91,10 +90,10 @@ def compare_rows(rows: Sequence[Row], device: Device, where: str) -> list[dict[s
         if row["status"] != "ok":
             continue
         run = apply_overrides(load_recipe(row["recipe"]), row["overrides"])
-        one, op = MeshSizes(), row["attention"]["op"]
-        found = _estimate(run, device, one, efficiency(rows, op, run.seq_len, where))
+        one = MeshSizes()
+        found = _estimate(run, device, one, efficiency(rows, run, where))
         others = [other for other in rows if other is not row]
-        blind = estimate_time(run, device, one, efficiency(others, op, run.seq_len, where)).step_ms
+        blind = estimate_time(run, device, one, efficiency(others, run, where)).step_ms
         columns = ("recipe", "layers", "seq_len", "sequences", "micro_batch", "attention", "routing", "settings")
         compared.append(
             {

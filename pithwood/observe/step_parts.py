@@ -81,7 +81,8 @@ def of_op(name: str) -> Evidence | None:
 
 def of_kernel(name: str) -> str:
     """The part that a GPU kernel's own name tells of, UNKNOWN if none."""
-    if re.search(r"at::native|elementwise|cub::|cublas|index_select", name) and "flash" not in name:
+    # a kernel of the compiler lists the ops that it fused, and `select` or `scatter` among them mean nothing
+    if re.search(r"at::native|elementwise|cub::|cublas|index_select|^triton_\w+_fused", name) and "flash" not in name:
         return UNKNOWN
     found = _of_words(name)
     return UNKNOWN if found is None else found.part

@@ -5,7 +5,8 @@
 <!-- throughput lengths -->    step time and memory against sequence length, full attention and MoBA, and the picture
 <!-- throughput estimate -->   `pithwood estimate` beside what was measured
 
-Of several rows of one workload (other micro-batches, other settings) the fastest is shown, with its settings.
+Of several rows of one workload (other micro-batches, other settings) the fastest is shown, with its settings; where a
+limit on memory is asked for, the fastest within it.
 """
 
 from __future__ import annotations
@@ -78,9 +79,13 @@ def throughput(what: str, root: Path) -> str:
 
 
 def fastest(rows: Sequence[Row], goal: Goal) -> Row | None:
-    """The fastest measured row of a workload, else one that says why there is no speed, else None."""
+    """The fastest measured row of a workload, of those within the memory asked for if there are any, else one that says
+    why there is no speed, else None.
+    """
     here = [row for row in rows if _is(row, goal)]
     speeds = [row for row in here if measured(row)]
+    lean = [row for row in speeds if goal.most_gb is None or row["peak_gb"] <= goal.most_gb]
+    speeds = lean or speeds
     return max(speeds, key=lambda row: row["tokens_per_s"]) if speeds else next(iter(here), None)
 
 
@@ -96,21 +101,34 @@ def _goals(rows: Sequence[Row], folder: Path) -> str:
 
 
 def _goal_table(rows: Sequence[Row]) -> str:
-    head = ["workload", "PithTrain", "must", "stretch", "tokens/s", "spread", "MFU", "of 790", "peak GB", "settings"]
+    head = [
+        "workload",
+        "PithTrain",
+        "must",
+        "stretch",
+        "tokens/s",
+        "spread",
+        "MFU",
+        "of 790",
+        "peak GB",
+        "start s",
+        "settings",
+    ]
     first = fastest(rows, GOALS[0])
-    table = [head, ["---", "---", *["---:"] * 7, "---"]]
+    table = [head, ["---", "---", *["---:"] * 8, "---"]]
     for goal in GOALS:
         must, stretch = _asked(goal)
         row = fastest(rows, goal)
         if row is None:
-            cells = ["not measured", "", "", "", "", ""]
+            cells = ["not measured", *[""] * 6]
         elif not measured(row):
-            cells = [row["status"], "", "", "", _number(row["peak_gb"], ".1f"), _settings(row)]
+            cells = [row["status"], "", "", "", _number(row["peak_gb"], ".1f"), "", _settings(row)]
         else:
             met = _met(goal, row, first)
             speed = f"{row['tokens_per_s']:,.0f}" + ("" if met is None else f" ({met})")
             shares = [_number(row.get(name), ".1%") for name in ("mfu", "mfu_measured")]
-            cells = [speed, _number(row["spread"], ",.0f"), *shares, _number(row["peak_gb"], ".1f"), _settings(row)]
+            memory, start = _number(row["peak_gb"], ".1f"), _number(row["first_step_s"], ".0f")
+            cells = [speed, _number(row["spread"], ",.0f"), *shares, memory, start, _settings(row)]
         table.append([goal.words(), goal.others, must, stretch, *cells])
     return _text(table)
 

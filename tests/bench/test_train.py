@@ -116,6 +116,28 @@ def test_a_row_is_compared_with_equal_settings_or_the_fastest_of_its_workload():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    ("speed", "memory", "status", "told"),
+    [
+        (1.2, 1.0, "ok", "PASS"),
+        (0.98, 1.02, "ok", "PASS"),
+        (0.8, 1.5, "ok", "FAIL speed: 25.0 % more time than here; 3 % are allowed"),
+        (1.2, 1.5, "ok", "FAIL memory: 50.0 % more memory"),
+        (1.2, 1.0, "out of memory", "FAIL status: out of memory"),
+    ],
+)
+def test_a_verdict_names_the_first_gate_that_does_not_hold(speed, memory, status, told):
+    assert train_rows.verdict({"status": status}, {"speed": speed, "memory": memory, "from": "here"}, 3).startswith(
+        told
+    )
+
+
+@pytest.mark.quick
+def test_without_a_committed_row_there_is_no_pass():
+    assert train_rows.verdict({"status": "ok"}, None, 3).startswith("FAIL committed")
+
+
+@pytest.mark.quick
 def test_without_a_history_the_file_beside_the_code_is_what_was_committed(tmp_path, monkeypatch):
     monkeypatch.setattr(train_rows, "ROOT", tmp_path)
     rows, where = train_rows.committed_rows()
@@ -151,6 +173,8 @@ def test_spread_is_the_range_of_few_values_and_quartiles_of_many():
         (["bench", "train", "debug", "--steps", "3"], "leaves none to time after --drop 3; give at least --steps 4"),
         (["bench", "train", "debug", "--drop", "0"], "--drop 0 must be at least 1"),
         (["bench", "train", "debgu"], "did you mean debug"),
+        (["bench", "train", "debug", "--limit", "-1"], "--limit=-1.0 must be 0 percent or more"),
+        (["bench", "train", "debug", "--limit", "1", "--sweep", "issue"], "--limit judges a single row"),
         (["bench", "train", "debug", "seq_length=3"], "seq_len"),
         (["bench", "train", "debug", "--routing", "even"], "balanced"),
         (["bench", "trian", "debug"], "did you mean train"),

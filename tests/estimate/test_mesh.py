@@ -32,7 +32,7 @@ def memory(run: Run, **sizes: int) -> dict[str, float]:
 
 
 def time(run: Run, **sizes: int):
-    return estimate_time(run, H200, MeshSizes(**sizes), efficiency([], "full", run.seq_len))
+    return estimate_time(run, H200, MeshSizes(**sizes), efficiency([], run))
 
 
 @pytest.mark.parametrize(
@@ -136,5 +136,5 @@ def test_a_pipeline_waits_for_its_first_and_last_micro_batch():
 
 def test_slower_memory_and_fewer_flops_take_longer():
     slow = dataclasses.replace(H200, peaks=DEVICES["h100"].peaks)
-    run, known = run_of(), efficiency([], "full", 4096)
+    run, known = run_of(), efficiency([], run_of())
     assert estimate_time(run, slow, MeshSizes(), known).step_ms > estimate_time(run, H200, MeshSizes(), known).step_ms

@@ -148,4 +148,5 @@ def test_vague_evidence_gives_way_to_what_lies_further_out():
 
 def test_kernels_of_torch_are_not_judged_by_words():
     assert of_kernel("void at::native::index_select_kernel<float>") == ""
+    assert of_kernel("triton_poi_fused_select_scatter_3") == ""
     assert of_kernel("_select_few_kernel") == "attention"
