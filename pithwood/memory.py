@@ -54,7 +54,11 @@ def knobs(run: Run) -> str:
     model = {name: getattr(run.model, name) for name in ("vocab_size", "model_dim", "num_layers")}
     model |= {f"moe.{name}": getattr(run.model.moe, name) for name in ("num_experts", "expert_dim")}
     sizes = ", ".join(f"model.{name}={size}" for name, size in model.items())
-    return f"lower samples_per_micro_batch={run.samples_per_micro_batch}, seq_len={run.seq_len} or the model ({sizes})"
+    least = all(kept == "block" for kept in run.recompute_by_block())
+    return (
+        f"lower samples_per_micro_batch={run.samples_per_micro_batch}, seq_len={run.seq_len} or the model ({sizes})"
+        + ("" if least else ", or set recompute=block")
+    )
 
 
 def memory_by_kind(run: Run, device: torch.device | None = None, *, copies: bool | None = None) -> dict[str, float]:
