@@ -45,6 +45,13 @@ class LossLedger:
         self.counts[term.name] = self.counts.get(term.name, 0.0) + term.count
         self.coefs[term.name] = term.coef
 
+    def add(self, other: LossLedger) -> None:
+        """Take over what another ledger of the same step recorded."""
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0.0) + other.counts[name]
+        self.coefs |= other.coefs
+
     def means(self) -> dict[str, Tensor]:
         """Mean of each recorded term over its own count, coefficient not applied."""
         return {name: value / self.counts[name] for name, value in self.sums.items()}

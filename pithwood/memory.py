@@ -19,15 +19,14 @@ from pithwood.errors import is_out_of_memory, size_text
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.models.recompute import ActivationPlan
 from pithwood.ops.packing import Packing
-from pithwood.optim.muon import CPU_CHUNK_ELEMENTS, GPU_CHUNK_BYTES
-from pithwood.optim.optimizer import Optimizer
+from pithwood.optim.config import STATE_DTYPES, MuonConfig
+from pithwood.optim.groups import ParamPlan
+from pithwood.optim.muon import matrices_per_chunk, resolve_ns_dtype
+from pithwood.optim.optimizer import EXP_AVG, EXP_AVG_SQ, MOMENTUM, Optimizer
 from pithwood.run import DTYPES, Run, pick_device
 
 SHARE_FOR_COPIES = 0.9
 """Copies of the weights are kept if the estimate with them stays below this share of the device's memory."""
-
-_UPDATE_BYTES = 20
-"""Temporary bytes per element of the matrices that Muon moves at once."""
 
 
 def check_memory(run: Run, figures: dict[str, Any], device: torch.device) -> list[str]:
@@ -55,7 +54,11 @@ def knobs(run: Run) -> str:
     model = {name: getattr(run.model, name) for name in ("vocab_size", "model_dim", "num_layers")}
     model |= {f"moe.{name}": getattr(run.model.moe, name) for name in ("num_experts", "expert_dim")}
     sizes = ", ".join(f"model.{name}={size}" for name, size in model.items())
-    return f"lower samples_per_micro_batch={run.samples_per_micro_batch}, seq_len={run.seq_len} or the model ({sizes})"
+    least = all(kept == "block" for kept in run.recompute_by_block())
+    return (
+        f"lower samples_per_micro_batch={run.samples_per_micro_batch}, seq_len={run.seq_len} or the model ({sizes})"
+        + ("" if least else ", or set recompute=block")
+    )
 
 
 def memory_by_kind(run: Run, device: torch.device | None = None, *, copies: bool | None = None) -> dict[str, float]:
@@ -74,7 +77,7 @@ def memory_by_kind(run: Run, device: torch.device | None = None, *, copies: bool
         copies = run.keep_weight_copies == "always" or (run.keep_weight_copies == "auto" and _wants_copies(run, device))
     with torch.device("meta"):
         model = Qwen3MoE(dataclasses.replace(run.model, attention=run.phase(0).attention))
-    model.activations = activation_plan(run)
+    model.keep_activations(activation_plan(run))
     optimizer: Optimizer | None = None
     worst: dict[str, float] = {}
     stages = run.stages()
@@ -102,30 +105,27 @@ def _moments(
     state = optimizer.state_dict()
     average = 0.0 if optimizer.average is None else float(_bytes(optimizer.average.average.values()))
     gradients = float(_bytes(param for param in params if param.requires_grad))
-    away = run.optim.offload_state and device.type == "cuda"
+    host: tuple[str, ...] = ()
+    if run.optim.offload_state and device.type == "cuda":
+        host = (MOMENTUM, EXP_AVG, EXP_AVG_SQ)
+    kept = {key: value for key, value in state.items() if not key.startswith(host)}
     resident = {
         "weights": float(_bytes(params)),
         "weight_copies": 2.0 * sum(weight.numel() for weight in model.product_weights().values()) if copies else 0.0,
-        "optimizer_state": 0.0 if away else _bytes(state.values()) - average,
+        "optimizer_state": _bytes(kept.values()) - average,
         "weight_average": average,
     }
     # samples of one length cost the same: a thousand of them are priced, one by one, and multiplied
     many = min(stage.samples_per_batch, 1000)
-    cost = model.cost(Packing.from_lengths([stage.seq_len] * many), element_size=DTYPES[run.precision].itemsize)
+    cost = model.cost(Packing.from_lengths([stage.seq_len] * many), DTYPES[run.precision].itemsize)
     share = stage.samples_per_batch / many
-    # gradients are dropped after each update: the first backward pass makes the head's while all activations are there,
-    # and the others as the activations go
+    # gradients are dropped after each update: the first backward pass makes them anew as the activations go, and the
+    # head's is among its workspace
     alone = run.samples_per_micro_batch == run.samples_per_step
-    first = float(_bytes([model.head_weight])) if model.head_weight.requires_grad else 0.0
-    moved = [name for name, plan in optimizer.plans.items() if plan.trainable and plan.muon]
-    by_muon = sum(optimizer.params[name].numel() for name in moved)
-    most = GPU_CHUNK_BYTES if device.type == "cuda" else _UPDATE_BYTES * CPU_CHUNK_ELEMENTS
-    if away:
-        most *= 3  # two windows, each with no more momentum than there are temporaries
     return [
         {
             **resident,
-            "gradients": first if alone else gradients,
+            "gradients": 0.0 if alone else gradients,
             "activations": cost.saved_bytes * share,
             "workspace": cost.workspace_bytes * share,
         },
@@ -133,9 +133,32 @@ def _moments(
             **resident,
             "gradients": gradients,
             "activations": 0.0,
-            "workspace": float(min(most, _UPDATE_BYTES * by_muon)),
+            "workspace": _update_bytes(run, list(optimizer.plans.values()), device),
         },
     ]
+
+
+def _update_bytes(run: Run, plans: list[ParamPlan], device: torch.device) -> float:
+    """Temporary bytes of an update: of the largest batch of matrices that Muon orthogonalises at once, and the two
+    windows through which state on the host visits a GPU.
+    """
+    cfg = run.optim
+    if not isinstance(cfg, MuonConfig):
+        return 0.0
+    dtype, counts = resolve_ns_dtype(cfg.ns_dtype, device), dict[tuple[int, int], int]()
+    for plan in plans:
+        if plan.trainable and plan.muon:
+            shape = plan.matrix_shape[1], plan.matrix_shape[2]
+            counts[shape] = counts.get(shape, 0) + plan.matrix_shape[0]
+    most = 0
+    for (rows, cols), count in counts.items():
+        many = min(count, matrices_per_chunk(rows, cols, dtype, device))
+        # X twice, the Gram matrix and the polynomial
+        need = 2 * (rows * cols + min(rows, cols) ** 2) * dtype.itemsize
+        if cfg.offload_state and device.type == "cuda":
+            need += 2 * rows * cols * STATE_DTYPES[cfg.momentum_dtype].itemsize
+        most = max(most, many * need)
+    return float(most)
 
 
 def activation_plan(run: Run) -> ActivationPlan:

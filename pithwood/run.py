@@ -20,6 +20,7 @@ from pithwood.data.mixture import MixtureConfig
 from pithwood.data.prepare import CorpusConfig
 from pithwood.models.qwen3_moe import Qwen3MoEConfig
 from pithwood.models.recompute import Recompute
+from pithwood.models.stages import check_compiler
 from pithwood.objectives import NextToken, Objective
 from pithwood.observe.sinks import LoggingConfig
 from pithwood.observe.spikes import SpikeConfig
@@ -90,13 +91,16 @@ class Run:
     """Activation dtype; master weights, gradients, optimizer state and reductions are fp32 in both."""
     recompute: Recompute | tuple[Recompute, ...] = "none"
     """What the backward pass computes again instead of keeping it, for all blocks or one entry per block. none:
-    nothing. selective: what is cheap. block: everything but the block's input and its decisions (which keys, which
-    experts), for one forward pass more. It changes no digit."""
+    nothing. selective: what is cheap, the outputs of norms and the rows that experts read. block: everything but the
+    block's input and its decisions (which keys, which experts), for one forward pass more. It changes no digit."""
     offload_activations: bool = False
     """Keep the inputs of blocks with recompute=block in host memory between forward and backward pass; GPU only."""
     keep_weight_copies: Literal["auto", "always", "never"] = "auto"
     """Whether bf16 copies of the weights stay on the device, renewed after each update, instead of being cast at every
     use: 2 bytes per parameter against time. auto: on a GPU, with precision=bf16, if they fit. It changes no digit."""
+    compile: bool = False
+    """Compile the stages of a block by torch.compile, instead of running the kernels that were written for them. It
+    rounds differently."""
     seed: int = 0
     """Seed of initial weights and of the sample order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -282,3 +286,5 @@ def check_device_settings(run: Run, device: torch.device) -> None:
             "offload_activations=true moves activations from a GPU to the host's memory, but the run is on the CPU, "
             "where they are already; set offload_activations=false"
         )
+    if run.compile:
+        check_compiler(device)

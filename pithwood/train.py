@@ -229,7 +229,10 @@ class Trainer:
         with device:
             self.model = Qwen3MoE(dataclasses.replace(run.model, attention=phase.attention))
         self.model.init_weights(run.seed)
-        self.model.activations = activation_plan(run)
+        self.model.keep_activations(activation_plan(run))
+        if run.compile:
+            # plain attention on a CPU looks at offsets, and no graph holds that
+            self.model.compile_stages(whole=device.type == "cuda")
         self.copies = keeps_copies(run, device)
         """Whether the weights carry copies in the activations' dtype."""
         self.optimizer = Optimizer(
@@ -420,6 +423,7 @@ class Trainer:
             f"{run.steps} steps of {run.samples_per_step * run.seq_len:,} tokens, {tokens / 1e6:.2f}M in all",
             f"data: {', '.join(f'{passes:.3g} epochs of {name}' for name, passes in epochs.items())}",
             f"attention: {', '.join(sorted(mixers))}, {attention_backend(self.device)}",
+            *(["blocks: stages compiled by torch"] if run.compile else []),
             f"memory: {memory_line(run, self.device, self.copies)}",
             f"device: {self.device}, {run.precision}"
             + (f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""),

@@ -151,7 +151,8 @@ class MoBA(HeadsMixer):
         attention = Cost(
             model_flops=per_pair * (own + past),
             executed_flops=per_pair * (len(position_T) * c.block_size + past) + 2.0 * s.num_heads * s.head_dim * gate,
-            saved_bytes=packing.num_queries * s.num_heads * c.num_blocks * 4.0,
+            # the selection, and the list of queries of each block that kernels make from it
+            saved_bytes=self.decision_bytes(packing) + packing.num_queries * s.num_heads * c.num_blocks * 4.0,
             workspace_bytes=min(2.0 * GATE_WORKSPACE_BYTES, 4.0 * s.num_heads * (gate + past * s.head_dim)),
             cache_bytes=finished * channels * 4.0,
         )

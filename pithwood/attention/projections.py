@@ -203,15 +203,18 @@ class HeadsMixer(Mixer):
         return self.projection_cost(packing) + attention
 
     def _check_context(self, ctx: LayerContext) -> None:
-        where = f"{type(self).__name__} in layer {self.shape.layer}"
+        wrong = None
         if not ctx.packing.causal:
-            raise ValueError(f"{where} is causal; got a packing with causal=False: use a bidirectional mixer")
-        if ctx.cp is not None:
-            raise ValueError(f"{where} does not run under context parallelism: set mesh.cp=1")
-        if self.rope and ctx.rope is None:
-            raise ValueError(f"{where} has rope=True but the model gives no rotary angles: set rope=False")
-        if ctx.cache is None and not ctx.packing.self_attention:
-            raise ValueError(f"{where} got keys longer than its queries but no cache that holds them")
+            wrong = "is causal; got a packing with causal=False: use a bidirectional mixer"
+        elif ctx.cp is not None:
+            wrong = "does not run under context parallelism: set mesh.cp=1"
+        elif self.rope and ctx.rope is None:
+            wrong = "has rope=True but the model gives no rotary angles: set rope=False"
+        elif ctx.cache is None and not ctx.packing.self_attention:
+            wrong = "got keys longer than its queries but no cache that holds them"
+        if wrong is not None:
+            # the layer's number is read here alone: a compiled stage that reads it is compiled for every layer
+            raise ValueError(f"{type(self).__name__} in layer {self.shape.layer} {wrong}")
 
 
 class Projection(nn.Module):

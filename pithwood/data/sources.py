@@ -7,6 +7,7 @@ and Hugging Face datasets.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import sysconfig
@@ -135,7 +136,15 @@ class StdlibSource(Source):
 
     def _paths(self) -> list[tuple[str, Path]]:
         root = Path(sysconfig.get_paths()["stdlib"])
-        paths = [(name, path) for name, path in find_files(root, "**/*.py") if not _outside_stdlib(name)]
+        # installed packages, tens of thousands of files, often lie below the library: their folders are not entered
+        found = {}
+        for folder, folders, files in os.walk(root):
+            folders[:] = [name for name in folders if name not in _INSTALLED and not name.startswith(".")]
+            below = PurePosixPath(Path(folder).relative_to(root).as_posix())
+            for file in files:
+                if file.endswith(".py") and not file.startswith(".") and not _outside_stdlib(str(below / file)):
+                    found[str(below / file)] = Path(folder, file)
+        paths = sorted((name, path) for name, path in found.items() if path.is_file())
         if not paths:
             raise ValueError(
                 f"data.source=StdlibSource: no .py files under {root} (this Python may ship its library compiled); "

@@ -27,6 +27,7 @@ from pithwood.attention.projections import HeadsConfig
 from pithwood.losses import LossLedger
 from pithwood.models.init import fill_normal
 from pithwood.models.recompute import ActivationPlan, BlockCost
+from pithwood.models.stages import CompiledStages
 from pithwood.moe.config import MoEConfig
 from pithwood.moe.experts import DenseMLP
 from pithwood.moe.layer import MoELayer
@@ -166,6 +167,9 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """One decoder layer in three stages."""
 
+    compiled: CompiledStages | None = None
+    """The stages compiled, for passes that record losses; None runs them as they are."""
+
     def __init__(self, cfg: Qwen3MoEConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.model_dim, cfg.norm_eps)
@@ -210,15 +214,16 @@ class Block(nn.Module):
         """The three stages with the one-process exchange between them; returns the output and the carry for the next
         layer.
         """
-        routed = self.attend_and_route(x_TD, ctx)
+        stages = self if self.compiled is None or ctx.ledger is None else self.compiled.of(self)
+        routed = stages.attend_and_route(x_TD, ctx)
         out_TD = None
         if routed.ids_Tk is not None:
             assert isinstance(self.mlp, MoELayer)
             assert routed.weight_Tk is not None
             out_TD = self.mlp.mix(
-                routed.ffn_in_TD, routed.ids_Tk, routed.weight_Tk, routed.residual_TD, experts=self.experts
+                routed.ffn_in_TD, routed.ids_Tk, routed.weight_Tk, routed.residual_TD, experts=stages.experts
             )
-        return self.merge(routed, out_TD), routed.carry
+        return stages.merge(routed, out_TD), routed.carry
 
 
 class Qwen3MoE(nn.Module):
@@ -229,7 +234,7 @@ class Qwen3MoE(nn.Module):
         cfg.validate()
         self.cfg = cfg
         self.activations = ActivationPlan.keep_all(cfg.num_layers)
-        """How the blocks keep what their backward pass needs."""
+        """How the blocks keep what their backward pass needs; `keep_activations` changes it."""
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(
@@ -333,6 +338,19 @@ class Qwen3MoE(nn.Module):
                     overrides[f"model.layers.{layer}.mlp.experts.{local}"] = shape
         return {name: _role(name, param, overrides) for name, param in self.named_parameters()}
 
+    def keep_activations(self, plan: ActivationPlan) -> None:
+        """Keep activations as the plan says; selective blocks gather the rows of their experts again."""
+        self.activations = plan
+        for block, recompute in zip(self.blocks, plan.recompute, strict=True):
+            if isinstance(block.mlp, MoELayer):
+                block.mlp.save_rows = self.cfg.moe.save_rows and recompute != "selective"
+
+    def compile_stages(self, *, whole: bool, backend: str = "inductor") -> None:
+        """Compile the stages of all blocks for training, each once for all layers of a kind; see `CompiledStages`."""
+        stages = CompiledStages(Block, whole=whole, backend=backend)
+        for block in self.blocks:
+            block.compiled = stages
+
     def product_weights(self) -> dict[str, Tensor]:
         """The weights that matrix products take in the activations' dtype, by name: all matrices, experts and the head.
 
@@ -389,18 +407,18 @@ class Qwen3MoE(nn.Module):
         """
         tokens, dim = packing.num_queries, self.cfg.model_dim
         row = float(tokens * dim * element_size)
-        flops = 2.0 * tokens * dim * self.cfg.vocab_size
+        head = 2.0 * tokens * dim * self.cfg.vocab_size
         # half precision is what GPUs train in; the model may not be on its device yet
         device = torch.device("cuda" if element_size == 2 else "cpu")
-        head_saved, logits = workspace_bytes(tokens, self.cfg.vocab_size, dim, element_size, device)
-        # fp32 cos and sin for all layers, the final norm's input
-        saved = 8.0 * tokens * self.cfg.head_dim + row + head_saved
-        cost = Cost(flops, flops, saved_bytes=saved, workspace_bytes=float(logits))
+        # the head's gradients are made in its forward pass and gone before the blocks' backward passes begin
+        at_head = sum(workspace_bytes(tokens, self.cfg.vocab_size, dim, element_size, device))
+        # fp32 cos and sin for all layers, the final norm's input and the head's
+        cost = Cost(head, head, saved_bytes=8.0 * tokens * self.cfg.head_dim + 2 * row, workspace_bytes=float(at_head))
         # layers of one kind cost the same, and a long packing takes milliseconds to price
-        known: dict[tuple[MixerConfig, bool], BlockCost] = {}
+        known: dict[tuple[MixerConfig, bool, str], BlockCost] = {}
         blocks = []
         for layer, mixer in enumerate(self.cfg.mixers()):
-            kind = mixer, layer in self.cfg.dense_layers
+            kind = mixer, layer in self.cfg.dense_layers, self.activations.recompute[layer]
             if kind not in known:
                 known[kind] = self.block_cost(layer, packing, element_size)
             blocks.append(known[kind])
@@ -423,9 +441,8 @@ class Qwen3MoE(nn.Module):
             # the input; gate, silu(gate), up and their product
             mlp = Cost(flops, flops, saved_bytes=row + 4.0 * tokens * dense_dim * element_size)
             return BlockCost(cost + mlp, inputs, cheap)
-        return BlockCost(
-            cost + block.mlp.cost(tokens, element_size), inputs + 8.0 * tokens * block.mlp.cfg.top_k, cheap
-        )
+        inputs += 8.0 * tokens * block.mlp.cfg.top_k
+        return BlockCost(cost + block.mlp.cost(tokens, element_size), inputs, cheap)
 
     def hf_config(self) -> dict[str, Any]:
         """config.json of the Hugging Face form; raises ValueError if Qwen3-MoE cannot express this model.

@@ -215,11 +215,13 @@ class ActivationPlan:
         return total + Cost(saved_bytes=sum(inputs))
 
     def run(self, block: Any, x_TD: Tensor, ctx: LayerContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """`block(x_TD, ctx)` with what the plan says of layer `ctx.layer`; only training passes recompute."""
+        """`block(x_TD, ctx)` with what the plan says of layer `ctx.layer`; only training passes recompute. What is
+        cheap inside a compiled stage its compiler knows best.
+        """
         recompute = self.recompute[ctx.layer] if ctx.mode == "train" and torch.is_grad_enabled() else "none"
         if recompute == "none":
             return block(x_TD, ctx)
-        if recompute == "selective":
+        if recompute == "selective" and block.compiled is None:
             return cheaply_recomputed(block, x_TD, ctx, block.norms())
         if self.offload and self.stash is None:
             self.stash = HostStash(x_TD.device)

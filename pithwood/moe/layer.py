@@ -29,6 +29,9 @@ class MoELayer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.model_dim = model_dim
+        self.save_rows = cfg.save_rows
+        """Whether the rows that the experts read are kept for the backward pass; a model's activation plan may say no.
+        """
         self.gate = Router(cfg, model_dim)
         self.experts = GroupedExperts(cfg.num_experts, model_dim, cfg.expert_dim)
         self.shared_experts = DenseMLP(model_dim, cfg.shared_width) if cfg.num_shared_experts else None
@@ -59,7 +62,7 @@ class MoELayer(nn.Module):
 
         def part(x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, residual_TD: Tensor | None) -> Tensor:
             rows_RD, weight_R, plan = dispatch_tokens(x_TD, ids_Tk, weight_Tk, cfg.num_experts)
-            rows_RD = run(rows_RD, plan.offsets, weight_R, None if cfg.save_rows else (x_TD, plan))
+            rows_RD = run(rows_RD, plan.offsets, weight_R, None if self.save_rows else (x_TD, plan))
             return combine_tokens(rows_RD, plan, residual_TD)
 
         num_tokens = x_TD.shape[0]
@@ -110,7 +113,7 @@ class MoELayer(nn.Module):
         experts = 6.0 * dim * (pairs * cfg.expert_dim + num_tokens * cfg.shared_width)
         # Saved per pair: gate and up, the row unless it is gathered again, its weight twice, its id, and where it goes;
         # for the shared experts gate, silu(gate), up and their product. The router keeps its input and fp32 logits.
-        row = dim if cfg.save_rows else 0
+        row = dim if self.save_rows else 0
         saved = pairs * (2 * cfg.expert_dim + row) + num_tokens * (dim + 4 * cfg.shared_width)
         chunked = 0 < cfg.chunk_tokens < num_tokens
         if chunked and cfg.chunk_recompute:

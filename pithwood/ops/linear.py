@@ -41,23 +41,27 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
 
 
 def adds_in_place(x: Tensor, weight: Tensor) -> bool:
-    """Whether products of x with this weight take the fast path: CUDA, x in half precision, the weight in fp32."""
-    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and weight.dtype == torch.float32
+    """Whether products of x with this weight take the fast path: CUDA, x in half precision, the weight in fp32, and no
+    compiler that would have to see through the sums.
+    """
+    halves = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and weight.dtype == torch.float32
+    return halves and not torch.compiler.is_compiling()
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, count: int, *parameters):  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *parameters)
-        ctx.count = count
+        ctx.save_for_backward(x)
+        # not saved as tensors are: what recomputes activations hands those back as others, without their copies
+        ctx.parameters, ctx.count = parameters, count
         pairs = zip(parameters[:count], parameters[count:], strict=True)
         return tuple(F.linear(x, in_dtype(w, x.dtype), None if b is None else b.to(x.dtype)) for w, b in pairs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor | None):  # type: ignore[override]
-        x, *parameters = ctx.saved_tensors
+        (x,), parameters = ctx.saved_tensors, ctx.parameters
         count, wanted = ctx.count, ctx.needs_input_grad[2:]
         x_TC = x.reshape(-1, x.shape[-1])
         grad_x: Tensor | None = None

@@ -16,8 +16,9 @@ from torch import Tensor
 
 def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`, detached from its gradient where it is a kept copy; a cast where no fresh copy is kept."""
-    if weight.dtype == dtype:
-        return weight
+    # the version of a weight would be a constant of a compiled graph, which is for any step
+    if weight.dtype == dtype or torch.compiler.is_compiling():
+        return weight.to(dtype)
     kept: tuple[Tensor, int] | None = getattr(weight, "kept_copy", None)
     if kept is not None and kept[0].dtype == dtype and kept[1] == weight._version:
         return kept[0]
@@ -50,12 +51,15 @@ def gradient_sink(weight: Tensor) -> tuple[Tensor, bool] | None:
     """(`weight.grad`, True if it holds a sum to add to, False if its content is to be overwritten), for a kernel that
     adds its gradient itself and returns None to autograd; None where the gradient must be returned instead.
 
-    Only leaves that require a gradient have a sink: what came out of other operations gets its gradient from autograd.
+    Only leaves that require a gradient have a sink: what came out of other operations gets its gradient from autograd,
+    and so does everything in a compiled graph, which knows leaves by their shape alone.
     Called in a backward pass, once per product; the gradient buffer is made here if there is none.
     """
-    if not (weight.is_leaf and weight.requires_grad):
+    if not (weight.is_leaf and weight.requires_grad) or torch.compiler.is_compiling():
         return None
-    if weight.grad is None:
-        weight.grad = torch.empty_like(weight)
-        return weight.grad, False
-    return weight.grad, True
+    # under hooks on saved tensors another tensor may stand for the parameter; the node that adds up gradients is one
+    leaf: Tensor = torch.autograd.graph.get_gradient_edge(weight).node.variable  # type: ignore[attr-defined]
+    if leaf.grad is None:
+        leaf.grad = torch.empty_like(leaf)
+        return leaf.grad, False
+    return leaf.grad, True

@@ -308,5 +308,9 @@ def test_costs_follow_the_size_of_activations_except_for_what_is_fp32():
         narrow = mixer.cost(packing)
         assert (narrow.model_flops, narrow.executed_flops) == (wide.model_flops, wide.executed_flops)
         kept_fp32 = 2 * narrow.saved_bytes - wide.saved_bytes
-        ids = config.num_blocks if isinstance(config, MoBAConfig) else 0
-        assert kept_fp32 == packing.num_queries * SHAPE.num_heads * 4 * (1 + ids)
+        # log-sums; of a selection the ids, their number, and for each head the lists that kernels make of them
+        numbers = SHAPE.num_heads
+        if isinstance(config, MoBAConfig):
+            sets = SHAPE.num_heads if config.route_per == "q_head" else SHAPE.num_kv_heads
+            numbers += sets * (config.num_blocks + 1) + SHAPE.num_heads * config.num_blocks
+        assert kept_fp32 == packing.num_queries * numbers * 4

@@ -89,6 +89,14 @@ SETTINGS = (
          "samples_per_micro_batch=3", ("samples_per_micro_batch=3", "try one of")),
     Case("heads", "Heads that cannot share keys", "train debug model.num_heads=6 model.num_kv_heads=4",
          ("num_kv_heads=4",)),
+    Case("recompute-count", "Not one `recompute` for each block", """train debug recompute='[\"block\"]'""",
+         ("recompute has 1 entries", "model.num_layers=2")),
+    Case("offload-nothing", "Inputs of recomputed blocks moved where none is recomputed",
+         "train debug offload_activations=true", ("offload_activations=true", "set recompute=block")),
+    Case("offload-on-cpu", "Activations moved to the host's memory from there",
+         "train debug device=cpu recompute=block offload_activations=true", ("offload_activations=true", "on the CPU")),
+    Case("copies-of-nothing", "Copies of the weights in the dtype that they have",
+         "train debug keep_weight_copies=always", ("keep_weight_copies=always", "precision=fp32")),
     Case("huge-size", "A size beyond any model", "train debug model.model_dim=1e12", ("model_dim", "at most")),
     Case("huge-batch", "More tokens in a micro-batch than an index can count", "train debug seq_len=2e9 "
          "samples_per_step=8 samples_per_micro_batch=8", ("seq_len", "2**31")),
@@ -110,9 +118,9 @@ SETTINGS = (
 SYSTEM = (
     Case("cannot-fit", "A model larger than the memory (known before it starts)", f"train debug {WIDE}",
          ("but this machine's memory is", "lower samples_per_micro_batch")),
-    Case("out-of-memory", "Memory that runs out all the same", f"{TRAIN} steps=4 model.vocab_size=4e5 "
+    Case("out-of-memory", "Memory that runs out all the same", f"{TRAIN} steps=4 model.vocab_size=3e5 "
          "name=large", ("out of memory", "lower samples_per_micro_batch", "no checkpoint yet"), code=3,
-         limits=Limits(more_memory=400_000_000), adds=("runs/large-*/*", "runs/corpora/*", "runs/corpora/*/*")),
+         limits=Limits(more_memory=600_000_000), adds=("runs/large-*/*", "runs/corpora/*", "runs/corpora/*/*")),
     Case("full-disk", "A disk without room for the next checkpoint", f"{TRAIN} steps=6", ("step-00000006", "File too "
          "large"), code=3, limits=Limits(file_bytes=1_000_000), adds=LATER, rewrites=REPORTS),
     Case("full-disk-log", "A disk without room for the event log", f"{TRAIN} steps=6",

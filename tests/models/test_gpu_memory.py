@@ -12,7 +12,7 @@ from pithwood.data.batches import Batch
 from pithwood.losses import LossLedger
 from pithwood.models import offload
 from pithwood.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
-from pithwood.models.recompute import ActivationPlan
+from pithwood.models.recompute import ActivationPlan, Recompute
 from pithwood.moe.config import MoEConfig
 from pithwood.objectives import NextToken
 from pithwood.ops.master import keep_copies
@@ -36,7 +36,7 @@ def make_model(plan: ActivationPlan | None = None, copies: bool = False) -> Qwen
         model = Qwen3MoE(CFG)
     model.init_weights(0)
     if plan is not None:
-        model.activations = plan
+        model.keep_activations(plan)
     if copies:
         keep_copies(model.product_weights().values(), torch.bfloat16)
     return model
@@ -71,14 +71,15 @@ def decisions_of(model: Qwen3MoE, batches: list[Batch]) -> dict[int, dict[str, A
 
 
 @pytest.mark.parametrize("small", [1, 1 << 20])
-@pytest.mark.parametrize("kind", ["block", "offload", "copies", "all"])
+@pytest.mark.parametrize("kind", ["selective", "block", "offload", "copies", "all"])
 def test_loss_and_gradients_are_those_of_the_plain_step(monkeypatch, kind, small):
     monkeypatch.setattr(offload, "SMALL_BYTES", small)
     batches, ledger = make_batches()
     plain = make_model()
     decisions = decisions_of(plain, batches)
     step(plain, batches, ledger, decisions)
-    plan = ActivationPlan(("block",) * 5, offload=kind in ("offload", "all")) if kind != "copies" else None
+    recompute: Recompute = "selective" if kind == "selective" else "block"
+    plan = ActivationPlan((recompute,) * 5, offload=kind in ("offload", "all")) if kind != "copies" else None
     model = make_model(plan, copies=kind in ("copies", "all"))
     _, own = make_batches()
     step(model, batches, own, decisions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,18 +58,22 @@ class Step:
 
 
 def run_step(
-    cfg: Qwen3MoEConfig, recompute: Recompute | tuple[Recompute, ...], frozen: tuple[str, ...] = (), **kwargs: Any
+    cfg: Qwen3MoEConfig,
+    recompute: Recompute | tuple[Recompute, ...],
+    frozen: tuple[str, ...] = (),
+    prepare: Callable[[Qwen3MoE], None] = lambda model: None,
 ) -> Step:
     model = Qwen3MoE(cfg)
     model.init_weights(0)
     each = (recompute,) * cfg.num_layers if isinstance(recompute, str) else recompute
-    model.activations = ActivationPlan(each)
+    model.keep_activations(ActivationPlan(each))
     for name, param in model.named_parameters():
         param.requires_grad_(not any(part in name for part in frozen))
+    prepare(model)
     made, objective, decisions = batches(), NextToken(), {}
     ledger = LossLedger({"tokens": 192.0, **objective.totals(made)})
     for batch in made:
-        forward_backward(model, objective, batch, ledger, torch.float32, probe=decisions, **kwargs)
+        forward_backward(model, objective, batch, ledger, torch.float32, probe=decisions)
     return Step(
         model,
         {name: float(mean) for name, mean in ledger.means().items()},
@@ -129,7 +134,7 @@ def test_decisions_are_taken_once_and_replayed():
     def gradients(recompute: Recompute) -> dict[str, torch.Tensor]:
         own = Qwen3MoE(CFG)
         own.init_weights(0)
-        own.activations = ActivationPlan((recompute,) * 3)
+        own.keep_activations(ActivationPlan((recompute,) * 3))
         ledger = LossLedger({"tokens": 96.0, **NextToken().totals([batch])})
         forward_backward(own, NextToken(), batch, ledger, torch.float32, replay=foreign)
         return {name: param.grad for name, param in own.named_parameters() if param.grad is not None}
@@ -149,7 +154,7 @@ def test_norms_of_the_residual_stream_are_still_measured():
     def norms(recompute: Recompute) -> dict[str, float]:
         model = Qwen3MoE(CFG)
         model.init_weights(0)
-        model.activations = ActivationPlan((recompute,) * 3)
+        model.keep_activations(ActivationPlan((recompute,) * 3))
         recorder = NormRecorder(dict(model.named_parameters()), model.blocks, steps=4)
         batch = batches()[0]
         ledger = LossLedger({"tokens": 96.0, **NextToken().totals([batch])})
@@ -167,7 +172,7 @@ def test_bf16_activations_give_the_same_bits():
     def gradients(recompute: Recompute) -> dict[str, torch.Tensor]:
         model = Qwen3MoE(CFG)
         model.init_weights(0)
-        model.activations = ActivationPlan((recompute,) * 3)
+        model.keep_activations(ActivationPlan((recompute,) * 3))
         batch = batches()[0]
         ledger = LossLedger({"tokens": 96.0, **NextToken().totals([batch])})
         forward_backward(model, NextToken(), batch, ledger, torch.bfloat16)
@@ -183,7 +188,7 @@ def kept_bytes(recompute: Recompute, tokens: int = 512) -> tuple[int, float]:
     cfg = dataclasses.replace(CFG, vocab_size=17)
     model = Qwen3MoE(cfg)
     model.init_weights(0)
-    model.activations = ActivationPlan((recompute,) * cfg.num_layers)
+    model.keep_activations(ActivationPlan((recompute,) * cfg.num_layers))
     ids, packing = torch.randint(0, 17, (tokens,)), Packing.from_lengths([tokens // 2] * 2)
     # what a packing remembers is made once
     model.hidden(ids, packing, ledger=LossLedger({"tokens": float(tokens)}))
@@ -205,13 +210,13 @@ def test_the_cost_knows_what_a_recomputed_block_keeps():
     model = Qwen3MoE(CFG)
     packing = Packing.from_lengths([256, 256])
     plain = model.cost(packing)
-    model.activations = ActivationPlan(("block",) * 3)
+    model.keep_activations(ActivationPlan(("block",) * 3))
     again = model.cost(packing)
     assert again.saved_bytes < plain.saved_bytes / 4
     assert again.model_flops == plain.model_flops
     # while its backward pass runs the largest block is there whole
     assert again.workspace_bytes > max(model.block_cost(layer, packing).whole.saved_bytes for layer in range(3))
-    model.activations = ActivationPlan(("block",) * 3, offload=True)
+    model.keep_activations(ActivationPlan(("block",) * 3, offload=True))
     assert model.cost(packing).saved_bytes < again.saved_bytes
 
 
@@ -221,12 +226,13 @@ def test_evaluation_does_not_recompute():
     batch = batches()[0]
     with torch.no_grad():
         plain = model.hidden(batch.columns["tokens"], batch.packing)
-        model.activations = ActivationPlan(("block",) * 3)
+        model.keep_activations(ActivationPlan(("block",) * 3))
         assert torch.equal(model.hidden(batch.columns["tokens"], batch.packing), plain)
 
 
-def test_a_selective_block_keeps_no_output_of_its_norms():
+def test_a_selective_block_keeps_neither_its_norms_outputs_nor_the_rows_of_its_experts():
     whole, predicted = kept_bytes("none")
     selective, predicted_selective = kept_bytes("selective")
-    assert whole - selective == 3 * 2 * 512 * 48 * 4
+    # two norms in each of three blocks; two of these have experts, two for each token
+    assert whole - selective == (3 * 2 * 512 + 2 * 512 * 2) * 48 * 4
     assert predicted - predicted_selective == whole - selective

@@ -197,6 +197,9 @@ def test_cost_knows_the_ways_to_save_memory() -> None:
 
     plain = cost()
     assert plain.saved_bytes - cost(save_rows=False).saved_bytes == 100 * 2 * 32 * 4
+    layer = MoELayer(MoEConfig(16, 2, 8), 32)
+    layer.save_rows = False
+    assert layer.cost(100) == cost(save_rows=False)
     assert cost(chunk_tokens=100) == plain
     kept = cost(chunk_tokens=10, chunk_recompute=False)
     assert kept.saved_bytes == plain.saved_bytes

@@ -59,3 +59,27 @@ def test_what_other_operations_made_and_frozen_weights_have_no_sink():
     assert gradient_sink(weight * 2) is None
     weight.requires_grad_(False)
     assert gradient_sink(weight) is None
+
+
+class _Product(torch.autograd.Function):
+    """x W^T whose weight is saved as tensors are, and gets its gradient in place."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        total, add = gradient_sink(weight)
+        total.copy_(total + grad.t() @ x if add else grad.t() @ x)
+        return grad @ weight, None
+
+
+def test_the_sink_is_the_parameters_where_hooks_hand_back_another_tensor():
+    weight, x = torch.nn.Parameter(torch.randn(3, 4)), torch.randn(2, 4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
+        first, second = _Product.apply(x, weight), _Product.apply(x, weight)
+    (first.sum() + second.sum()).backward()
+    assert torch.allclose(weight.grad, 2 * x.sum(0).expand(3, 4))

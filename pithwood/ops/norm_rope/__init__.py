@@ -5,6 +5,7 @@ Legend: T packed tokens, H query heads, G KV heads, K head dim.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pithwood.ops.checks import check_impl, check_packed
@@ -63,7 +64,8 @@ def norm_rope(
     misfit = triton_misfit(q_THK, k_TGK) or (f"it needs an even head dim, got {q_THK.shape[2]}" * (q_THK.shape[2] % 2))
     if impl == "triton" and misfit:
         raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='torch'")
-    if impl == "triton" or (impl is None and not misfit and q_THK.is_cuda):
+    chosen = not misfit and q_THK.is_cuda and not torch.compiler.is_compiling()
+    if impl == "triton" or (impl is None and chosen):
         from pithwood.ops.norm_rope.triton import norm_rope_triton
 
         return norm_rope_triton(q_THK, k_TGK, q_weight_K, k_weight_K, eps, rope)

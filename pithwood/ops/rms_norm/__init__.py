@@ -5,6 +5,7 @@ Legend: D normalised (last) dim.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pithwood.ops.checks import check_impl
@@ -84,4 +85,5 @@ def _by_kernel(impl: str | None, *tensors: Tensor) -> bool:
     misfit = triton_misfit(*tensors)
     if impl == "triton" and misfit:
         raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='torch'")
-    return impl == "triton" or (impl is None and not misfit and tensors[0].is_cuda)
+    chosen = not misfit and tensors[0].is_cuda and not torch.compiler.is_compiling()
+    return impl == "triton" or (impl is None and chosen)
