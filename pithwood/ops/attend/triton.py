@@ -117,7 +117,9 @@ def hopper_tiles(dim: int) -> dict[str, int]:
     warps, workers = 8, 8 if dim > 64 else 4
     registers = 65536 // (32 * (warps + workers)) // 8 * 8
     shape = {"ROWS": 64, "STAGES": 3, "PIECE": 16, "GATHER_WARPS": workers // 2, "ADD_WARPS": workers // 2}
-    return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 80, "num_warps": warps, "maxnreg": registers}
+    # Only small heads leave registers for a second tile of scores.
+    shape["AHEAD"] = dim <= 64
+    return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 48, "num_warps": warps, "maxnreg": registers}
 
 
 def early_hopper_tiles(dim: int) -> dict[str, int]:
