@@ -48,6 +48,10 @@ PAIR_KEYS = 220
 for its place in a list, and for a partial result that is written and read. It says up to where queries are early."""
 EARLY_TILE = 128
 """Queries, and keys, of a tile of the Hopper kernel for early queries."""
+EARLY_GROUPS = 1
+"""Groups of warps that share its multiplications, 1 or 2."""
+AHEAD_DIM = 0
+"""Head dims up to this leave the Hopper backward registers for a second tile of scores."""
 HOPPER_KEYS = 128
 """Keys per program of the Hopper backward kernel; smaller blocks go to the other kernel."""
 
@@ -117,17 +121,17 @@ def hopper_tiles(dim: int) -> dict[str, int]:
     warps, workers = 8, 8 if dim > 64 else 4
     registers = 65536 // (32 * (warps + workers)) // 8 * 8
     shape = {"ROWS": 64, "STAGES": 3, "PIECE": 16, "GATHER_WARPS": workers // 2, "ADD_WARPS": workers // 2}
-    # Only small heads leave registers for a second tile of scores.
-    shape["AHEAD"] = dim <= 64
+    shape["AHEAD"] = dim <= AHEAD_DIM
     return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 48, "num_warps": warps, "maxnreg": registers}
 
 
 def early_hopper_tiles(dim: int) -> dict[str, int]:
     """Tile shape and launch options of the Hopper kernel for early queries. Registers as in `hopper_tiles`."""
-    warps, workers = 8, 4
-    registers = 65536 // (32 * (warps + workers)) // 8 * 8
-    shape = {"TILE": EARLY_TILE, "STAGES": 2 if dim > 64 else 4, "PIECE": 64}
-    return {**shape, "LOAD_WARPS": workers, "WORKER_REGISTERS": 40, "num_warps": warps, "maxnreg": registers}
+    groups, multiplying, loading = EARLY_GROUPS, 8, 4
+    registers = 65536 // (32 * (multiplying + loading)) // 8 * 8
+    shape = {"TILE": EARLY_TILE, "STAGES": 2 if dim > 64 else 4, "PIECE": 32, "GROUPS": groups}
+    warps = {"LOAD_WARPS": loading, "REGISTERS": 232, "LOAD_REGISTERS": 40, "num_warps": multiplying // groups}
+    return {**shape, **warps, "maxnreg": registers}
 
 
 def num_early(block: int, top_k: int, own: bool) -> int:
@@ -370,13 +374,13 @@ class _Call:
             plan.query_high_U,
         )  # fmt: skip
         scale = self.scale * LOG2_E
-        shape: dict[str, object] = {"HEAD_RATIO": self.ratio, "TOP_K": ids.shape[2], "EARLY": self.early}
+        shape: dict[str, object] = {"HEAD_RATIO": self.ratio, "TOP_K": ids.shape[2]}
         if self.sweeps_on_hopper():
             num_tiles = plan.num_units * (block // EARLY_TILE)
             programs = min(num_tiles * heads, torch.cuda.get_device_properties(q.device).multi_processor_count)
             _early_hopper_kernel[(programs,)](
-                q, k, v, o, lse, ids, *tables, *strides, num_tiles, heads, scale, K=q.shape[2], BLOCK=block, **shape,
-                **early_hopper_tiles(q.shape[2]),
+                q, k, v, o, lse, ids, *tables, *strides, num_tiles, heads, self.early, scale, K=q.shape[2],
+                BLOCK=block, **shape, **early_hopper_tiles(q.shape[2]),
             )  # fmt: skip
             return
         tiles, _ = self.tiles(early_tiles)
@@ -384,7 +388,7 @@ class _Call:
         num_tiles = plan.num_units * tiles_per_unit
         shape |= {name: value for name, value in self.constants(1).items() if name not in ("RATIO", "SLOTS")}
         _early_kernel[(num_tiles * heads,)](
-            q, k, v, o, lse, ids, *tables, *strides, num_tiles, heads, scale, **shape,
+            q, k, v, o, lse, ids, *tables, *strides, num_tiles, heads, self.early, scale, **shape,
             TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), BLOCK=block, ROWS=tiles.rows, KEYS=tiles.keys,
             TILES=tiles_per_unit, PARTS=parts, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
@@ -428,8 +432,8 @@ class _Call:
             shape["HEAD_RATIO"] = ratio
             _own_kernel[(plan.num_units * tiles_per_unit, heads)](
                 q, k, v, o, lse, partial_o, partial_lse, ids, plan.key_start_U, plan.key_count_U, plan.position_U,
-                plan.query_start_U, plan.query_low_U, plan.query_high_U, *strides, *out, self.scale * LOG2_E, **shape,
-                TOP_K=ids.shape[2], TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), EARLY=self.early,
+                plan.query_start_U, plan.query_low_U, plan.query_high_U, *strides, *out, self.early,
+                self.scale * LOG2_E, **shape, TOP_K=ids.shape[2], TOP_K_PAD=triton.next_power_of_2(ids.shape[2]),
                 BLOCK=plan.block_size, ROWS=tiles.rows, KEYS=tiles.keys, TILES=tiles_per_unit, STAGES=tiles.stages,
                 num_warps=tiles.warps, num_stages=1,
             )  # fmt: skip
