@@ -43,7 +43,7 @@ WORKSPACE_BYTES = 2**30
 WHOLE_LISTS = 2**30
 """A chunk that no list exceeds: its sums are formed in one order."""
 LOG2_E = 1.4426950408889634
-PAIR_KEYS = 220
+PAIR_KEYS = 150
 """Keys that a query can sweep over in the time that a pair of a query and a unit costs key-major besides its products:
 for its place in a list, and for a partial result that is written and read. It says up to where queries are early."""
 EARLY_TILE = 128
