@@ -60,6 +60,15 @@ def test_queries_that_take_fewer_units_than_they_could(dtype):
     check_attend(inputs, random_ids(inputs.packing, 4), "triton", None, DEVICE)
 
 
+@pytest.mark.parametrize("tile_units", [8, 16])
+def test_ranks_in_tiles_and_by_counters(monkeypatch, tile_units):
+    monkeypatch.setattr(lists_triton, "TILE_BLOCK", BLOCK)
+    monkeypatch.setattr(lists_triton, "TILE_UNITS", tile_units)  # documents below have more, and fewer
+    inputs = make_inputs(AROUND, heads=4, kv_heads=2)
+    check_attend(inputs, moba_selection(inputs, BLOCK, TOP_K), "triton", None, DEVICE)
+    check_attend(inputs, random_ids(inputs.packing, 4), "triton", None, DEVICE)
+
+
 @pytest.mark.parametrize("block", [33, 70])
 def test_units_that_tiles_do_not_divide(block):
     inputs = make_inputs([4 * block + 5, 40], heads=2, dim=24)
@@ -112,8 +121,9 @@ def test_a_long_document_beside_them_does_not_change_a_bit_of_short_ones():
         assert torch.equal(a[:short], b)
 
 
-@pytest.mark.parametrize("ordered", [False, True])
-def test_lists_ascend_by_segments_and_end_with_what_is_not_early(monkeypatch, ordered):
+@pytest.mark.parametrize(("ordered", "tile_block"), [(False, 64), (True, 64), (False, BLOCK)])
+def test_lists_ascend_by_segments_and_end_with_what_is_not_early(monkeypatch, ordered, tile_block):
+    monkeypatch.setattr(lists_triton, "TILE_BLOCK", tile_block)
     monkeypatch.setattr(lists_triton, "SEGMENT_QUERIES", 32)
     inputs = make_inputs([4 * SPAN + 1, 2 * SPAN], heads=4, kv_heads=2)
     ids = moba_selection(inputs, BLOCK, TOP_K).ids

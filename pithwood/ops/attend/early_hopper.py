@@ -47,29 +47,30 @@ def _look_up(item, tables, heads, num_tiles, TILES: gl.constexpr):
 
 @gluon.jit
 def _tile_of_queries(
-    item, row, heads, num_tiles, EARLY: gl.constexpr, BLOCK: gl.constexpr, TILE: gl.constexpr
+    item, row, heads, num_tiles, early, BLOCK: gl.constexpr, TILE: gl.constexpr
 ):  # fmt: skip
     """(head, first query, low, high, position of the first query, key position past the last, packed index of the
     document's first key, number of tiles of keys) of a work item; no tile of keys if it is none."""
     key_start, key_count, position, query_start, low, high = row
     offset = ((num_tiles - 1 - item // heads) % (BLOCK // TILE)) * TILE
     query = query_start + offset
-    some = (offset < key_count) & (position < EARLY * BLOCK) & (query < high) & (query + TILE > low)
+    some = (offset < key_count) & (position < early * BLOCK) & (query < high) & (query + TILE > low)
     count = gl.where(some, (position + offset) // TILE + 1, 0)
     return item % heads, query, low, high, position + offset, position + key_count, key_start - position, count
 
 
 @gluon.jit
 def _load(
-    q, k, v, tables, strides, heads, num_tiles, rings, barriers,
-    K: gl.constexpr, HEAD_RATIO: gl.constexpr, EARLY: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    PIECE: gl.constexpr,
+    q, k, v, tables, strides, heads, num_tiles, early, rings, barriers,
+    K: gl.constexpr, HEAD_RATIO: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    PIECE: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings: step g of a tile of queries brings its g-th tile of keys and the values of the one before."""
     q_ring, k_ring, v_ring = rings
     full, empty, q_empty = barriers
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg = strides
     TILE: gl.constexpr = k_ring.shape[1]
+    ROWS: gl.constexpr = q_ring.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [gl.num_warps(), 1], [1, 0])
     dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, LAYOUT)), 0)
     lane = gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
@@ -78,7 +79,7 @@ def _load(
     for item in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
         row = _look_up(item, tables, heads, num_tiles, BLOCK // TILE)
         head, query, low, high, _, end, first_key, count = _tile_of_queries(
-            item, row, heads, num_tiles, EARLY, BLOCK, TILE
+            item, row, heads, num_tiles, early, BLOCK, TILE
         )
         if count > 0:
             group = (head // HEAD_RATIO).to(gl.int64)
@@ -91,8 +92,8 @@ def _load(
                 t = query + piece * PIECE + lane
                 at = gl.expand_dims(t.to(gl.int64) * stride_qt, 1) + dim
                 inside = gl.expand_dims((t >= low) & (t < high), 1)
-                part = q_ring.index(q_slot).slice(piece * PIECE, PIECE)
-                async_copy.async_copy_global_to_shared(part, q_at + at, mask=inside)
+                q_part = q_ring.index(q_slot * GROUPS + piece * PIECE // ROWS).slice(piece * PIECE % ROWS, PIECE)
+                async_copy.async_copy_global_to_shared(q_part, q_at + at, mask=inside)
             for step in range(count + 1):
                 slot = (base + step) % STAGES
                 mbarrier.wait(empty.index(slot), ((base + step) // STAGES & 1) ^ 1)
@@ -131,32 +132,35 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    o, lse, ids, tables, strides, heads, num_tiles, scale_log2, rings, barriers,
-    TOP_K: gl.constexpr, EARLY: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, S: gl.constexpr,
-    ACC: gl.constexpr,
+    o, lse, ids, tables, strides, heads, num_tiles, early, scale_log2, rings, barriers,
+    TOP_K: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    MINE: gl.constexpr,
 ):  # fmt: skip
-    """Attend with every tile of queries to all keys up to it, and store the rows."""
+    """Attend with every tile of queries to all keys up to it, and store the rows: the MINE-th of GROUPS parts."""
     q_ring, k_ring, v_ring = rings
     full, empty, q_empty = barriers
     stride_ot, stride_oh, stride_lt, stride_it, stride_ih = strides
     TILE: gl.constexpr = k_ring.shape[1]
     K: gl.constexpr = k_ring.shape[2]
+    ROWS: gl.constexpr = q_ring.shape[1]
     PARTS: gl.constexpr = BLOCK // TILE
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, TILE, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, K, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     ACC_ROW: gl.constexpr = gl.SliceLayout(1, ACC)
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [gl.num_warps(), 1], [1, 0])
     dtype: gl.constexpr = k_ring.dtype
-    no_s = gl.zeros([TILE, TILE], gl.float32, S)
-    row = gl.arange(0, TILE, layout=ROW)
-    out_row = gl.arange(0, TILE, layout=gl.SliceLayout(1, OUT))
+    no_s = gl.zeros([ROWS, TILE], gl.float32, S)
+    row = MINE * ROWS + gl.arange(0, ROWS, layout=ROW)
+    out_row = MINE * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
     out_dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, OUT)), 0)
     base = 0
     number = 0
     next_unit = _look_up(gl.program_id(0), tables, heads, num_tiles, PARTS)
     for item in range(gl.program_id(0), num_tiles * heads, gl.num_programs(0)):
         head, query, low, high, position, _, _, count = _tile_of_queries(
-            item, next_unit, heads, num_tiles, EARLY, BLOCK, TILE
+            item, next_unit, heads, num_tiles, early, BLOCK, TILE
         )
         # On its way while this item is worked on.
         next_unit = _look_up(item + gl.num_programs(0), tables, heads, num_tiles, PARTS)
@@ -168,7 +172,7 @@ def _multiply(
             units = ()
             for slot_k in gl.static_range(TOP_K):
                 units = units + (gl.load(id_at + slot_k, mask=real, other=-1),)
-            q_tile = q_ring.index(number % 2)
+            q_tile = q_ring.index(number % 2 * GROUPS + MINE)
             slot = base % STAGES
             mbarrier.wait(full.index(slot), base // STAGES & 1)
             s = warpgroup_mma(q_tile, k_ring.index(slot).permute((1, 0)), no_s, use_acc=False, is_async=True)
@@ -181,9 +185,9 @@ def _multiply(
             weight = _exp2(s * scale_log2 - gl.expand_dims(top, 1))
             total = gl.sum(weight, 1)
             p = gl.convert_layout(weight.to(dtype), P)
-            acc = gl.zeros([TILE, K], gl.float32, ACC)
+            acc = gl.zeros([ROWS, K], gl.float32, ACC)
             own = position // BLOCK
-            bits = gl.zeros([TILE], gl.int64, ROW)
+            bits = gl.zeros([ROWS], gl.int64, ROW)
             for slot_k in gl.static_range(TOP_K):
                 chosen = (units[slot_k] >= 0) & (units[slot_k] <= own)
                 # The ids of a row differ, so the sum of their bits is their set.
@@ -237,17 +241,22 @@ def _early_hopper_kernel(
     q, k, v, o, lse, ids,
     key_start_U, key_count_U, position_U, query_start_U, query_low_U, query_high_U,
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg, stride_ot, stride_oh, stride_lt,
-    stride_it, stride_ih, num_tiles, heads, scale_log2,
-    K: gl.constexpr, HEAD_RATIO: gl.constexpr, TOP_K: gl.constexpr, EARLY: gl.constexpr, BLOCK: gl.constexpr,
-    TILE: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, LOAD_WARPS: gl.constexpr,
-    WORKER_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    stride_it, stride_ih, num_tiles, heads, early, scale_log2,
+    K: gl.constexpr, HEAD_RATIO: gl.constexpr, TOP_K: gl.constexpr, BLOCK: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, GROUPS: gl.constexpr, LOAD_WARPS: gl.constexpr,
+    REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """o and lse of all queries that stand in the first EARLY units of their documents. Arguments as of
-    `early_triton._early_kernel`; BLOCK is a multiple of TILE, and scale_log2 > 0."""
+    """o and lse of all queries that stand in the first `early` units of their documents. Arguments as of
+    `early_triton._early_kernel`; BLOCK is a multiple of TILE, and scale_log2 > 0.
+
+    GROUPS of warps multiply, each with its part of a tile's rows: two wait for each other only where both wait for the
+    loading warps, so that one computes weights while the other keeps the tensor cores busy.
+    """
     dtype: gl.constexpr = q.dtype.element_ty
+    ROWS: gl.constexpr = TILE // GROUPS
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    q_ring = gl.allocate_shared_memory(dtype, [2, TILE, K], SHARED)
+    q_ring = gl.allocate_shared_memory(dtype, [2 * GROUPS, ROWS, K], SHARED)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, K], SHARED)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, TILE, K], SHARED)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
@@ -255,31 +264,60 @@ def _early_hopper_kernel(
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=GROUPS)
     for i in gl.static_range(2):
-        mbarrier.init(q_empty.index(i), count=1)
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, TILE, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, K, 16])
+        mbarrier.init(q_empty.index(i), count=GROUPS)
     tables = (key_start_U, key_count_U, position_U, query_start_U, query_low_U, query_high_U)
+    strides = (stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg)
+    out_strides = (stride_ot, stride_oh, stride_lt, stride_it, stride_ih)
     rings = (q_ring, k_ring, v_ring)
     barriers = (full, empty, q_empty)
-    gl.warp_specialize(
-        [
-            (
-                _multiply,
+    if GROUPS == 1:
+        gl.warp_specialize(
+            [
                 (
-                    o, lse, ids, tables, (stride_ot, stride_oh, stride_lt, stride_it, stride_ih), heads, num_tiles,
-                    scale_log2, rings, barriers, TOP_K, EARLY, BLOCK, STAGES, S, ACC,
+                    _multiply,
+                    (
+                        o, lse, ids, tables, out_strides, heads, num_tiles, early, scale_log2, rings, barriers, TOP_K,
+                        BLOCK, STAGES, GROUPS, 0,
+                    ),
                 ),
-            ),
-            (
-                _load,
                 (
-                    q, k, v, tables, (stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg), heads,
-                    num_tiles, rings, barriers, K, HEAD_RATIO, EARLY, BLOCK, STAGES, PIECE,
+                    _load,
+                    (
+                        q, k, v, tables, strides, heads, num_tiles, early, rings, barriers, K, HEAD_RATIO, BLOCK,
+                        STAGES, PIECE, GROUPS,
+                    ),
                 ),
-            ),
-        ],
-        [LOAD_WARPS],
-        [WORKER_REGISTERS],
-    )  # fmt: skip
+            ],
+            [LOAD_WARPS],
+            [LOAD_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _multiply,
+                    (
+                        o, lse, ids, tables, out_strides, heads, num_tiles, early, scale_log2, rings, barriers, TOP_K,
+                        BLOCK, STAGES, GROUPS, 0,
+                    ),
+                ),
+                (
+                    _multiply,
+                    (
+                        o, lse, ids, tables, out_strides, heads, num_tiles, early, scale_log2, rings, barriers, TOP_K,
+                        BLOCK, STAGES, GROUPS, 1,
+                    ),
+                ),
+                (
+                    _load,
+                    (
+                        q, k, v, tables, strides, heads, num_tiles, early, rings, barriers, K, HEAD_RATIO, BLOCK,
+                        STAGES, PIECE, GROUPS,
+                    ),
+                ),
+            ],
+            [num_warps, LOAD_WARPS],
+            [REGISTERS, LOAD_REGISTERS],
+        )  # fmt: skip

@@ -24,13 +24,13 @@ def _early_kernel(
     q, k, v, o, lse, ids,
     key_start_U, key_count_U, position_U, query_start_U, query_low_U, query_high_U,
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg, stride_ot, stride_oh, stride_lt,
-    stride_it, stride_ih, num_tiles, heads, scale_log2,
+    stride_it, stride_ih, num_tiles, heads, early, scale_log2,
     K: tl.constexpr, V: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr, HEAD_RATIO: tl.constexpr,
-    TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of ROWS queries of one head that stand in one of the first EARLY units of their document.
+    """o and lse of ROWS queries of one head that stand in one of the first `early` units of their document.
 
     One program streams the keys of the rows' own unit, causally, and then those of all units before it. fp32 softmax
     and accumulators. A row takes part in a unit if its bit of a 64-bit set says so: an unchosen unit's scores are set
@@ -44,7 +44,7 @@ def _early_kernel(
     key_count = tl.load(key_count_U + unit)
     position = tl.load(position_U + unit)
     own = position // BLOCK
-    if (offset >= key_count) | (own >= EARLY):
+    if (offset >= key_count) | (own >= early):
         return
     at_row = offset + tl.arange(0, ROWS)
     query = tl.load(query_start_U + unit) + at_row

@@ -123,15 +123,15 @@ def _own_kernel(
     q, k, v, o, lse, partial_o, partial_lse, ids,
     key_start_U, key_count_U, position_U, query_start_U, query_low_U, query_high_U,
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg, stride_ot, stride_oh, stride_lt,
-    stride_it, stride_ih, num_queries, scale_log2,
+    stride_it, stride_ih, num_queries, early, scale_log2,
     K: tl.constexpr, V: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.constexpr,
     RATIO: tl.constexpr, HEAD_RATIO: tl.constexpr, SLOTS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr,
-    EARLY: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Causal attention of a tile of queries to their own unit, merged with their SLOTS partial results.
 
-    One program owns ROWS queries of one head and unit; the first EARLY units of a document are `_early_kernel`'s. A
+    One program owns ROWS queries of one head and unit; the first `early` units of a document are `_early_kernel`'s. A
     query whose ids lack its own unit gets NaN: the selection's promise `own` is not kept.
     """
     unit = tl.program_id(0) // TILES
@@ -140,7 +140,7 @@ def _own_kernel(
     key_count = tl.load(key_count_U + unit)
     offset = tile * ROWS
     own = tl.load(position_U + unit) // BLOCK
-    if (offset >= key_count) | (own < EARLY):
+    if (offset >= key_count) | (own < early):
         return
     at_row = offset + tl.arange(0, ROWS)
     query = tl.load(query_start_U + unit) + at_row

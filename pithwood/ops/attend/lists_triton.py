@@ -22,9 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pithwood.ops.attend.plan import BlockPlan
+from pithwood.ops.attend.ranks_triton import TILE_UNITS, _count_tiles_kernel, _scatter_tiles_kernel
 
 QUERIES = 128
 """Queries per program of the passes over ids."""
+TILE_BLOCK = 64
+"""Selections with an own unit of at least so many keys have their ranks counted tile by tile, unless they are ordered.
+The tiles of smaller units would be too many."""
 LISTS = 256
 """Lists per program that writes work items."""
 SEGMENT_QUERIES = 256
@@ -37,6 +41,8 @@ LATE_SEGMENTS = 16
 class Segments:
     """How lists are cut by the queries' own unit."""
 
+    own: bool
+    """False: there are no own units to go by, and one segment."""
     span: int
     """Units of a segment."""
     early: int
@@ -48,10 +54,10 @@ class Segments:
     @staticmethod
     def of(block_size: int, early: int, own: bool) -> Segments:
         if not own:
-            return Segments(1, 0, 0, 1)
+            return Segments(False, 1, 0, 0, 1)
         span = max(SEGMENT_QUERIES // block_size, 1)
         num_early = triton.cdiv(early, span)
-        return Segments(span, early, num_early, num_early + LATE_SEGMENTS)
+        return Segments(True, span, early, num_early, num_early + LATE_SEGMENTS)
 
 
 @dataclass(frozen=True)
@@ -217,14 +223,25 @@ def build_lists(
     count_XS = torch.zeros(num_lists, segments.total, dtype=torch.int32, device=device)
     rank = torch.empty(bound, dtype=torch.int32, device=device)
     entry_P = torch.empty(bound, dtype=torch.int32, device=device)
-    grid = (heads, triton.cdiv(num_queries, QUERIES))
-    slots_pad = triton.next_power_of_2(slots)
+    shape = {"RATIO": ratio, "SLOTS": slots, "SLOTS_PAD": triton.next_power_of_2(slots)}
+    by_tiles = segments.own and plan.block_size >= TILE_BLOCK and not ordered
     sizes = (
-        num_queries, ids_THk.stride(0), ids_THk.stride(1), plan.num_units, rows_per_group, segments.span,
-        segments.early, segments.num_early, segments.total,
+        ids_THk.stride(0), ids_THk.stride(1), plan.num_units, rows_per_group, segments.span, segments.early,
+        segments.num_early, segments.total,
     )  # fmt: skip
-    shape = {"RATIO": ratio, "SLOTS": slots, "SLOTS_PAD": slots_pad, "QUERIES": QUERIES}
-    _count_kernel[grid](ids_THk, rank, count_XS, plan.first_unit_T, plan.limit_T, *sizes, **shape)
+    if by_tiles:
+        shape |= {"BLOCK": plan.block_size, "QUERIES": min(QUERIES, triton.next_power_of_2(plan.block_size))}
+        shape |= {"TILES": triton.cdiv(plan.block_size, shape["QUERIES"]), "TILE_UNITS": TILE_UNITS}
+        grid = (heads, plan.num_units * shape["TILES"])
+        base = torch.empty(grid[0] * grid[1] * TILE_UNITS, dtype=torch.int32, device=device)
+        tables = (
+            plan.key_count_U, plan.position_U, plan.query_start_U, plan.query_low_U, plan.query_high_U
+        )  # fmt: skip
+        _count_tiles_kernel[grid](ids_THk, rank, count_XS, base, *tables, *sizes, **shape)
+    else:
+        grid = (heads, triton.cdiv(num_queries, QUERIES))
+        shape["QUERIES"] = QUERIES
+        _count_kernel[grid](ids_THk, rank, count_XS, plan.first_unit_T, plan.limit_T, num_queries, *sizes, **shape)
     end_XS = count_XS.view(-1).cumsum(0)
     start_X, late_start_X = (torch.empty(num_lists, dtype=torch.int64, device=device) for _ in range(2))
     count_X, late_count_X = (torch.empty(num_lists, dtype=torch.int32, device=device) for _ in range(2))
@@ -232,11 +249,15 @@ def build_lists(
         count_XS, end_XS, start_X, count_X, late_start_X, late_count_X, num_lists, segments.num_early, segments.total,
         LISTS=LISTS,
     )  # fmt: skip
-    if ordered:
-        _sort_ranks(ids_THk, rank, start_X, plan, num_groups, slots)
-    _scatter_kernel[grid](
-        ids_THk, rank, count_XS, end_XS, entry_P, plan.first_unit_T, plan.limit_T, *sizes, **shape, WHOLE=ordered
-    )
+    if by_tiles:
+        _scatter_tiles_kernel[grid](ids_THk, rank, count_XS, end_XS, base, entry_P, *tables, *sizes, **shape)
+    else:
+        if ordered:
+            _sort_ranks(ids_THk, rank, start_X, plan, num_groups, slots)
+        _scatter_kernel[grid](
+            ids_THk, rank, count_XS, end_XS, entry_P, plan.first_unit_T, plan.limit_T, num_queries, *sizes, **shape,
+            WHOLE=ordered,
+        )  # fmt: skip
     return Lists(entry_P, start_X, count_X), Lists(entry_P, late_start_X, late_count_X)
 
 

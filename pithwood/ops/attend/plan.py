@@ -9,6 +9,7 @@ Legend: T packed queries, N documents, U units (blocks) of all documents.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,6 +28,15 @@ class BlockPlan:
     queries: Tensor
     """[3, T] int32: a row per property below."""
 
+    # Views are made once: short batches wait for the host.
+    @cached_property
+    def _unit_rows(self) -> tuple[Tensor, ...]:
+        return self.units.unbind(0)
+
+    @cached_property
+    def _query_rows(self) -> tuple[Tensor, ...]:
+        return self.queries.unbind(0)
+
     @property
     def num_units(self) -> int:
         """U"""
@@ -35,48 +45,48 @@ class BlockPlan:
     @property
     def key_start_U(self) -> Tensor:
         """Packed index of the unit's first key."""
-        return self.units[0]
+        return self._unit_rows[0]
 
     @property
     def key_count_U(self) -> Tensor:
         """Keys of the unit: block_size, less in a document's last unit, 0 past the last one."""
-        return self.units[1]
+        return self._unit_rows[1]
 
     @property
     def position_U(self) -> Tensor:
         """Position of the unit's first key in its document."""
-        return self.units[2]
+        return self._unit_rows[2]
 
     @property
     def query_start_U(self) -> Tensor:
         """Packed index that a query at the unit's first key position has; below query_low_U if there is none."""
-        return self.units[3]
+        return self._unit_rows[3]
 
     @property
     def query_low_U(self) -> Tensor:
         """First query of the unit's document."""
-        return self.units[4]
+        return self._unit_rows[4]
 
     @property
     def query_high_U(self) -> Tensor:
         """One past the last query of the unit's document."""
-        return self.units[5]
+        return self._unit_rows[5]
 
     @property
     def position_T(self) -> Tensor:
         """Position of each query among its document's keys; negative before the first."""
-        return self.queries[0]
+        return self._query_rows[0]
 
     @property
     def first_unit_T(self) -> Tensor:
         """The first unit of each query's document."""
-        return self.queries[1]
+        return self._query_rows[1]
 
     @property
     def limit_T(self) -> Tensor:
         """Selected ids below this are attended to key-major: the past units (own=True), all that begin at or before the
         query (causal), or all units of the document."""
-        return self.queries[2]
+        return self._query_rows[2]
 
 
 def block_plan(packing: Packing, block_size: int, num_keys: int, own: bool) -> BlockPlan:

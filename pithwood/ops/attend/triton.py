@@ -43,11 +43,15 @@ WORKSPACE_BYTES = 2**30
 WHOLE_LISTS = 2**30
 """A chunk that no list exceeds: its sums are formed in one order."""
 LOG2_E = 1.4426950408889634
-PAIR_KEYS = 220
+PAIR_KEYS = 150
 """Keys that a query can sweep over in the time that a pair of a query and a unit costs key-major besides its products:
 for its place in a list, and for a partial result that is written and read. It says up to where queries are early."""
 EARLY_TILE = 128
 """Queries, and keys, of a tile of the Hopper kernel for early queries."""
+EARLY_GROUPS = 1
+"""Groups of warps that share its multiplications, 1 or 2."""
+AHEAD_DIM = 0
+"""Head dims up to this leave the Hopper backward registers for a second tile of scores."""
 HOPPER_KEYS = 128
 """Keys per program of the Hopper backward kernel; smaller blocks go to the other kernel."""
 
@@ -117,15 +121,17 @@ def hopper_tiles(dim: int) -> dict[str, int]:
     warps, workers = 8, 8 if dim > 64 else 4
     registers = 65536 // (32 * (warps + workers)) // 8 * 8
     shape = {"ROWS": 64, "STAGES": 3, "PIECE": 16, "GATHER_WARPS": workers // 2, "ADD_WARPS": workers // 2}
-    return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 80, "num_warps": warps, "maxnreg": registers}
+    shape["AHEAD"] = dim <= AHEAD_DIM
+    return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 48, "num_warps": warps, "maxnreg": registers}
 
 
 def early_hopper_tiles(dim: int) -> dict[str, int]:
     """Tile shape and launch options of the Hopper kernel for early queries. Registers as in `hopper_tiles`."""
-    warps, workers = 8, 4
-    registers = 65536 // (32 * (warps + workers)) // 8 * 8
-    shape = {"TILE": EARLY_TILE, "STAGES": 2 if dim > 64 else 4, "PIECE": 64}
-    return {**shape, "LOAD_WARPS": workers, "WORKER_REGISTERS": 40, "num_warps": warps, "maxnreg": registers}
+    groups, multiplying, loading = EARLY_GROUPS, 8, 4
+    registers = 65536 // (32 * (multiplying + loading)) // 8 * 8
+    shape = {"TILE": EARLY_TILE, "STAGES": 2 if dim > 64 else 4, "PIECE": 32, "GROUPS": groups}
+    warps = {"LOAD_WARPS": loading, "REGISTERS": 232, "LOAD_REGISTERS": 40, "num_warps": multiplying // groups}
+    return {**shape, **warps, "maxnreg": registers}
 
 
 def num_early(block: int, top_k: int, own: bool) -> int:
@@ -143,6 +149,11 @@ def num_slots(top_k: int, own: bool) -> int:
 
 def _tile(block: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(block)))
+
+
+def _heads(x: Tensor, heads: slice) -> Tensor:
+    """x[:, heads]; x itself if that is all, which saves time on the host."""
+    return x if heads.stop - heads.start == x.shape[1] else x[:, heads]
 
 
 def _aligned(x: Tensor) -> bool:
@@ -277,6 +288,8 @@ class _Call:
 
     def lists_of(self, lists: Lists, gs: slice) -> Lists:
         """The lists of some KV heads."""
+        if gs.stop - gs.start == self.k.shape[1]:
+            return lists
         units = slice(gs.start * self.plan.num_units, gs.stop * self.plan.num_units)
         return Lists(lists.entry_P, lists.start_X[units], lists.count_X[units])
 
@@ -368,13 +381,13 @@ class _Call:
             plan.query_high_U,
         )  # fmt: skip
         scale = self.scale * LOG2_E
-        shape: dict[str, object] = {"HEAD_RATIO": self.ratio, "TOP_K": ids.shape[2], "EARLY": self.early}
+        shape: dict[str, object] = {"HEAD_RATIO": self.ratio, "TOP_K": ids.shape[2]}
         if self.sweeps_on_hopper():
             num_tiles = plan.num_units * (block // EARLY_TILE)
             programs = min(num_tiles * heads, torch.cuda.get_device_properties(q.device).multi_processor_count)
             _early_hopper_kernel[(programs,)](
-                q, k, v, o, lse, ids, *tables, *strides, num_tiles, heads, scale, K=q.shape[2], BLOCK=block, **shape,
-                **early_hopper_tiles(q.shape[2]),
+                q, k, v, o, lse, ids, *tables, *strides, num_tiles, heads, self.early, scale, K=q.shape[2],
+                BLOCK=block, **shape, **early_hopper_tiles(q.shape[2]),
             )  # fmt: skip
             return
         tiles, _ = self.tiles(early_tiles)
@@ -382,13 +395,15 @@ class _Call:
         num_tiles = plan.num_units * tiles_per_unit
         shape |= {name: value for name, value in self.constants(1).items() if name not in ("RATIO", "SLOTS")}
         _early_kernel[(num_tiles * heads,)](
-            q, k, v, o, lse, ids, *tables, *strides, num_tiles, heads, scale, **shape,
+            q, k, v, o, lse, ids, *tables, *strides, num_tiles, heads, self.early, scale, **shape,
             TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), BLOCK=block, ROWS=tiles.rows, KEYS=tiles.keys,
             TILES=tiles_per_unit, PARTS=parts, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
     def _forward_slice(self, hs: slice, gs: slice, o: Tensor, lse: Tensor, lists: Lists) -> None:
-        q, k, v, ids, plan = self.q[:, hs], self.k[:, gs], self.v[:, gs], self.ids[:, hs], self.plan
+        plan = self.plan
+        q, ids, o, lse = (_heads(x, hs) for x in (self.q, self.ids, o, lse))
+        k, v = _heads(self.k, gs), _heads(self.v, gs)
         num_queries, heads, _ = q.shape
         groups = k.shape[1]
         ratio = heads // groups
@@ -418,7 +433,6 @@ class _Call:
                 plan.num_units, rows_per_group, self.scale * LOG2_E, **shape, BLOCK=plan.block_size, CHUNK=chunk,
                 ROWS=tiles.rows, KEYS=tiles.keys, PARTS=parts, ALL_SEEN=self.own, CAUSAL=self.causal, **launch,
             )  # fmt: skip
-        o, lse = o[:, hs], lse[:, hs]
         out = (o.stride(0), o.stride(1), lse.stride(0), ids.stride(0), ids.stride(1), num_queries)
         if self.own:
             tiles, _ = self.tiles(own_tiles)
@@ -426,8 +440,8 @@ class _Call:
             shape["HEAD_RATIO"] = ratio
             _own_kernel[(plan.num_units * tiles_per_unit, heads)](
                 q, k, v, o, lse, partial_o, partial_lse, ids, plan.key_start_U, plan.key_count_U, plan.position_U,
-                plan.query_start_U, plan.query_low_U, plan.query_high_U, *strides, *out, self.scale * LOG2_E, **shape,
-                TOP_K=ids.shape[2], TOP_K_PAD=triton.next_power_of_2(ids.shape[2]), EARLY=self.early,
+                plan.query_start_U, plan.query_low_U, plan.query_high_U, *strides, *out, self.early,
+                self.scale * LOG2_E, **shape, TOP_K=ids.shape[2], TOP_K_PAD=triton.next_power_of_2(ids.shape[2]),
                 BLOCK=plan.block_size, ROWS=tiles.rows, KEYS=tiles.keys, TILES=tiles_per_unit, STAGES=tiles.stages,
                 num_warps=tiles.warps, num_stages=1,
             )  # fmt: skip
@@ -468,8 +482,9 @@ class _Call:
         self, hs: slice, gs: slice, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
         lists: Lists, deterministic: bool,
     ) -> None:  # fmt: skip
-        q, k, v, ids, plan = self.q[:, hs], self.k[:, gs], self.v[:, gs], self.ids[:, hs], self.plan
-        do, lse, delta, dq, dk, dv = do[:, hs], lse[:, hs], delta[:, hs], dq[:, hs], dk[:, gs], dv[:, gs]
+        plan = self.plan
+        q, ids, do, lse, delta, dq = (_heads(x, hs) for x in (self.q, self.ids, do, lse, delta, dq))
+        k, v, dk, dv = (_heads(x, gs) for x in (self.k, self.v, dk, dv))
         num_queries, heads, dim = q.shape
         groups = k.shape[1]
         ratio = heads // groups
