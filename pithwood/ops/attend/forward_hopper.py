@@ -26,10 +26,27 @@ def hopper_forward_tiles(block: int, dim: int) -> dict[str, int]:
     programs share a multiprocessor; their gathering warps keep WORKER_REGISTERS per thread."""
     keys = 64 if block == 64 else 128
     stages = 2 if dim > 64 else 3
-    shape = {"ROWS": 64, "KEYS": keys, "STAGES": stages, "GATHER_WARPS": 4, "WORKER_REGISTERS": 56, "CHUNK": 1024}
+    shape = {"ROWS": 64, "KEYS": keys, "STAGES": stages, "GATHER_WARPS": 4, "WORKER_REGISTERS": 56, "CHUNK": 4096}
     # Scores that are masked take registers that two tiles in flight need.
-    order = {"AHEAD": block == keys, "STAGED": False, "WIDE": False, "REVERSED": True}
+    order = {
+        "AHEAD": block == keys,
+        "STAGED": False,
+        "WIDE": False,
+        "REVERSED": True,
+        "ASYNC": False,
+        "STREAMED": False,
+    }
     return {**shape, **order, "num_warps": 4, "maxnreg": 128}
+
+
+@gluon.jit
+def _work_item(item_list, item_chunk, first_item_X, num_items, first_list, num_lists):
+    """(list, chunk) of this program. Of the items of all heads these are the slice's: list 0 is the slice's first, and
+    a program that finds the next slice's items, or none, gets -1."""
+    item = gl.program_id(0) + gl.load(first_item_X + first_list)
+    x = gl.load(item_list + item, mask=item < num_items, other=-1) - first_list
+    x = gl.where((x >= 0) & (x < num_lists), x, -1)
+    return x, gl.load(item_chunk + item, mask=x >= 0, other=0)
 
 
 @gluon.jit
@@ -50,6 +67,7 @@ def _offsets(pair, stride_qt, stride_qh, RATIO: gl.constexpr, SLOTS: gl.constexp
 def _gather(
     q, entry_P, stride_qt, stride_qh, list_start, last, num_tiles, q_ring, pair_ring, barriers,
     K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, REVERSED: gl.constexpr,
+    ASYNC: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings with tiles of Q and their entries.
 
@@ -72,11 +90,15 @@ def _gather(
         next_pair = _pairs_of_tile(at_tile, entry_P, list_start, last, ROWS, LINE)
         mbarrier.wait(empty.index(slot), (tile // STAGES & 1) ^ 1)
         async_copy.async_copy_global_to_shared(q_ring.index(slot), q + (at + dim))
-        async_copy.commit_group()
         pair_ring.index(slot).store(pair)
         pair = next_pair
-        async_copy.wait_group(0)
-        fence_async_shared()
+        if ASYNC:
+            # The copies announce themselves, and these warps go on to the next tile.
+            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+        else:
+            async_copy.commit_group()
+            async_copy.wait_group(0)
+            fence_async_shared()
         gl.thread_barrier()
         mbarrier.arrive(full.index(slot), count=1)
 
@@ -102,9 +124,33 @@ def _weights(s, scale_log2, BLOCK: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
+def _copy_keys(tile, at, stride_t, BLOCK: gl.constexpr):
+    """Begin to copy the rows of a unit, zero past its end, as a group."""
+    KEYS: gl.constexpr = tile.shape[0]
+    K: gl.constexpr = tile.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [gl.num_warps(), 1], [1, 0])
+    dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    key = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT)), 1)
+    if BLOCK < KEYS:
+        async_copy.async_copy_global_to_shared(tile, at + (key * stride_t + dim), mask=key < BLOCK)
+    else:
+        async_copy.async_copy_global_to_shared(tile, at + (key * stride_t + dim))
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _await_copies(PENDING: gl.constexpr):
+    """Wait for all groups of these warps' copies but the last PENDING, and show them to WGMMA."""
+    async_copy.wait_group(PENDING)
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
 def _store(
     partial_o, partial_lse, o, top, total, pair, pair_s, staging,
     K: gl.constexpr, S: gl.constexpr, ACC: gl.constexpr, OUT: gl.constexpr, STAGED: gl.constexpr,
+    STREAMED: gl.constexpr,
 ):  # fmt: skip
     """Normalised rows and log2-sums, to the places of their pairs."""
     share = gl.convert_layout(1.0 / total, gl.SliceLayout(1, ACC))
@@ -116,15 +162,22 @@ def _store(
         o = gl.convert_layout(o, OUT)
     dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, OUT)), 0)
     at = gl.expand_dims(pair.to(gl.int64) * K, 1) + dim
-    gl.store(partial_o + at, o, mask=gl.expand_dims(pair >= 0, 1))
-    gl.store(partial_lse + pair_s, top + gl.log2(total), mask=pair_s >= 0)
+    if STREAMED % 2 == 1:
+        gl.store(partial_o + at, o, mask=gl.expand_dims(pair >= 0, 1), eviction_policy="evict_first")
+    else:
+        gl.store(partial_o + at, o, mask=gl.expand_dims(pair >= 0, 1))
+    if STREAMED >= 2:
+        gl.store(partial_lse + pair_s, top + gl.log2(total), mask=pair_s >= 0, eviction_policy="evict_last")
+    else:
+        gl.store(partial_lse + pair_s, top + gl.log2(total), mask=pair_s >= 0)
 
 
 @gluon.jit
 def _multiply(
-    partial_o, partial_lse, scale_log2, num_tiles, k_tile, v_tile, q_ring, pair_ring, barriers,
+    partial_o, partial_lse, scale_log2, num_tiles, k_at, v_at, stride_kt, stride_vt,
+    k_tile, v_tile, q_ring, pair_ring, barriers,
     BLOCK: gl.constexpr, S: gl.constexpr, ACC: gl.constexpr, OUT: gl.constexpr, STAGES: gl.constexpr,
-    AHEAD: gl.constexpr, STAGED: gl.constexpr,
+    AHEAD: gl.constexpr, STAGED: gl.constexpr, ASYNC: gl.constexpr, STREAMED: gl.constexpr,
 ):  # fmt: skip
     """Attend with every tile of queries to the unit's keys and store the results."""
     full, empty = barriers
@@ -136,31 +189,37 @@ def _multiply(
     no_s = gl.zeros([ROWS, KEYS], gl.float32, S)
     no_o = gl.zeros([ROWS, K], gl.float32, ACC)
     keys = k_tile.permute((1, 0))
-    # K and V, which these warps asked for
-    async_copy.wait_group(0)
-    fence_async_shared()
-    gl.thread_barrier()
+    # The first products need K alone.
+    _copy_keys(k_tile, k_at, stride_kt, BLOCK)
+    _copy_keys(v_tile, v_at, stride_vt, BLOCK)
+    _await_copies(1)
     if AHEAD:
         mbarrier.wait(full.index(0), 0)
+        if ASYNC:
+            fence_async_shared()
         s = warpgroup_mma(q_ring.index(0), keys, no_s, use_acc=False, is_async=True)
         pair = pair_ring.index(0).load(gl.SliceLayout(1, OUT))
         pair_s = pair_ring.index(0).load(gl.SliceLayout(1, S))
         s = warpgroup_mma_wait(0, deps=(s,))
         if not STAGED:
             mbarrier.arrive(empty.index(0), count=1)
+        _await_copies(0)
         for tile in range(1, num_tiles):
             slot = tile % STAGES
             before = (tile - 1) % STAGES
             p, top, total = _weights(s, scale_log2, BLOCK, S)
             p = gl.convert_layout(p.to(dtype), P)
             mbarrier.wait(full.index(slot), tile // STAGES & 1)
+            if ASYNC:
+                fence_async_shared()
             next_pair = pair_ring.index(slot).load(gl.SliceLayout(1, OUT))
             next_pair_s = pair_ring.index(slot).load(gl.SliceLayout(1, S))
             o = warpgroup_mma(p, v_tile, no_o, use_acc=False, is_async=True)
             s = warpgroup_mma(q_ring.index(slot), keys, no_s, use_acc=False, is_async=True)
             o = warpgroup_mma_wait(1, deps=(o,))
             _store(
-                partial_o, partial_lse, o, top, total, pair, pair_s, q_ring.index(before), K, S, ACC, OUT, STAGED
+                partial_o, partial_lse, o, top, total, pair, pair_s, q_ring.index(before), K, S, ACC, OUT, STAGED,
+                STREAMED,
             )  # fmt: skip
             if STAGED:
                 mbarrier.arrive(empty.index(before), count=1)
@@ -174,11 +233,14 @@ def _multiply(
         o = warpgroup_mma(p, v_tile, no_o, use_acc=False, is_async=True)
         o = warpgroup_mma_wait(0, deps=(o,))
         staging = q_ring.index((num_tiles - 1) % STAGES)
-        _store(partial_o, partial_lse, o, top, total, pair, pair_s, staging, K, S, ACC, OUT, STAGED)
+        _store(partial_o, partial_lse, o, top, total, pair, pair_s, staging, K, S, ACC, OUT, STAGED, STREAMED)
     else:
+        _await_copies(0)
         for tile in range(num_tiles):
             slot = tile % STAGES
             mbarrier.wait(full.index(slot), tile // STAGES & 1)
+            if ASYNC:
+                fence_async_shared()
             s = warpgroup_mma(q_ring.index(slot), keys, no_s, use_acc=False, is_async=True)
             pair = pair_ring.index(slot).load(gl.SliceLayout(1, OUT))
             pair_s = pair_ring.index(slot).load(gl.SliceLayout(1, S))
@@ -189,29 +251,44 @@ def _multiply(
             p = gl.convert_layout(p.to(dtype), P)
             o = warpgroup_mma(p, v_tile, no_o, use_acc=False, is_async=True)
             o = warpgroup_mma_wait(0, deps=(o,))
-            _store(partial_o, partial_lse, o, top, total, pair, pair_s, q_ring.index(slot), K, S, ACC, OUT, STAGED)
+            _store(
+                partial_o,
+                partial_lse,
+                o,
+                top,
+                total,
+                pair,
+                pair_s,
+                q_ring.index(slot),
+                K,
+                S,
+                ACC,
+                OUT,
+                STAGED,
+                STREAMED,
+            )
             if STAGED:
                 mbarrier.arrive(empty.index(slot), count=1)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_items", "first_list", "num_lists"])
 def _rows_hopper_kernel(
     q, k, v, partial_o, partial_lse,
-    entry_P, start_X, count_X, item_list, item_chunk, key_start_U,
+    entry_P, start_X, count_X, item_list, item_chunk, first_item_X, key_start_U,
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg,
-    num_units, rows_per_group, scale_log2,
+    num_items, first_list, num_lists, num_units, rows_per_group, scale_log2,
     K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
     ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, STAGED: gl.constexpr,
-    WIDE: gl.constexpr, REVERSED: gl.constexpr, GATHER_WARPS: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
-    num_warps: gl.constexpr,
+    WIDE: gl.constexpr, REVERSED: gl.constexpr, ASYNC: gl.constexpr, STREAMED: gl.constexpr, GATHER_WARPS: gl.constexpr,
+    WORKER_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """A normalised output and a log2-sum for every pair of one list chunk. Arguments as of
-    `forward_triton._rows_kernel`; every listed unit has BLOCK keys, and KEYS holds them all. scale_log2 > 0."""
-    item = gl.program_id(0)
-    x = gl.load(item_list + item)
+    `forward_triton._rows_kernel` and `_work_item`; every listed unit has BLOCK keys, and KEYS holds them all.
+    scale_log2 > 0."""
+    x, chunk = _work_item(item_list, item_chunk, first_item_X, num_items, first_list, num_lists)
     if x < 0:
         return
-    first = gl.load(item_chunk + item) * CHUNK
+    first = chunk * CHUNK
     group = (x // num_units).to(gl.int64)
     last = gl.minimum(gl.load(count_X + x) - first, CHUNK)
     list_start = gl.load(start_X + x) + first
@@ -229,41 +306,30 @@ def _rows_hopper_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=GATHER_WARPS * 32 + 1 if ASYNC else 1)
         mbarrier.init(empty.index(i), count=1)
-
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [num_warps, 1], [1, 0])
-    dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, LOAD)), 0)
-    key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, LOAD))
-    k_at = k + group * stride_kg + (gl.expand_dims((key_start + key) * stride_kt, 1) + dim)
-    v_at = v + group * stride_vg + (gl.expand_dims((key_start + key) * stride_vt, 1) + dim)
-    if BLOCK < KEYS:
-        inside = gl.expand_dims(key < BLOCK, 1)
-        async_copy.async_copy_global_to_shared(k_tile, k_at, mask=inside)
-        async_copy.async_copy_global_to_shared(v_tile, v_at, mask=inside)
-    else:
-        async_copy.async_copy_global_to_shared(k_tile, k_at)
-        async_copy.async_copy_global_to_shared(v_tile, v_at)
-    async_copy.commit_group()
 
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, KEYS, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, K, 16])
     OUT: gl.constexpr = _out_layout(K, WIDE)
     out_row = group * rows_per_group
+    k_at = k + group * stride_kg + key_start * stride_kt
+    v_at = v + group * stride_vg + key_start * stride_vt
     gl.warp_specialize(
         [
             (
                 _multiply,
                 (
-                    partial_o + out_row * K, partial_lse + out_row, scale_log2, num_tiles, k_tile, v_tile, q_ring,
-                    pair_ring, (full, empty), BLOCK, S, ACC, OUT, STAGES, AHEAD, STAGED,
+                    partial_o + out_row * K, partial_lse + out_row, scale_log2, num_tiles, k_at, v_at, stride_kt,
+                    stride_vt, k_tile, v_tile, q_ring, pair_ring, (full, empty), BLOCK, S, ACC, OUT, STAGES, AHEAD,
+                    STAGED, ASYNC, STREAMED,
                 ),
             ),
             (
                 _gather,
                 (
-                    q + group * RATIO * stride_qh, entry_P, stride_qt, stride_qh, list_start, last, num_tiles, q_ring,
-                    pair_ring, (full, empty), K, RATIO, SLOTS, STAGES, REVERSED,
+                    q + group * RATIO * stride_qh, entry_P, stride_qt, stride_qh, list_start, last,
+                    num_tiles, q_ring, pair_ring, (full, empty), K, RATIO, SLOTS, STAGES, REVERSED, ASYNC,
                 ),
             ),
         ],

@@ -107,8 +107,8 @@ def _count_kernel(
 
 @triton.jit
 def _scatter_kernel(
-    ids, rank, count_XS, end_XS, entry_P, first_unit_T, limit_T,
-    num_queries, stride_t, stride_h, num_units, rows_per_group, span, early, num_early, total,
+    ids, rank, start_SX, entry_P, first_unit_T, limit_T,
+    num_queries, stride_t, stride_h, num_units, rows_per_group, span, early, num_early, total, num_lists,
     RATIO: tl.constexpr, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr, QUERIES: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -127,23 +127,30 @@ def _scatter_kernel(
     pair = (t[:, None] * RATIO + head % RATIO) * SLOTS + slot[None, :]
     place = tl.load(rank + group.to(tl.int64) * rows_per_group + pair, mask=inside, other=-1)
     seen = place >= 0
-    at = (group.to(tl.int64) * num_units + first[:, None] + unit) * total
+    at = group.to(tl.int64) * num_units + first[:, None] + unit
     if not WHOLE:
-        at += _segment(limit, span, early, num_early, total)[:, None]
-    start = tl.load(end_XS + at, mask=seen, other=0) - tl.load(count_XS + at, mask=seen, other=0)
+        at += _segment(limit, span, early, num_early, total)[:, None].to(tl.int64) * num_lists
+    start = tl.load(start_SX + at, mask=seen, other=0)
     tl.store(entry_P + start + place, pair, mask=seen)
 
 
 @triton.jit
 def _bounds_kernel(
-    count_XS, end_XS, start_X, count_X, late_start_X, late_count_X, num_lists, num_early, total, LISTS: tl.constexpr
+    count_XS, end_XS, start_X, count_X, late_start_X, late_count_X, start_SX, num_lists, num_early, total,
+    LISTS: tl.constexpr,
 ):  # fmt: skip
-    """Where lists, and their parts that are not early, begin, and how long they are."""
+    """Where lists, and their parts that are not early, begin, and how long they are; and where segments begin, those of
+    all lists side by side: neighbouring queries are in one segment of many lists."""
     x = tl.program_id(0) * LISTS + tl.arange(0, LISTS)
     real = x < num_lists
     at = x.to(tl.int64) * total
     start = tl.load(end_XS + at, mask=real, other=0) - tl.load(count_XS + at, mask=real, other=0)
     end = tl.load(end_XS + at + total - 1, mask=real, other=0)
+    for segment in range(total):
+        first = tl.load(end_XS + at + segment, mask=real, other=0) - tl.load(
+            count_XS + at + segment, mask=real, other=0
+        )
+        tl.store(start_SX + x.to(tl.int64) + segment * num_lists, first, mask=real)
     at += num_early
     late_start = tl.load(end_XS + at, mask=real, other=0) - tl.load(count_XS + at, mask=real, other=0)
     tl.store(start_X + x, start, mask=real)
@@ -154,14 +161,15 @@ def _bounds_kernel(
 
 @triton.jit
 def _items_kernel(
-    count_X, end_item_X, key_count_U, item_list, item_chunk, num_lists, num_units,
+    count_X, end_item_X, key_count_U, item_list, item_chunk, first_item_X, num_lists, num_units,
     CHUNK: tl.constexpr, AT_LEAST_ONE: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
-    """Cut every list into chunks of CHUNK rows and write one work item for each."""
+    """Cut every list into chunks of CHUNK rows and write one work item for each, and the first item of every list."""
     x = tl.program_id(0) * LISTS + tl.arange(0, LISTS)
     real = x < num_lists
     chunks = _num_chunks(count_X, key_count_U, x, real, num_units, CHUNK, AT_LEAST_ONE)
     first = tl.load(end_item_X + x, mask=real, other=0) - chunks
+    tl.store(first_item_X + x, first, mask=real)
     most = tl.max(chunks, 0)
     chunk = 0
     while chunk < most:
@@ -245,17 +253,19 @@ def build_lists(
     end_XS = count_XS.view(-1).cumsum(0)
     start_X, late_start_X = (torch.empty(num_lists, dtype=torch.int64, device=device) for _ in range(2))
     count_X, late_count_X = (torch.empty(num_lists, dtype=torch.int32, device=device) for _ in range(2))
+    start_SX = torch.empty(segments.total, num_lists, dtype=torch.int64, device=device)
     _bounds_kernel[(triton.cdiv(num_lists, LISTS),)](
-        count_XS, end_XS, start_X, count_X, late_start_X, late_count_X, num_lists, segments.num_early, segments.total,
-        LISTS=LISTS,
+        count_XS, end_XS, start_X, count_X, late_start_X, late_count_X, start_SX, num_lists, segments.num_early,
+        segments.total, LISTS=LISTS,
     )  # fmt: skip
     if by_tiles:
         _scatter_tiles_kernel[grid](ids_THk, rank, count_XS, end_XS, base, entry_P, *tables, *sizes, **shape)
     else:
         if ordered:
             _sort_ranks(ids_THk, rank, start_X, plan, num_groups, slots)
+        starts = start_X if ordered else start_SX
         _scatter_kernel[grid](
-            ids_THk, rank, count_XS, end_XS, entry_P, plan.first_unit_T, plan.limit_T, num_queries, *sizes, **shape,
+            ids_THk, rank, starts, entry_P, plan.first_unit_T, plan.limit_T, num_queries, *sizes, num_lists, **shape,
             WHOLE=ordered,
         )  # fmt: skip
     return Lists(entry_P, start_X, count_X), Lists(entry_P, late_start_X, late_count_X)
@@ -286,6 +296,8 @@ class Items:
 
     list_I: Tensor
     chunk_I: Tensor
+    first_X: Tensor
+    """int64: the first item of every list."""
     bound: int
 
 
@@ -302,7 +314,8 @@ def build_items(lists: Lists, plan: BlockPlan, chunk: int, most: int, at_least_o
     end_item_X = chunks_X.cumsum(0)
     list_I = torch.full((bound,), -1, dtype=torch.int32, device=device)
     chunk_I = torch.empty(bound, dtype=torch.int32, device=device)
+    first_X = torch.empty_like(end_item_X)
     _items_kernel[grid](
-        lists.count_X, end_item_X, plan.key_count_U, list_I, chunk_I, num_lists, plan.num_units, **options
+        lists.count_X, end_item_X, plan.key_count_U, list_I, chunk_I, first_X, num_lists, plan.num_units, **options
     )
-    return Items(list_I, chunk_I, bound)
+    return Items(list_I, chunk_I, first_X, bound)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -34,7 +35,7 @@ from pithwood.ops.attend.early_triton import UNIT_BITS, _early_kernel
 from pithwood.ops.attend.forward_hopper import _rows_hopper_kernel, hopper_forward_tiles
 from pithwood.ops.attend.forward_hopper_parts import _parts_hopper_kernel, hopper_parts_tiles
 from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
-from pithwood.ops.attend.lists_triton import Lists, Segments, build_items, build_lists, empty_lists
+from pithwood.ops.attend.lists_triton import Items, Lists, Segments, build_items, build_lists, empty_lists
 from pithwood.ops.attend.plan import BlockPlan, block_plan
 from pithwood.ops.packing import Packing, Selection
 
@@ -364,8 +365,12 @@ class _Call:
             self._sweep(o, lse)
         if self.most_units > self.early:
             per_head = num_queries * self.slots * (v.shape[2] * q.element_size() + 4)
+            items = None
+            if self.fits_hopper_forward():
+                chunk, most = self.hopper_forward()[1]["CHUNK"], self.most_entries(slice(0, num_groups))
+                items = build_items(late_lists, self.plan, chunk, most, at_least_one=False)
             for hs, gs in self.head_slices(per_head):
-                self._forward_slice(hs, gs, o, lse, self.lists_of(late_lists, gs))
+                self._forward_slice(hs, gs, o, lse, self.lists_of(late_lists, gs), items)
         return o, lse, lists
 
     def _sweep(self, o: Tensor, lse: Tensor) -> None:
@@ -400,7 +405,17 @@ class _Call:
             TILES=tiles_per_unit, PARTS=parts, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
-    def _forward_slice(self, hs: slice, gs: slice, o: Tensor, lse: Tensor, lists: Lists) -> None:
+    def hopper_forward(self) -> tuple[Any, dict[str, int]]:
+        """The key-major forward kernel for this GPU, and its options."""
+        block = self.plan.block_size
+        if block <= HOPPER_KEYS:
+            return _rows_hopper_kernel, hopper_forward_tiles(block, self.q.shape[2])
+        return _parts_hopper_kernel, hopper_parts_tiles()
+
+    def _forward_slice(
+        self, hs: slice, gs: slice, o: Tensor, lse: Tensor, lists: Lists, items: Items | None
+    ) -> None:  # fmt: skip
+        """Write the rows of late queries of some heads. items: those of all heads, for the Hopper kernels."""
         plan = self.plan
         q, ids, o, lse = (_heads(x, hs) for x in (self.q, self.ids, o, lse))
         k, v = _heads(self.k, gs), _heads(self.v, gs)
@@ -412,14 +427,14 @@ class _Call:
         partial_lse = torch.empty(groups * rows_per_group, dtype=torch.float32, device=q.device)
         strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
         shape = self.constants(ratio)
-        if self.fits_hopper_forward():
-            one_part = plan.block_size <= HOPPER_KEYS
-            kernel = _rows_hopper_kernel if one_part else _parts_hopper_kernel
-            options = hopper_forward_tiles(plan.block_size, q.shape[2]) if one_part else hopper_parts_tiles()
-            items = build_items(lists, plan, options["CHUNK"], self.most_entries(gs), at_least_one=False)
-            kernel[(items.bound,)](
+        if items is not None:
+            kernel, options = self.hopper_forward()
+            lists_here = groups * plan.num_units
+            bound = self.most_entries(gs) // options["CHUNK"] + lists_here
+            kernel[(bound,)](
                 q, k, v, partial_o, partial_lse, lists.entry_P, lists.start_X, lists.count_X, items.list_I,
-                items.chunk_I, plan.key_start_U, *strides, plan.num_units, rows_per_group, self.scale * LOG2_E,
+                items.chunk_I, items.first_X, plan.key_start_U, *strides, items.bound,
+                gs.start * plan.num_units, lists_here, plan.num_units, rows_per_group, self.scale * LOG2_E,
                 K=q.shape[2], RATIO=ratio, SLOTS=self.slots, BLOCK=plan.block_size, **options,
             )  # fmt: skip
         else:
