@@ -1,0 +1,88 @@
+"""The same run with the settings that save memory or time off and on: their loss curves on real text, side by side.
+
+    PYTHONPATH=. python bench/options.py [--recipe lm_100m] [--runs-dir runs] [--compile] [path=value ...]
+
+Rows: `off` (nothing recomputed, no copies of the weights), `off again` (what two equal runs differ by, since atomic
+additions take any order on a GPU), `on` (blocks recomputed, their inputs and the optimizer's state on the host where
+there is a GPU, copies kept, experts in chunks), `bf16 state` (the same with momentum and moments in bf16). Each row has
+the loss of every tenth step and its distance from `off`. Writes bench/results/<device>/options.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.results import write_results
+from pithwood.config import apply_overrides
+from pithwood.observe.events import read_events
+from pithwood.recipes import load_recipe
+from pithwood.run import Run
+from pithwood.train import train
+
+OFF = ("recompute=none", "keep_weight_copies=never")
+ON = ("recompute=block", "keep_weight_copies=auto", "model.moe.chunk_tokens=4096")
+ON_GPU = ("offload_activations=true", "optim.offload_state=true")
+LOW = ("optim.momentum_dtype=bf16", "optim.adam_state_dtype=bf16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="lm_100m")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--compile", action="store_true", help="compile the stages of blocks where settings are on")
+    parser.add_argument("overrides", nargs="*", metavar="path=value", help="for all rows")
+    args = parser.parse_args()
+    base = apply_overrides(load_recipe(args.recipe), args.overrides)
+    base = dataclasses.replace(base, log_every=10, validate_every=base.steps, checkpoint_every=base.steps)
+    on = ON + (ON_GPU if torch.cuda.is_available() else ()) + (("compile=true",) if args.compile else ())
+    cases = {"off": OFF, "off again": OFF, "on": on, "bf16 state": on + LOW}
+    rows: list[dict[str, Any]] = []
+    for name, settings in cases.items():
+        rows.append(_row(name, apply_overrides(base, list(settings)), settings, args.runs_dir))
+        first = rows[0]["losses"]
+        apart = [abs(loss - other) for loss, other in zip(rows[-1]["losses"], first, strict=True)]
+        rows[-1]["most_from_off"], rows[-1]["mean_from_off"] = max(apart), sum(apart) / len(apart)
+        print(
+            f"{name:<10} last loss {rows[-1]['losses'][-1]:.4f}, validation {rows[-1]['validation_loss']:.4f}; "
+            f"{rows[-1]['mean_from_off']:.5f} from off in the mean, {max(apart):.5f} at most; "
+            f"{rows[-1]['tokens_per_s']:,.0f} tokens/s, {rows[-1]['peak_memory_gb']:.1f} GB",
+            flush=True,
+        )
+        path = write_results("options", rows)
+    print(path)
+
+
+def _row(name: str, run: Run, settings: tuple[str, ...], runs_dir: Path) -> dict[str, Any]:
+    """Train (or read, if it is finished) and take the curve from the event log."""
+    # memory settings do not change a run folder's name, so each case has a folder of runs, and all share the corpora
+    own = runs_dir / f"options-{name.replace(' ', '-')}"
+    own.mkdir(parents=True, exist_ok=True)
+    (runs_dir / "corpora").mkdir(exist_ok=True)
+    if not (own / "corpora").exists():
+        (own / "corpora").symlink_to((runs_dir / "corpora").resolve())
+    summary = train(run, runs_dir=own, command=f"python bench/options.py {run.name} ({name})")
+    if "interrupted" in summary:
+        raise SystemExit(f"stopped in {name!r}; run the same command again to go on")
+    # one event per step; those of logging steps carry the statistics
+    events = [event for event in read_events(Path(summary["run_dir"])) if event["kind"] == "train"]
+    logged = [event for event in events if event["step"] % run.log_every == 0]
+    return {
+        "case": name,
+        "recipe": run.name,
+        "settings": list(settings),
+        "steps": run.steps,
+        "tokens_per_step": run.samples_per_step * run.seq_len,
+        "losses": [event["loss"] for event in logged],
+        "validation_loss": summary["validation_loss"],
+        "tokens_per_s": sorted(event["tokens_per_s"] for event in events)[len(events) // 2],
+        "peak_memory_gb": max(event.get("peak_memory_gb", 0.0) for event in events),
+    }
+
+
+if __name__ == "__main__":
+    main()
