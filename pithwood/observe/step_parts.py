@@ -22,6 +22,7 @@ _SHARED = ("linear", "master", "packing", "units", "softmax", "checks", "triton_
 _WORDS = (
     ("head and loss", r"logprob|nll|cross_entropy|xent"),
     ("optimizer", r"muon|adamw|newton|orthogonal|(^|[/_])gram|clip|multi_tensor"),
+    ("router and dispatch", r"ops/(route|permute)/|(select|weigh)_experts|expert_weights|sum_rows|(^|[_:])plan_"),
     ("experts", r"expert|grouped|swiglu"),
     ("router and dispatch", r"dispatch|combine|rout|permut|balance|attach_?loss|scatter_rows|gather_rows|moe"),
     ("attention", r"attend|attention|select|summaris|moba|decode|varlen|sdpa|flash|fmha|(key|query)_?major"),

@@ -10,11 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from pithwood.losses import LossLedger, attach_loss
 from pithwood.moe import MoELayer
+from pithwood.moe.balance import balance_loss
 from pithwood.moe.dispatch import combine_tokens, dispatch_tokens
+from pithwood.ops.grouped_mm import grouped_mm
 from pithwood.ops.master import keep_copies
+from pithwood.ops.permute import gather_rows, plan_rows, row_weights, sum_rows
+from pithwood.ops.route import expert_weights, select_experts
+from pithwood.ops.swiglu import swiglu
 from tests.moe.helpers import context, make_layer
 from tests.numerics import assert_close
+from tests.ops.devices import DEVICE, KERNEL_MARKS
 
 
 def layer_and_input(**fields: Any) -> tuple[MoELayer, Tensor]:
@@ -139,3 +146,43 @@ def test_kept_copies_are_used_and_gradients_reach_the_masters() -> None:
 def test_chunks_are_checked() -> None:
     with pytest.raises(ValueError, match=r"moe.chunk_tokens=-1 must be 0 \(all tokens at once\) or more"):
         layer_and_input(chunk_tokens=-1)
+
+
+def by_kernels(layer: MoELayer, x_TD: Tensor, ids_Tk: Tensor | None = None) -> Tensor:
+    """The layer with every step that has a kernel forced to take it."""
+    gate, experts = layer.gate, layer.experts
+    logits_TE = gate.logits(x_TD)
+    if ids_Tk is None:
+        ids_Tk = select_experts(logits_TE, gate.rule, impl="triton")
+    weight_Tk, prob_TE = expert_weights(logits_TE, ids_Tk, gate.rule, with_prob=True, impl="triton")
+    assert prob_TE is not None
+    term = balance_loss(prob_TE, ids_Tk, "micro_batch", 0.1)
+    x_TD = attach_loss(x_TD, term, LossLedger({"tokens": float(len(x_TD))}))
+    plan = plan_rows(ids_Tk, layer.cfg.num_experts, impl="triton")
+    rows_RD = gather_rows(x_TD, plan, impl="triton")
+    gate_up_RF = grouped_mm(rows_RD, experts.gate_up_proj, plan.offsets)
+    hidden_RF = swiglu(gate_up_RF, row_weights(weight_Tk, plan), plan.offsets, impl="triton")
+    return sum_rows(grouped_mm(hidden_RF, experts.down_proj, plan.offsets), plan, x_TD, impl="triton")
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("impl", [pytest.param("triton", marks=KERNEL_MARKS)])
+@pytest.mark.parametrize("none", [False, True])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_all_kernels_together_give_the_layers_values_and_gradients(score: str, none: bool, impl: str) -> None:
+    fields: dict[str, Any] = {"score": score, "balance": "micro_batch", "balance_coef": 0.1}
+    layer = make_layer(24, num_experts=6, top_k=3, expert_dim=16, dtype=torch.float32, **fields).to(DEVICE)
+    x_TD = torch.randn(150, 24, device=DEVICE, requires_grad=True)
+    ids_Tk = torch.rand(150, 6).topk(3).indices.to(DEVICE)
+    ids_Tk = ids_Tk.masked_fill(torch.rand(150, 3, device=DEVICE) < 0.3, -1) if none else None
+    ctx = context([150], tokens=150, replay=None if ids_Tk is None else {"layers.0.experts": ids_Tk})
+    ctx.packing = ctx.packing.to(DEVICE)
+    pull_TD = torch.randn(150, 24, device=DEVICE)
+    inputs = (x_TD, *layer.parameters())
+    want = layer(x_TD, ctx) + x_TD
+    out = by_kernels(layer, x_TD, ids_Tk)
+    assert_close(out, want)
+    wants = torch.autograd.grad(want, inputs, pull_TD)
+    for grad, expected in zip(torch.autograd.grad(out, inputs, pull_TD), wants, strict=True):
+        assert_close(grad, expected)
+    assert impl == "triton"

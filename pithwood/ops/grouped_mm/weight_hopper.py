@@ -1,9 +1,9 @@
 """The weights' gradient for Hopper with its warps divided: one loads, the others multiply and add to memory.
 
-It does the work of `weight_triton._grad_weight_bulk`, which see for the products and the copy engine's part. As many
-programs as the GPU has processors take tiles in turn. The loading warp runs ahead, over the ends of tiles and groups,
-so that the products of the next tile begin the moment the last one's sums are on their way to memory. The two sides
-meet at mbarriers only.
+It does the work of `_grouped_grad_weight_bulk` in `weight_triton`, which see for the products and the copy engine's
+part. As many programs as the GPU has processors take tiles in turn. The loading warp runs ahead, over the ends of tiles
+and groups, so that the products of the next tile begin the moment the last one's sums are on their way to memory. The
+two sides meet at mbarriers only.
 
 Legend: R rows, X output width, D input width, E groups.
 """
@@ -48,7 +48,7 @@ def launch_hopper(
     num_groups, width_x, width_d = out_EXD.shape
     tiles = num_groups * triton.cdiv(width_x, tiling.rows_x) * triton.cdiv(width_d, tiling.columns_d)
     processors = torch.cuda.get_device_properties(rows_RD.device).multi_processor_count
-    _grad_weight_hopper[(min(tiles, processors),)](
+    _grouped_grad_weight_hopper[(min(tiles, processors),)](
         ragged_rows(grad_RX, tiling.chunk, tiling.rows_x),
         ragged_rows(rows_RD, tiling.chunk, tiling.columns_d),
         offsets, out_EXD, num_groups, width_x, width_d,
@@ -129,7 +129,7 @@ def _multiply(
 
 
 @gluon.jit
-def _grad_weight_hopper(
+def _grouped_grad_weight_hopper(
     grad_desc, rows_desc, offsets_ptr, out_ptr, num_groups, width_x, width_d,
     ADD: gl.constexpr, ROWS_X: gl.constexpr, COLUMNS_D: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr,
     PANEL: gl.constexpr, LOADING_REGISTERS: gl.constexpr, num_warps: gl.constexpr,

@@ -85,9 +85,11 @@ def launch(grad_RX: Tensor, rows_RD: Tensor, offsets: Tensor, out_EXD: Tensor, a
     elif tiling.way == "bulk":
         grad = create_ragged_descriptor(grad_RX, [tiling.chunk, tiling.rows_x])
         rows = create_ragged_descriptor(rows_RD, [tiling.chunk, tiling.columns_d])
-        _grad_weight_bulk[grid](grad, rows, offsets, out_EXD, width_x, width_d, **sizes, **options)
+        _grouped_grad_weight_bulk[grid](grad, rows, offsets, out_EXD, width_x, width_d, **sizes, **options)
     else:
-        _grad_weight[grid](grad_RX, rows_RD, offsets, out_EXD, width_x, width_d, **sizes, PRECISION="ieee", **options)
+        _grouped_grad_weight[grid](
+            grad_RX, rows_RD, offsets, out_EXD, width_x, width_d, **sizes, PRECISION="ieee", **options
+        )
 
 
 @triton.jit
@@ -120,7 +122,7 @@ def _put(total, out_ptr, group, x, d, width_x, width_d, ADD: tl.constexpr):
 
 
 @triton.jit
-def _grad_weight_bulk(
+def _grouped_grad_weight_bulk(
     grad_desc, rows_desc, offsets_ptr, out_ptr, width_x, width_d,
     ADD: tl.constexpr, ROWS_X: tl.constexpr, COLUMNS_D: tl.constexpr, CHUNK: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
@@ -142,7 +144,7 @@ def _grad_weight_bulk(
 
 
 @triton.jit
-def _grad_weight(
+def _grouped_grad_weight(
     grad_ptr, rows_ptr, offsets_ptr, out_ptr, width_x, width_d,
     ADD: tl.constexpr, ROWS_X: tl.constexpr, COLUMNS_D: tl.constexpr, CHUNK: tl.constexpr, PANEL: tl.constexpr,
     PRECISION: tl.constexpr,

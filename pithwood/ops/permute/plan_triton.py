@@ -38,12 +38,12 @@ def plan_rows(ids_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor,
         return offsets.zero_(), row_Tk, pair_R, token_R
     total = torch.zeros(bins, dtype=torch.int32, device=ids_Tk.device)
     first_row = make(num_tiles, bins)
-    _count[(num_tiles,)](ids_Tk, first_row, total, num_pairs, num_experts, TILE=TILE, BINS=bins, num_warps=4)
+    _plan_count[(num_tiles,)](ids_Tk, first_row, total, num_pairs, num_experts, TILE=TILE, BINS=bins, num_warps=4)
     scan_bins = min(SCAN_BINS, bins)
-    _scan[(bins // scan_bins,)](
+    _plan_scan[(bins // scan_bins,)](
         first_row, total, offsets, num_tiles, num_experts, TILES=SCAN_TILES, OWN=scan_bins, BINS=bins, num_warps=4
     )
-    _rank[(num_tiles,)](
+    _plan_rank[(num_tiles,)](
         ids_Tk, first_row, row_Tk, pair_R, token_R, num_pairs, k, num_experts,
         TILE=TILE, PIECE=PIECE, BINS=bins, num_warps=8,
     )  # fmt: skip
@@ -58,7 +58,7 @@ def count_pairs(ids_Tk: Tensor, num_experts: int) -> Tensor:
     if ids_Tk.numel():
         grid = (triton.cdiv(ids_Tk.numel(), COUNT_TILE),)
         bins = triton.next_power_of_2(num_experts + 2)
-        _count_all[grid](ids_Tk, total, ids_Tk.numel(), num_experts, TILE=COUNT_TILE, BINS=bins, num_warps=4)
+        _count_pairs[grid](ids_Tk, total, ids_Tk.numel(), num_experts, TILE=COUNT_TILE, BINS=bins, num_warps=4)
     return total
 
 
@@ -83,7 +83,7 @@ def _bin_of(ids_ptr, pair, num_pairs, num_experts):
 
 
 @triton.jit
-def _count(ids_ptr, count_ptr, total_ptr, num_pairs, num_experts, TILE: tl.constexpr, BINS: tl.constexpr):
+def _plan_count(ids_ptr, count_ptr, total_ptr, num_pairs, num_experts, TILE: tl.constexpr, BINS: tl.constexpr):
     """count[tile, bin], and total[bin] over all tiles."""
     tile = tl.program_id(0)
     pair = tile * TILE + tl.arange(0, TILE)
@@ -94,7 +94,7 @@ def _count(ids_ptr, count_ptr, total_ptr, num_pairs, num_experts, TILE: tl.const
 
 
 @triton.jit
-def _count_all(ids_ptr, total_ptr, num_pairs, num_experts, TILE: tl.constexpr, BINS: tl.constexpr):
+def _count_pairs(ids_ptr, total_ptr, num_pairs, num_experts, TILE: tl.constexpr, BINS: tl.constexpr):
     pair = tl.program_id(0) * TILE + tl.arange(0, TILE)
     count = tl.histogram(_bin_of(ids_ptr, pair, num_pairs, num_experts), BINS)
     at = tl.arange(0, BINS)
@@ -102,7 +102,7 @@ def _count_all(ids_ptr, total_ptr, num_pairs, num_experts, TILE: tl.constexpr, B
 
 
 @triton.jit
-def _scan(
+def _plan_scan(
     count_ptr, total_ptr, offsets_ptr, num_tiles, num_experts,
     TILES: tl.constexpr, OWN: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +122,7 @@ def _scan(
 
 
 @triton.jit
-def _rank(
+def _plan_rank(
     ids_ptr, first_row_ptr, row_ptr, pair_ptr, token_ptr, num_pairs, k, num_experts,
     TILE: tl.constexpr, PIECE: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip

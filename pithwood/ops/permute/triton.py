@@ -28,7 +28,7 @@ def gather_rows(x_TD: Tensor, row_Tk: Tensor, offsets: Tensor) -> Tensor:
     rows_RD = x_TD.new_empty(row_Tk.numel(), x_TD.shape[1])
     if rows_RD.numel():
         grid, sizes = _launch(x_TD, row_Tk)
-        _gather[grid](x_TD, rows_RD, row_Tk, offsets, offsets.shape[0] - 1, **sizes)
+        _gather_rows[grid](x_TD, rows_RD, row_Tk, offsets, offsets.shape[0] - 1, **sizes)
     return rows_RD
 
 
@@ -40,7 +40,7 @@ def sum_rows(rows_RD: Tensor, row_Tk: Tensor, offsets: Tensor, residual_TD: Tens
     if out_TD.numel():
         grid, sizes = _launch(out_TD, row_Tk)
         residual = out_TD if residual_TD is None else residual_TD.contiguous()
-        _sum[grid](
+        _sum_rows[grid](
             rows_RD,
             out_TD,
             residual,
@@ -92,7 +92,7 @@ def _launch(x_TD: Tensor, row_Tk: Tensor) -> tuple[tuple[int, int], dict[str, An
 
 
 @triton.jit
-def _gather(
+def _gather_rows(
     x_ptr, rows_ptr, row_Tk_ptr, offsets_ptr, num_experts, num_tokens,
     D: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,7 @@ def _gather(
 
 
 @triton.jit
-def _sum(
+def _sum_rows(
     rows_ptr, out_ptr, residual_ptr, row_Tk_ptr, offsets_ptr, num_experts, num_tokens,
     HAS_RESIDUAL: tl.constexpr,
     D: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -69,7 +69,7 @@ def split_weight(weight_ED: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
     parts = torch.empty(4 * weight_ED.shape[0], weight_ED.shape[1], dtype=dtype, device=weight_ED.device)
     size = weight_ED.numel()
     if size:
-        _split_weight[(triton.cdiv(size, BLOCK),)](weight_ED.contiguous(), parts, size, BLOCK=BLOCK, num_warps=4)
+        _split_router_weight[(triton.cdiv(size, BLOCK),)](weight_ED.contiguous(), parts, size, BLOCK=BLOCK, num_warps=4)
     return parts
 
 
@@ -79,14 +79,14 @@ def split_gradient(grad_TE: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
     parts = torch.empty(num_tokens, 3 * num_experts, dtype=dtype, device=grad_TE.device)
     size = grad_TE.numel()
     if size:
-        _split_gradient[(triton.cdiv(size, BLOCK),)](
+        _split_router_gradient[(triton.cdiv(size, BLOCK),)](
             grad_TE.contiguous(), parts, size, num_experts, BLOCK=BLOCK, num_warps=4
         )
     return parts
 
 
 @triton.jit
-def _split_weight(weight_ptr, parts_ptr, size, BLOCK: tl.constexpr):
+def _split_router_weight(weight_ptr, parts_ptr, size, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = at < size
     dtype = parts_ptr.dtype.element_ty
@@ -102,7 +102,7 @@ def _split_weight(weight_ptr, parts_ptr, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _split_gradient(grad_ptr, parts_ptr, size, num_experts, BLOCK: tl.constexpr):
+def _split_router_gradient(grad_ptr, parts_ptr, size, num_experts, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < size
     dtype = parts_ptr.dtype.element_ty

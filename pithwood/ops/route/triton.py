@@ -29,7 +29,7 @@ def select_experts(
     ids_Tk = torch.empty(logits_TE.shape[0], top_k, dtype=torch.int64, device=logits_TE.device)
     if ids_Tk.numel():
         grid, sizes = _launch(logits_TE)
-        _select[grid](
+        _select_experts[grid](
             logits_TE, logits_TE if bias_E is None else bias_E, ids_Tk, logits_TE.shape[0],
             SIGMOID=sigmoid, BIASED=bias_E is not None, K=top_k, GROUPS=groups, OPEN=open_groups, TOP2=top2_sum,
             GROUPS_PAD=triton.next_power_of_2(groups), **sizes,
@@ -47,7 +47,7 @@ def expert_weights(
     prob_TE = torch.empty_like(logits_TE) if with_prob else logits_TE.new_empty(0)
     if logits_TE.shape[0]:
         grid, sizes = _launch(logits_TE)
-        _weigh[grid](
+        _weigh_experts[grid](
             logits_TE, ids_Tk, weight_Tk, prob_TE, logits_TE.shape[0], scale,
             SIGMOID=sigmoid, RENORMALIZE=renormalize, WITH_PROB=with_prob,
             K=ids_Tk.shape[1], K_PAD=triton.next_power_of_2(ids_Tk.shape[1]), **sizes,
@@ -66,7 +66,7 @@ def expert_weights_backward(
     if logits_TE.shape[0]:
         grid, sizes = _launch(logits_TE)
         strides = (0, 0) if grad_TE is None else grad_TE.stride()
-        _weigh_backward[grid](
+        _weigh_experts_backward[grid](
             logits_TE, ids_Tk, logits_TE if grad_Tk is None else grad_Tk.contiguous(),
             logits_TE if grad_TE is None else grad_TE, *strides, grad_logits_TE, logits_TE.shape[0], scale,
             SIGMOID=sigmoid, RENORMALIZE=renormalize, OF_WEIGHT=grad_Tk is not None, OF_PROB=grad_TE is not None,
@@ -151,7 +151,7 @@ def _place(key, PLACES: tl.constexpr):
 
 
 @triton.jit
-def _select(
+def _select_experts(
     logits_ptr, bias_ptr, ids_ptr, num_tokens,
     SIGMOID: tl.constexpr, BIASED: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, OPEN: tl.constexpr,
     TOP2: tl.constexpr, GROUPS_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, TOKENS: tl.constexpr,
@@ -203,7 +203,7 @@ def _chosen(score, ids_ptr, token, num_tokens, K: tl.constexpr, K_PAD: tl.conste
 
 
 @triton.jit
-def _weigh(
+def _weigh_experts(
     logits_ptr, ids_ptr, weight_ptr, prob_ptr, num_tokens, scale,
     SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, WITH_PROB: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
     E: tl.constexpr, E_PAD: tl.constexpr, TOKENS: tl.constexpr,
@@ -225,7 +225,7 @@ def _weigh(
 
 
 @triton.jit
-def _weigh_backward(
+def _weigh_experts_backward(
     logits_ptr, ids_ptr, grad_weight_ptr, grad_prob_ptr, stride_t, stride_e, grad_logits_ptr, num_tokens, scale,
     SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, OF_WEIGHT: tl.constexpr, OF_PROB: tl.constexpr,
     K: tl.constexpr, K_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, TOKENS: tl.constexpr,

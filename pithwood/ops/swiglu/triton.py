@@ -29,7 +29,7 @@ def swiglu(gate_up_RF: Tensor, weight_R: Tensor | None, offsets: Tensor | None) 
     out_RF = gate_up_RF.new_empty(gate_up_RF.shape[0], gate_up_RF.shape[1] // 2)
     if out_RF.numel():
         grid, sizes = _launch(out_RF, weight_R, offsets)
-        _forward[grid](gate_up_RF, out_RF, *_or(out_RF, weight_R, offsets), out_RF.shape[0], **sizes)
+        _swiglu_forward[grid](gate_up_RF, out_RF, *_or(out_RF, weight_R, offsets), out_RF.shape[0], **sizes)
     return out_RF
 
 
@@ -57,7 +57,7 @@ def _run_backward(
     grad_weight_R = gate_up_RF.new_empty(0 if weight_R is None else grad_RF.shape[0], dtype=torch.float32)
     if grad_RF.numel():
         grid, sizes = _launch(grad_RF, weight_R, offsets)
-        _backward[grid](
+        _swiglu_backward[grid](
             gate_up_RF, grad_RF, *_or(grad_RF, weight_R, offsets), grad_gate_up_RF,
             grad_weight_R, grad_RF.shape[0], HIDDEN=hidden, **sizes,
         )  # fmt: skip
@@ -110,7 +110,7 @@ def _launch(x_RF: Tensor, weight_R: Tensor | None, offsets: Tensor | None) -> tu
 
 
 @triton.jit
-def _forward(
+def _swiglu_forward(
     gate_up_ptr, out_ptr, weight_ptr, offsets_ptr, last, num_rows,
     F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTED: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _swiglu_backward(
     gate_up_ptr, grad_ptr, weight_ptr, offsets_ptr, last, grad_gate_up_ptr, grad_weight_ptr, num_rows,
     HIDDEN: tl.constexpr,
     F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTED: tl.constexpr, GROUPED: tl.constexpr,
