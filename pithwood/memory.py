@@ -22,7 +22,7 @@ from pithwood.ops.packing import Packing
 from pithwood.optim.config import STATE_DTYPES, MuonConfig
 from pithwood.optim.groups import ParamPlan
 from pithwood.optim.muon import matrices_per_chunk, resolve_ns_dtype
-from pithwood.optim.optimizer import EXP_AVG, EXP_AVG_SQ, MOMENTUM, Optimizer
+from pithwood.optim.optimizer import Optimizer
 from pithwood.run import DTYPES, Run, pick_device
 
 SHARE_FOR_COPIES = 0.9
@@ -68,9 +68,9 @@ def memory_by_kind(run: Run, device: torch.device | None = None, *, copies: bool
     copies   whether weight copies are kept; None: as `keep_weight_copies` says, with "auto" as if they fit
     returns  weights, weight_copies, gradients, optimizer_state, weight_average, activations, workspace
 
-    That moment is the end of a forward pass, or the update; of several phases the one that takes most counts. Nothing
-    is allocated: model and optimizer are built without memory and asked for their sizes. What torch and the driver take
-    for themselves is left out.
+    That moment is the end of the last forward pass, the backward pass of the first block, or the update; of several
+    phases the one that takes most counts. Nothing is allocated: model and optimizer are built without memory and asked
+    for their sizes. What torch and the driver take for themselves is left out.
     """
     device = pick_device(run) if device is None else device
     if copies is None:
@@ -100,24 +100,25 @@ def memory_by_kind(run: Run, device: torch.device | None = None, *, copies: bool
 def _moments(
     run: Run, model: Qwen3MoE, optimizer: Optimizer, stage: Stage, device: torch.device, copies: bool
 ) -> list[dict[str, float]]:
-    """What is on the device at the end of a step's last forward pass, and during its update."""
+    """What is on the device at the end of a step's last forward pass, in the backward pass of its first block, which
+    comes last, and during its update.
+    """
     params = list(model.parameters())
     state = optimizer.state_dict()
     average = 0.0 if optimizer.average is None else float(_bytes(optimizer.average.average.values()))
     gradients = float(_bytes(param for param in params if param.requires_grad))
-    host: tuple[str, ...] = ()
-    if run.optim.offload_state and device.type == "cuda":
-        host = (MOMENTUM, EXP_AVG, EXP_AVG_SQ)
-    kept = {key: value for key, value in state.items() if not key.startswith(host)}
+    # on the host but for a few scalars
+    away = run.optim.offload_state and device.type == "cuda"
     resident = {
         "weights": float(_bytes(params)),
         "weight_copies": 2.0 * sum(weight.numel() for weight in model.product_weights().values()) if copies else 0.0,
-        "optimizer_state": _bytes(kept.values()) - average,
+        "optimizer_state": 0.0 if away else _bytes(state.values()) - average,
         "weight_average": average,
     }
     # samples of one length cost the same: a thousand of them are priced, one by one, and multiplied
     many = min(stage.samples_per_batch, 1000)
-    cost = model.cost(Packing.from_lengths([stage.seq_len] * many), DTYPES[run.precision].itemsize)
+    packing, element = Packing.from_lengths([stage.seq_len] * many), DTYPES[run.precision].itemsize
+    whole, first = model.cost(packing, element), model.first_block_cost(packing, element)
     share = stage.samples_per_batch / many
     # gradients are dropped after each update: the first backward pass makes them anew as the activations go, and the
     # head's is among its workspace
@@ -126,8 +127,14 @@ def _moments(
         {
             **resident,
             "gradients": 0.0 if alone else gradients,
-            "activations": cost.saved_bytes * share,
-            "workspace": cost.workspace_bytes * share,
+            "activations": whole.saved_bytes * share,
+            "workspace": whole.workspace_bytes * share,
+        },
+        {
+            **resident,
+            "gradients": gradients,
+            "activations": first.saved_bytes * share,
+            "workspace": first.workspace_bytes * share,
         },
         {
             **resident,

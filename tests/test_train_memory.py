@@ -160,6 +160,22 @@ def test_what_is_not_kept_is_not_counted():
 
 
 @pytest.mark.quick
+def test_in_a_single_micro_batch_gradients_come_as_activations_go():
+    model = Qwen3MoEConfig(num_layers=8)
+    run = dataclasses.replace(
+        load_recipe("lm_100m"), model=model, seq_len=4096, samples_per_step=16, samples_per_micro_batch=16
+    )
+    several = dataclasses.replace(run, samples_per_step=32)
+    alone, more = memory_by_kind(run, CUDA), memory_by_kind(several, CUDA)
+    assert alone["gradients"] == 0
+    assert alone["activations"] == more["activations"]
+    # with recomputed blocks the peak is the last backward pass, when one block is there whole beside all gradients
+    again = memory_by_kind(dataclasses.replace(run, recompute="block"), CUDA)
+    assert again["gradients"] == more["gradients"]
+    assert again["workspace"] > more["activations"] / 8
+
+
+@pytest.mark.quick
 def test_copies_are_kept_on_a_gpu_where_they_fit():
     run = dataclasses.replace(load_recipe("lm_100m"), model=Qwen3MoEConfig(num_layers=8), samples_per_micro_batch=1)
     size = sum(memory_by_kind(run, CUDA).values())

@@ -424,6 +424,11 @@ class Qwen3MoE(nn.Module):
             blocks.append(known[kind])
         return cost + self.activations.costs(blocks)
 
+    def first_block_cost(self, packing: Packing, element_size: int = 4) -> Cost:
+        """Cost of the first block alone, as `activations` keeps it: what is left when its backward pass begins."""
+        plan = ActivationPlan(self.activations.recompute[:1], self.activations.offload)
+        return plan.costs([self.block_cost(0, packing, element_size)])
+
     def block_cost(self, layer: int, packing: Packing, element_size: int = 4) -> BlockCost:
         """Cost of one block's forward, and what it is made of."""
         block, tokens = self.blocks[layer], packing.num_queries

@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_those_of_the_plain_step(monkeypatch, kind, small
     model = make_model(plan, copies=kind in ("copies", "all"))
     _, own = make_batches()
     step(model, batches, own, decisions)
-    assert float(own.means()["loss"]) == pytest.approx(float(ledger.means()["loss"]), rel=1e-6)
+    assert float(own.means()["loss"]) == pytest.approx(float(ledger.means()["loss"]), rel=1e-5)
     gradients = dict(model.named_parameters())
     for name, param in plain.named_parameters():
         # kernels add parts in any order: the bits of one pass do not repeat in the next
