@@ -37,6 +37,7 @@ _FILES = (
     ("router and dispatch", r"moe/"),
     ("optimizer", r"optim/"),
     ("head and loss", r"objectives"),
+    ("experts", r"models/\w+\.py\(\d+\): experts"),
     ("other", r"observe/|data/"),
 )
 _VAGUE_FILES = (
@@ -74,7 +75,11 @@ def of_frame(frame: str) -> Evidence | None:
 
 
 def of_op(name: str) -> Evidence | None:
-    """What the name of an op says: those of torch itself nothing, custom ops and autograd functions their words."""
+    """What the name of an op says: those of torch itself nothing but for attention, custom ops and autograd
+    functions their words.
+    """
+    if name.startswith("aten::") and re.search(r"scaled_dot_product|flash_attention|cudnn_attention", name):
+        return Evidence("attention")
     if name.startswith(("aten::", "autograd::", "torch::", "Torch-", "c10d::")) or re.search(r"Backward\d+$", name):
         return None
     return _of_words(name)

@@ -127,6 +127,7 @@ def test_a_trace_without_steps_or_without_kernels_is_refused():
         ("pithwood/moe/dispatch.py(30): dispatch_tokens", "router and dispatch"),
         ("pithwood/optim/clip.py(30): global_norm", "optimizer"),
         ("pithwood/observe/spikes.py(30): before_update", "other"),
+        ("pithwood/models/stages.py(72): experts", "experts"),
     ],
 )
 def test_files_tell_the_part(frame_name, part):
@@ -137,6 +138,7 @@ def test_frames_of_others_and_shared_ops_tell_nothing():
     assert of_frame("torch/nn/modules/module.py(1): __call__") is None
     assert of_frame("pithwood/ops/packing.py(48): num_queries") is None
     assert of_op("aten::select") is None
+    assert of_op("aten::_scaled_dot_product_flash_attention") == Evidence("attention")
     assert of_op("SelectBackward0") is None
 
 
