@@ -75,7 +75,9 @@ def test_units_that_tiles_do_not_divide(block):
     check_attend(inputs, moba_selection(inputs, block, 3), "triton", None, DEVICE)
 
 
-def test_queries_after_keys_of_their_own():
+@pytest.mark.parametrize("tile_block", [BLOCK, 64])
+def test_queries_after_keys_of_their_own(monkeypatch, tile_block):
+    monkeypatch.setattr(lists_triton, "TILE_BLOCK", tile_block)
     inputs = make_inputs(*CROSS, heads=2)
     check_attend(inputs, moba_selection(inputs, BLOCK, TOP_K), "triton", None, DEVICE)
 
