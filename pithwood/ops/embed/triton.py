@@ -1,9 +1,9 @@
 """The gradient of an embedding table, added in place: only rows that a token names are touched.
 
-Tokens are sorted by id, stably, on the device. One program for each place in that order and BLOCK_D columns: if a run
-of equal ids begins there, it adds the run's rows in fp32 and then the sum to the table's row; else it ends at once. A
-run of one, the most frequent by far, takes no more than reading both rows; a longer one is added ROWS at a time. No
-atomics, no counts on the host, and every sum has one order.
+Tokens are sorted by id, stably, on the device; a run of equal ids belongs to the program at whose places it begins. A
+program takes PLACES places in that order and BLOCK_D columns. Ids that occur once, most by far, it adds together, as
+one tile of rows that are read and written all at a time; then it walks over its longer runs and adds each ROWS rows at
+a time in fp32 before it touches the table. No atomics, no counts on the host, and every sum has one order.
 
 Legend: T tokens, X vocabulary, D model width.
 """
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from pithwood.ops.master import gradient_sink
 
+PLACES = 8
+"""Places in the order of tokens that a program takes."""
 ROWS = 16
 """Rows of a run that a program adds at a time."""
 BLOCK_D = 512
@@ -58,7 +60,7 @@ def add_rows(total_XD: Tensor, rows_TD: Tensor, sorted_T: Tensor, order_T: Tenso
     if tokens == 0 or dim == 0:
         return
     block = min(triton.next_power_of_2(dim), BLOCK_D)
-    _add_rows_kernel[(tokens, triton.cdiv(dim, block))](
+    _add_rows_kernel[(triton.cdiv(tokens, PLACES), triton.cdiv(dim, block))](
         total_XD,
         rows_TD,
         sorted_T,
@@ -67,6 +69,7 @@ def add_rows(total_XD: Tensor, rows_TD: Tensor, sorted_T: Tensor, order_T: Tenso
         dim,
         total_XD.stride(0),
         BLOCK_D=block,
+        PLACES=PLACES,
         ROWS=ROWS,
         num_warps=WARPS,
     )
@@ -75,6 +78,12 @@ def add_rows(total_XD: Tensor, rows_TD: Tensor, sorted_T: Tensor, order_T: Tenso
 @add_rows.register_fake
 def _(total_XD, rows_TD, sorted_T, order_T):
     return None
+
+
+@triton.jit
+def _token_at(sorted_ptr, place, num_tokens):
+    """The ids at these places; -1, which no token has, outside."""
+    return tl.load(sorted_ptr + place, mask=(place >= 0) & (place < num_tokens), other=-1)
 
 
 @triton.jit
@@ -87,31 +96,37 @@ def _add_rows_kernel(
     dim,
     stride_x,
     BLOCK_D: tl.constexpr,
+    PLACES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    first = tl.program_id(0)
-    token = tl.load(sorted_ptr + first)
-    before = tl.load(sorted_ptr + first - 1, mask=first > 0, other=-1)
-    after = tl.load(sorted_ptr + first + 1, mask=first + 1 < num_tokens, other=-1)
-    if before != token:
-        col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        to = total_ptr + token * stride_x + col
-        total = tl.load(to, mask=col < dim, other=0.0).to(tl.float32)
-        if after != token:
-            row = tl.load(order_ptr + first)
-            total += tl.load(rows_ptr + row * dim + col, mask=col < dim, other=0.0).to(tl.float32)
-        else:
-            run = tl.zeros([BLOCK_D], tl.float32)
-            place = first + tl.arange(0, ROWS)
-            same = (place < num_tokens) & (tl.load(sorted_ptr + place, mask=place < num_tokens, other=-1) == token)
-            count = tl.sum(same.to(tl.int32), 0)
-            while count > 0:
-                row = tl.load(order_ptr + place, mask=same, other=0)
-                at = rows_ptr + row[:, None] * dim + col[None, :]
-                rows = tl.load(at, mask=same[:, None] & (col < dim)[None, :], other=0.0)  # [ROWS, BLOCK_D]
-                run += tl.sum(rows.to(tl.float32), 0)
-                place += ROWS
-                same = (place < num_tokens) & (tl.load(sorted_ptr + place, mask=place < num_tokens, other=-1) == token)
-                count = tl.sum(same.to(tl.int32), 0)
-            total += run
-        tl.store(to, total.to(total_ptr.dtype.element_ty), mask=col < dim)
+    first = tl.program_id(0) * PLACES
+    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    place = first + tl.arange(0, PLACES)
+    token = _token_at(sorted_ptr, place, num_tokens)
+    begins = (token != _token_at(sorted_ptr, place - 1, num_tokens)) & (place < num_tokens)
+    alone = begins & (token != _token_at(sorted_ptr, place + 1, num_tokens))
+    row = tl.load(order_ptr + place, mask=alone, other=0)
+    real = alone[:, None] & (col < dim)[None, :]
+    rows = tl.load(rows_ptr + row[:, None] * dim + col[None, :], mask=real, other=0.0)  # [PLACES, BLOCK_D]
+    to = total_ptr + token[:, None] * stride_x + col[None, :]
+    total = tl.load(to, mask=real, other=0.0)
+    tl.store(to, (total.to(tl.float32) + rows.to(tl.float32)).to(total_ptr.dtype.element_ty), mask=real)
+
+    if tl.sum((begins & (token == _token_at(sorted_ptr, place + 1, num_tokens))).to(tl.int32), 0) > 0:
+        for begin in range(first, tl.minimum(first + PLACES, num_tokens)):
+            one = tl.load(sorted_ptr + begin)
+            before = _token_at(sorted_ptr, begin - 1, num_tokens)
+            if (one != before) & (one == _token_at(sorted_ptr, begin + 1, num_tokens)):
+                run = tl.zeros([BLOCK_D], tl.float32)
+                member = begin + tl.arange(0, ROWS)
+                same = _token_at(sorted_ptr, member, num_tokens) == one
+                while tl.sum(same.to(tl.int32), 0) > 0:
+                    source = tl.load(order_ptr + member, mask=same, other=0)
+                    at = rows_ptr + source[:, None] * dim + col[None, :]
+                    part = tl.load(at, mask=same[:, None] & (col < dim)[None, :], other=0.0)  # [ROWS, BLOCK_D]
+                    run += tl.sum(part.to(tl.float32), 0)
+                    member += ROWS
+                    same = _token_at(sorted_ptr, member, num_tokens) == one
+                target = total_ptr + one * stride_x + col
+                old = tl.load(target, mask=col < dim, other=0.0).to(tl.float32)
+                tl.store(target, (old + run).to(total_ptr.dtype.element_ty), mask=col < dim)
