@@ -3,9 +3,10 @@
 """The sweep of early queries for Hopper: warps that load keys and values beside warps that multiply.
 
 It does the work of `early_triton._early_kernel` (which see) for blocks of whole tiles, by explicit WGMMA. A program
-works on one tile of queries after the other. While the tensor cores multiply weights with values, the two multiplying
-warpgroups compute the weights of the next tile of keys; the loading warps run ahead, into the next tile of queries
-too.
+works on one tile of queries after the other. While the tensor cores multiply weights with values, a multiplying
+warpgroup computes the weights of the next tile of keys. There are two of these, each with half the rows and at its own
+pace, so that one keeps the tensor cores busy while the other computes weights. The loading warps run ahead, into the
+next tile of queries too.
 
 Legend: T queries, H query heads, G KV heads, K head dim of q, k and v, U units.
 """
@@ -21,6 +22,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+EARLY_TILE = 128
+"""Queries, and keys, of a tile."""
+GROUPS = gl.constexpr(2)
+"""Groups of multiplying warps."""
+
+
+def early_hopper_tiles(dim: int) -> dict[str, int]:
+    """Tile shape and launch options. Registers are divided at run time: each group of multiplying warps gets REGISTERS
+    per thread, the loading warps keep LOAD_REGISTERS."""
+    multiplying, loading = 4, 4
+    registers = 65536 // (32 * (2 * multiplying + loading)) // 8 * 8
+    shape = {"TILE": EARLY_TILE, "STAGES": 2 if dim > 64 else 4, "PIECE": 32, "LOAD_WARPS": loading}
+    return {**shape, "REGISTERS": 232, "LOAD_REGISTERS": 40, "num_warps": multiplying, "maxnreg": registers}
 
 
 @gluon.jit
@@ -63,7 +78,7 @@ def _tile_of_queries(
 def _load(
     q, k, v, tables, strides, heads, num_tiles, early, rings, barriers,
     K: gl.constexpr, HEAD_RATIO: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    PIECE: gl.constexpr, GROUPS: gl.constexpr,
+    PIECE: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings: step g of a tile of queries brings its g-th tile of keys and the values of the one before."""
     q_ring, k_ring, v_ring = rings
@@ -133,8 +148,7 @@ def _load(
 @gluon.jit
 def _multiply(
     o, lse, ids, tables, strides, heads, num_tiles, early, scale_log2, rings, barriers,
-    TOP_K: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-    MINE: gl.constexpr,
+    TOP_K: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, MINE: gl.constexpr,
 ):  # fmt: skip
     """Attend with every tile of queries to all keys up to it, and store the rows: the MINE-th of GROUPS parts."""
     q_ring, k_ring, v_ring = rings
@@ -243,15 +257,11 @@ def _early_hopper_kernel(
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg, stride_ot, stride_oh, stride_lt,
     stride_it, stride_ih, num_tiles, heads, early, scale_log2,
     K: gl.constexpr, HEAD_RATIO: gl.constexpr, TOP_K: gl.constexpr, BLOCK: gl.constexpr,
-    TILE: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, GROUPS: gl.constexpr, LOAD_WARPS: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, LOAD_WARPS: gl.constexpr,
     REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """o and lse of all queries that stand in the first `early` units of their documents. Arguments as of
-    `early_triton._early_kernel`; BLOCK is a multiple of TILE, and scale_log2 > 0.
-
-    GROUPS of warps multiply, each with its part of a tile's rows: two wait for each other only where both wait for the
-    loading warps, so that one computes weights while the other keeps the tensor cores busy.
-    """
+    `early_triton._early_kernel`; BLOCK is a multiple of TILE, and scale_log2 > 0."""
     dtype: gl.constexpr = q.dtype.element_ty
     ROWS: gl.constexpr = TILE // GROUPS
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
@@ -272,52 +282,30 @@ def _early_hopper_kernel(
     out_strides = (stride_ot, stride_oh, stride_lt, stride_it, stride_ih)
     rings = (q_ring, k_ring, v_ring)
     barriers = (full, empty, q_empty)
-    if GROUPS == 1:
-        gl.warp_specialize(
-            [
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
                 (
-                    _multiply,
-                    (
-                        o, lse, ids, tables, out_strides, heads, num_tiles, early, scale_log2, rings, barriers, TOP_K,
-                        BLOCK, STAGES, GROUPS, 0,
-                    ),
+                    o, lse, ids, tables, out_strides, heads, num_tiles, early, scale_log2, rings, barriers, TOP_K,
+                    BLOCK, STAGES, 0,
                 ),
+            ),
+            (
+                _multiply,
                 (
-                    _load,
-                    (
-                        q, k, v, tables, strides, heads, num_tiles, early, rings, barriers, K, HEAD_RATIO, BLOCK,
-                        STAGES, PIECE, GROUPS,
-                    ),
+                    o, lse, ids, tables, out_strides, heads, num_tiles, early, scale_log2, rings, barriers, TOP_K,
+                    BLOCK, STAGES, 1,
                 ),
-            ],
-            [LOAD_WARPS],
-            [LOAD_REGISTERS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
+            ),
+            (
+                _load,
                 (
-                    _multiply,
-                    (
-                        o, lse, ids, tables, out_strides, heads, num_tiles, early, scale_log2, rings, barriers, TOP_K,
-                        BLOCK, STAGES, GROUPS, 0,
-                    ),
+                    q, k, v, tables, strides, heads, num_tiles, early, rings, barriers, K, HEAD_RATIO, BLOCK,
+                    STAGES, PIECE,
                 ),
-                (
-                    _multiply,
-                    (
-                        o, lse, ids, tables, out_strides, heads, num_tiles, early, scale_log2, rings, barriers, TOP_K,
-                        BLOCK, STAGES, GROUPS, 1,
-                    ),
-                ),
-                (
-                    _load,
-                    (
-                        q, k, v, tables, strides, heads, num_tiles, early, rings, barriers, K, HEAD_RATIO, BLOCK,
-                        STAGES, PIECE, GROUPS,
-                    ),
-                ),
-            ],
-            [num_warps, LOAD_WARPS],
-            [REGISTERS, LOAD_REGISTERS],
-        )  # fmt: skip
+            ),
+        ],
+        [num_warps, LOAD_WARPS],
+        [REGISTERS, LOAD_REGISTERS],
+    )  # fmt: skip

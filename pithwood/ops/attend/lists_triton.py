@@ -259,7 +259,7 @@ def build_lists(
         segments.total, LISTS=LISTS,
     )  # fmt: skip
     if by_tiles:
-        _scatter_tiles_kernel[grid](ids_THk, rank, count_XS, end_XS, base, entry_P, *tables, *sizes, **shape)
+        _scatter_tiles_kernel[grid](ids_THk, rank, start_SX, base, entry_P, *tables, *sizes, num_lists, **shape)
     else:
         if ordered:
             _sort_ranks(ids_THk, rank, start_X, plan, num_groups, slots)

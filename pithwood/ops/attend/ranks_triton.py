@@ -90,8 +90,8 @@ def _count_tiles_kernel(
 
 @triton.jit
 def _scatter_tiles_kernel(
-    ids, rank, count_XS, end_XS, base, entry_P, key_count_U, position_U, query_start_U, query_low_U, query_high_U,
-    stride_t, stride_h, num_units, rows_per_group, span, early, num_early, total,
+    ids, rank, start_SX, base, entry_P, key_count_U, position_U, query_start_U, query_low_U, query_high_U,
+    stride_t, stride_h, num_units, rows_per_group, span, early, num_early, total, num_lists,
     RATIO: tl.constexpr, SLOTS: tl.constexpr, SLOTS_PAD: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr,
     TILES: tl.constexpr, TILE_UNITS: tl.constexpr,
 ):  # fmt: skip
@@ -108,6 +108,6 @@ def _scatter_tiles_kernel(
         base_at = base + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + head) * TILE_UNITS
         place += tl.load(base_at + past, mask=seen, other=0)
     segment = tl.minimum(tl.where(own < early, own // span, num_early + (own - early) // span), total - 1)
-    at = (group * num_units + first + past) * total + segment
-    start = tl.load(end_XS + at, mask=seen, other=0) - tl.load(count_XS + at, mask=seen, other=0)
+    at = segment.to(tl.int64) * num_lists + group * num_units + first + past
+    start = tl.load(start_SX + at, mask=seen, other=0)
     tl.store(entry_P + start + place, pair, mask=seen)

@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pithwood.ops.attend.backward_hopper import _keys_hopper_kernel
+from pithwood.ops.attend.backward_hopper import _keys_hopper_kernel, hopper_tiles
 from pithwood.ops.attend.backward_triton import (
     _cast_dq_kernel,
     _delta_kernel,
@@ -30,7 +30,7 @@ from pithwood.ops.attend.backward_triton import (
     _rows_dq_kernel,
     _sum_dq_kernel,
 )
-from pithwood.ops.attend.early_hopper import _early_hopper_kernel
+from pithwood.ops.attend.early_hopper import EARLY_TILE, _early_hopper_kernel, early_hopper_tiles
 from pithwood.ops.attend.early_triton import UNIT_BITS, _early_kernel
 from pithwood.ops.attend.forward_hopper import _rows_hopper_kernel, hopper_forward_tiles
 from pithwood.ops.attend.forward_hopper_parts import _parts_hopper_kernel, hopper_parts_tiles
@@ -47,12 +47,6 @@ LOG2_E = 1.4426950408889634
 PAIR_KEYS = 150
 """Keys that a query can sweep over in the time that a pair of a query and a unit costs key-major besides its products:
 for its place in a list, and for a partial result that is written and read. It says up to where queries are early."""
-EARLY_TILE = 128
-"""Queries, and keys, of a tile of the Hopper kernel for early queries."""
-EARLY_GROUPS = 1
-"""Groups of warps that share its multiplications, 1 or 2."""
-AHEAD_DIM = 0
-"""Head dims up to this leave the Hopper backward registers for a second tile of scores."""
 HOPPER_KEYS = 128
 """Keys per program of the Hopper backward kernel; smaller blocks go to the other kernel."""
 
@@ -114,25 +108,6 @@ def backward_chunk(parts: int) -> int:
     """Rows of a list that one program of the backward takes, when each list is worked on in `parts` of its unit's keys.
     Only lists that very many queries have in common are cut."""
     return 16384 * parts
-
-
-def hopper_tiles(dim: int) -> dict[str, int]:
-    """Tile shape and launch options of the Hopper backward kernel. Its warps' registers are divided anew at run time:
-    the gathering and adding warps keep WORKER_REGISTERS per thread, the multiplying warps get the rest."""
-    warps, workers = 8, 8 if dim > 64 else 4
-    registers = 65536 // (32 * (warps + workers)) // 8 * 8
-    shape = {"ROWS": 64, "STAGES": 3, "PIECE": 16, "GATHER_WARPS": workers // 2, "ADD_WARPS": workers // 2}
-    shape["AHEAD"] = dim <= AHEAD_DIM
-    return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 48, "num_warps": warps, "maxnreg": registers}
-
-
-def early_hopper_tiles(dim: int) -> dict[str, int]:
-    """Tile shape and launch options of the Hopper kernel for early queries. Registers as in `hopper_tiles`."""
-    groups, multiplying, loading = EARLY_GROUPS, 8, 4
-    registers = 65536 // (32 * (multiplying + loading)) // 8 * 8
-    shape = {"TILE": EARLY_TILE, "STAGES": 2 if dim > 64 else 4, "PIECE": 32, "GROUPS": groups}
-    warps = {"LOAD_WARPS": loading, "REGISTERS": 232, "LOAD_REGISTERS": 40, "num_warps": multiplying // groups}
-    return {**shape, **warps, "maxnreg": registers}
 
 
 def num_early(block: int, top_k: int, own: bool) -> int:
