@@ -409,7 +409,7 @@ class _Call:
         """The key-major forward kernel for this GPU, and its options."""
         block = self.plan.block_size
         if block <= HOPPER_KEYS:
-            return _rows_hopper_kernel, hopper_forward_tiles(block, self.q.shape[2])
+            return _rows_hopper_kernel, hopper_forward_tiles(block)
         return _parts_hopper_kernel, hopper_parts_tiles()
 
     def _forward_slice(
