@@ -10,6 +10,8 @@ Legend: T queries, G KV heads of the slice, K head dim of q, k and v, U units, X
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -20,7 +22,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from pithwood.ops.attend.forward_hopper import _exp2, _offsets, _out_layout, _pairs_of_tile, _store, _work_item
+from pithwood.ops.attend.forward_hopper import (
+    _exp2,
+    _offsets,
+    _out_layout,
+    _pairs_of_tile,
+    _rows_hopper_kernel,
+    _store,
+    _work_item,
+    hopper_forward_tiles,
+)
 
 PIECE = gl.constexpr(16)
 """Keys whose addresses the loading warps hold at a time; more would not fit their registers."""
@@ -255,3 +266,10 @@ def _parts_hopper_kernel(
         [num_warps, 4],
         [WORKER_REGISTERS, LOAD_REGISTERS],
     )  # fmt: skip
+
+
+def hopper_forward(block: int) -> tuple[Any, dict[str, int]]:
+    """(kernel, options) of the key-major forward with blocks of this size: up to 128, or a multiple of 128."""
+    if block <= 128:
+        return _rows_hopper_kernel, hopper_forward_tiles(block)
+    return _parts_hopper_kernel, hopper_parts_tiles()
