@@ -3,7 +3,7 @@
 It does the work of `forward_triton._rows_kernel` for selections with an own unit and units of one part, by explicit
 WGMMA. One program owns one list chunk, and two programs share a multiprocessor: K and V of the unit stay in shared
 memory, gathering warps copy tiles of Q rows into a ring, the multiplying warpgroup has two products, a softmax and the
-stores of a tile to do, and starts on the scores of the next tile before it stores the last one's rows.
+stores of a tile to do, during which the other program has the tensor cores.
 
 Legend: T queries, G KV heads of the slice, K head dim of q, k and v, U units, X lists, P pairs.
 """
@@ -21,22 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 
-def hopper_forward_tiles(block: int, dim: int) -> dict[str, int]:
+def hopper_forward_tiles(block: int) -> dict[str, int]:
     """Tile shape and launch options of `_rows_hopper_kernel`, CHUNK the rows of a list that one program takes. Two
     programs share a multiprocessor; their gathering warps keep WORKER_REGISTERS per thread."""
-    keys = 64 if block == 64 else 128
-    stages = 2 if dim > 64 else 3
-    shape = {"ROWS": 64, "KEYS": keys, "STAGES": stages, "GATHER_WARPS": 4, "WORKER_REGISTERS": 56, "CHUNK": 4096}
-    # Scores that are masked take registers that two tiles in flight need.
-    order = {
-        "AHEAD": block == keys,
-        "STAGED": False,
-        "WIDE": False,
-        "REVERSED": True,
-        "ASYNC": False,
-        "STREAMED": False,
-    }
-    return {**shape, **order, "num_warps": 4, "maxnreg": 128}
+    shape = {"ROWS": 64, "KEYS": 64 if block == 64 else 128, "STAGES": 3, "CHUNK": 4096}
+    return {**shape, "GATHER_WARPS": 4, "WORKER_REGISTERS": 56, "num_warps": 4, "maxnreg": 128}
 
 
 @gluon.jit
@@ -66,13 +55,12 @@ def _offsets(pair, stride_qt, stride_qh, RATIO: gl.constexpr, SLOTS: gl.constexp
 @gluon.jit
 def _gather(
     q, entry_P, stride_qt, stride_qh, list_start, last, num_tiles, q_ring, pair_ring, barriers,
-    K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, REVERSED: gl.constexpr,
-    ASYNC: gl.constexpr,
+    K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fill the rings with tiles of Q and their entries.
+    """Fill the rings with tiles of Q and their entries, from the list's last tile to its first.
 
-    REVERSED: from the list's last tile to its first. All lists of a document end near its last queries, so programs
-    that walk backwards together find each other's queries in the L2 cache, and write rows that are neighbours.
+    All lists of a document end near its last queries, so programs that walk backwards together find each other's
+    queries in the L2 cache, and write rows that are neighbours.
     """
     full, empty = barriers
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [gl.num_warps(), 1], [1, 0])
@@ -80,25 +68,17 @@ def _gather(
     ROWS: gl.constexpr = q_ring.shape[1]
     dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, LAYOUT)), 0)
     # Entries are read a tile ahead.
-    step: gl.constexpr = -1 if REVERSED else 1
-    at_tile = gl.where(REVERSED, num_tiles - 1, 0)
-    pair = _pairs_of_tile(at_tile, entry_P, list_start, last, ROWS, LINE)
+    pair = _pairs_of_tile(num_tiles - 1, entry_P, list_start, last, ROWS, LINE)
     for tile in range(num_tiles):
         slot = tile % STAGES
-        at_tile += step
         at = _offsets(pair, stride_qt, stride_qh, RATIO, SLOTS)
-        next_pair = _pairs_of_tile(at_tile, entry_P, list_start, last, ROWS, LINE)
+        next_pair = _pairs_of_tile(num_tiles - 2 - tile, entry_P, list_start, last, ROWS, LINE)
         mbarrier.wait(empty.index(slot), (tile // STAGES & 1) ^ 1)
         async_copy.async_copy_global_to_shared(q_ring.index(slot), q + (at + dim))
         pair_ring.index(slot).store(pair)
         pair = next_pair
-        if ASYNC:
-            # The copies announce themselves, and these warps go on to the next tile.
-            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
-        else:
-            async_copy.commit_group()
-            async_copy.wait_group(0)
-            fence_async_shared()
+        # The copies announce themselves, and these warps go on to the next tile.
+        async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
         gl.thread_barrier()
         mbarrier.arrive(full.index(slot), count=1)
 
@@ -139,20 +119,11 @@ def _copy_keys(tile, at, stride_t, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def _await_copies(PENDING: gl.constexpr):
-    """Wait for all groups of these warps' copies but the last PENDING, and show them to WGMMA."""
-    async_copy.wait_group(PENDING)
-    fence_async_shared()
-    gl.thread_barrier()
-
-
-@gluon.jit
 def _store(
     partial_o, partial_lse, o, top, total, pair, pair_s, staging,
     K: gl.constexpr, S: gl.constexpr, ACC: gl.constexpr, OUT: gl.constexpr, STAGED: gl.constexpr,
-    STREAMED: gl.constexpr,
 ):  # fmt: skip
-    """Normalised rows and log2-sums, to the places of their pairs."""
+    """Normalised rows and log2-sums, to the places of their pairs. STAGED: staging is free to pass the rows through."""
     share = gl.convert_layout(1.0 / total, gl.SliceLayout(1, ACC))
     o = (o * gl.expand_dims(share, 1)).to(partial_o.dtype.element_ty)
     if STAGED:
@@ -162,14 +133,9 @@ def _store(
         o = gl.convert_layout(o, OUT)
     dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, OUT)), 0)
     at = gl.expand_dims(pair.to(gl.int64) * K, 1) + dim
-    if STREAMED % 2 == 1:
-        gl.store(partial_o + at, o, mask=gl.expand_dims(pair >= 0, 1), eviction_policy="evict_first")
-    else:
-        gl.store(partial_o + at, o, mask=gl.expand_dims(pair >= 0, 1))
-    if STREAMED >= 2:
-        gl.store(partial_lse + pair_s, top + gl.log2(total), mask=pair_s >= 0, eviction_policy="evict_last")
-    else:
-        gl.store(partial_lse + pair_s, top + gl.log2(total), mask=pair_s >= 0)
+    gl.store(partial_o + at, o, mask=gl.expand_dims(pair >= 0, 1))
+    # Eight programs write each 32 bytes of log-sums, at different times: those bytes had better stay in the L2 cache.
+    gl.store(partial_lse + pair_s, top + gl.log2(total), mask=pair_s >= 0, eviction_policy="evict_last")
 
 
 @gluon.jit
@@ -177,7 +143,6 @@ def _multiply(
     partial_o, partial_lse, scale_log2, num_tiles, k_at, v_at, stride_kt, stride_vt,
     k_tile, v_tile, q_ring, pair_ring, barriers,
     BLOCK: gl.constexpr, S: gl.constexpr, ACC: gl.constexpr, OUT: gl.constexpr, STAGES: gl.constexpr,
-    AHEAD: gl.constexpr, STAGED: gl.constexpr, ASYNC: gl.constexpr, STREAMED: gl.constexpr,
 ):  # fmt: skip
     """Attend with every tile of queries to the unit's keys and store the results."""
     full, empty = barriers
@@ -189,86 +154,27 @@ def _multiply(
     no_s = gl.zeros([ROWS, KEYS], gl.float32, S)
     no_o = gl.zeros([ROWS, K], gl.float32, ACC)
     keys = k_tile.permute((1, 0))
-    # The first products need K alone.
     _copy_keys(k_tile, k_at, stride_kt, BLOCK)
     _copy_keys(v_tile, v_at, stride_vt, BLOCK)
-    _await_copies(1)
-    if AHEAD:
-        mbarrier.wait(full.index(0), 0)
-        if ASYNC:
-            fence_async_shared()
-        s = warpgroup_mma(q_ring.index(0), keys, no_s, use_acc=False, is_async=True)
-        pair = pair_ring.index(0).load(gl.SliceLayout(1, OUT))
-        pair_s = pair_ring.index(0).load(gl.SliceLayout(1, S))
+    async_copy.wait_group(0)
+    fence_async_shared()
+    gl.thread_barrier()
+    for tile in range(num_tiles):
+        slot = tile % STAGES
+        q_tile = q_ring.index(slot)
+        mbarrier.wait(full.index(slot), tile // STAGES & 1)
+        # What copies that announce themselves have written is not yet visible to WGMMA.
+        fence_async_shared()
+        s = warpgroup_mma(q_tile, keys, no_s, use_acc=False, is_async=True)
+        pair = pair_ring.index(slot).load(gl.SliceLayout(1, OUT))
+        pair_s = pair_ring.index(slot).load(gl.SliceLayout(1, S))
         s = warpgroup_mma_wait(0, deps=(s,))
-        if not STAGED:
-            mbarrier.arrive(empty.index(0), count=1)
-        _await_copies(0)
-        for tile in range(1, num_tiles):
-            slot = tile % STAGES
-            before = (tile - 1) % STAGES
-            p, top, total = _weights(s, scale_log2, BLOCK, S)
-            p = gl.convert_layout(p.to(dtype), P)
-            mbarrier.wait(full.index(slot), tile // STAGES & 1)
-            if ASYNC:
-                fence_async_shared()
-            next_pair = pair_ring.index(slot).load(gl.SliceLayout(1, OUT))
-            next_pair_s = pair_ring.index(slot).load(gl.SliceLayout(1, S))
-            o = warpgroup_mma(p, v_tile, no_o, use_acc=False, is_async=True)
-            s = warpgroup_mma(q_ring.index(slot), keys, no_s, use_acc=False, is_async=True)
-            o = warpgroup_mma_wait(1, deps=(o,))
-            _store(
-                partial_o, partial_lse, o, top, total, pair, pair_s, q_ring.index(before), K, S, ACC, OUT, STAGED,
-                STREAMED,
-            )  # fmt: skip
-            if STAGED:
-                mbarrier.arrive(empty.index(before), count=1)
-            s = warpgroup_mma_wait(0, deps=(s,))
-            if not STAGED:
-                mbarrier.arrive(empty.index(slot), count=1)
-            pair = next_pair
-            pair_s = next_pair_s
         p, top, total = _weights(s, scale_log2, BLOCK, S)
         p = gl.convert_layout(p.to(dtype), P)
         o = warpgroup_mma(p, v_tile, no_o, use_acc=False, is_async=True)
         o = warpgroup_mma_wait(0, deps=(o,))
-        staging = q_ring.index((num_tiles - 1) % STAGES)
-        _store(partial_o, partial_lse, o, top, total, pair, pair_s, staging, K, S, ACC, OUT, STAGED, STREAMED)
-    else:
-        _await_copies(0)
-        for tile in range(num_tiles):
-            slot = tile % STAGES
-            mbarrier.wait(full.index(slot), tile // STAGES & 1)
-            if ASYNC:
-                fence_async_shared()
-            s = warpgroup_mma(q_ring.index(slot), keys, no_s, use_acc=False, is_async=True)
-            pair = pair_ring.index(slot).load(gl.SliceLayout(1, OUT))
-            pair_s = pair_ring.index(slot).load(gl.SliceLayout(1, S))
-            s = warpgroup_mma_wait(0, deps=(s,))
-            if not STAGED:
-                mbarrier.arrive(empty.index(slot), count=1)
-            p, top, total = _weights(s, scale_log2, BLOCK, S)
-            p = gl.convert_layout(p.to(dtype), P)
-            o = warpgroup_mma(p, v_tile, no_o, use_acc=False, is_async=True)
-            o = warpgroup_mma_wait(0, deps=(o,))
-            _store(
-                partial_o,
-                partial_lse,
-                o,
-                top,
-                total,
-                pair,
-                pair_s,
-                q_ring.index(slot),
-                K,
-                S,
-                ACC,
-                OUT,
-                STAGED,
-                STREAMED,
-            )
-            if STAGED:
-                mbarrier.arrive(empty.index(slot), count=1)
+        _store(partial_o, partial_lse, o, top, total, pair, pair_s, q_tile, K, S, ACC, OUT, True)
+        mbarrier.arrive(empty.index(slot), count=1)
 
 
 @gluon.jit(do_not_specialize=["num_items", "first_list", "num_lists"])
@@ -278,8 +184,7 @@ def _rows_hopper_kernel(
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg,
     num_items, first_list, num_lists, num_units, rows_per_group, scale_log2,
     K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
-    ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, STAGED: gl.constexpr,
-    WIDE: gl.constexpr, REVERSED: gl.constexpr, ASYNC: gl.constexpr, STREAMED: gl.constexpr, GATHER_WARPS: gl.constexpr,
+    ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, GATHER_WARPS: gl.constexpr,
     WORKER_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """A normalised output and a log2-sum for every pair of one list chunk. Arguments as of
@@ -306,12 +211,13 @@ def _rows_hopper_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=GATHER_WARPS * 32 + 1 if ASYNC else 1)
+        # threads whose copies end, and one that has stored the entries
+        mbarrier.init(full.index(i), count=GATHER_WARPS * 32 + 1)
         mbarrier.init(empty.index(i), count=1)
 
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, KEYS, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, K, 16])
-    OUT: gl.constexpr = _out_layout(K, WIDE)
+    OUT: gl.constexpr = _out_layout(K, True)
     out_row = group * rows_per_group
     k_at = k + group * stride_kg + key_start * stride_kt
     v_at = v + group * stride_vg + key_start * stride_vt
@@ -321,15 +227,14 @@ def _rows_hopper_kernel(
                 _multiply,
                 (
                     partial_o + out_row * K, partial_lse + out_row, scale_log2, num_tiles, k_at, v_at, stride_kt,
-                    stride_vt, k_tile, v_tile, q_ring, pair_ring, (full, empty), BLOCK, S, ACC, OUT, STAGES, AHEAD,
-                    STAGED, ASYNC, STREAMED,
+                    stride_vt, k_tile, v_tile, q_ring, pair_ring, (full, empty), BLOCK, S, ACC, OUT, STAGES,
                 ),
             ),
             (
                 _gather,
                 (
                     q + group * RATIO * stride_qh, entry_P, stride_qt, stride_qh, list_start, last,
-                    num_tiles, q_ring, pair_ring, (full, empty), K, RATIO, SLOTS, STAGES, REVERSED, ASYNC,
+                    num_tiles, q_ring, pair_ring, (full, empty), K, RATIO, SLOTS, STAGES,
                 ),
             ),
         ],

@@ -10,6 +10,8 @@ Legend: T queries, G KV heads of the slice, K head dim of q, k and v, U units, X
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -20,7 +22,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from pithwood.ops.attend.forward_hopper import _exp2, _offsets, _out_layout, _pairs_of_tile, _store, _work_item
+from pithwood.ops.attend.forward_hopper import (
+    _exp2,
+    _offsets,
+    _out_layout,
+    _pairs_of_tile,
+    _rows_hopper_kernel,
+    _store,
+    _work_item,
+    hopper_forward_tiles,
+)
 
 PIECE = gl.constexpr(16)
 """Keys whose addresses the loading warps hold at a time; more would not fit their registers."""
@@ -30,13 +41,13 @@ def hopper_parts_tiles() -> dict[str, int]:
     """Tile shape and launch options of `_parts_hopper_kernel`. One program has a multiprocessor; each multiplying warp
     has WORKER_REGISTERS per thread, each loading one LOAD_REGISTERS."""
     registers = {"WORKER_REGISTERS": 224, "LOAD_REGISTERS": 56, "maxnreg": 168}
-    return {"ROWS": 128, "KEYS": 128, "CHUNK": 1024, "ASYNC": False, "num_warps": 4, **registers}
+    return {"ROWS": 128, "KEYS": 128, "CHUNK": 1024, "num_warps": 4, **registers}
 
 
 @gluon.jit
-def _announce(barrier, AHEAD: gl.constexpr):
-    """Tell those who wait that all copies but the last AHEAD groups of them are there."""
-    async_copy.wait_group(AHEAD)
+def _announce(barrier, PENDING: gl.constexpr):
+    """Tell those who wait that all copies but the last PENDING groups of them are there."""
+    async_copy.wait_group(PENDING)
     fence_async_shared()
     gl.thread_barrier()
     mbarrier.arrive(barrier, count=1)
@@ -46,11 +57,11 @@ def _announce(barrier, AHEAD: gl.constexpr):
 def _load(
     q, k_at, v_at, entry_P, stride_qt, stride_qh, stride_kt, stride_vt, list_start, last, num_tiles,
     q_ring, pair_ring, k_ring, v_ring, fulls, empties,
-    K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr, ASYNC: gl.constexpr,
+    K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings: for every tile its queries, then all parts of the keys and values.
 
-    Each copy is announced when the next has begun; ASYNC: they announce themselves. Q, K and V have two places each.
+    Each copy is announced when the next has begun. Q, K and V have two places each.
     """
     q_full, k_full, v_full = fulls
     q_empty, k_empty, v_empty = empties
@@ -77,15 +88,10 @@ def _load(
         async_copy.async_copy_global_to_shared(
             q_ring.index(place * 2 + 1), q + (_offsets(pair1, stride_qt, stride_qh, RATIO, SLOTS) + dim)
         )
-        if ASYNC:
-            async_copy.mbarrier_arrive(q_full.index(place), increment_count=False)
-            gl.thread_barrier()
-            mbarrier.arrive(q_full.index(place), count=1)
-        else:
-            async_copy.commit_group()
+        async_copy.commit_group()
         pair0 = _pairs_of_tile(tile * 2 + 2, entry_P, list_start, last, HALF, LINE)
         pair1 = _pairs_of_tile(tile * 2 + 3, entry_P, list_start, last, HALF, LINE)
-        if not ASYNC and tile > 0:
+        if tile > 0:
             _announce(v_full.index((count - 1) % 2), 1)
         k_ptr = first_k
         v_ptr = first_v
@@ -96,40 +102,25 @@ def _load(
             for piece in gl.static_range(KEYS // PIECE):
                 async_copy.async_copy_global_to_shared(k_ring.index(slot).slice(piece * PIECE, PIECE), k_ptr)
                 k_ptr += PIECE * stride_kt
-            if ASYNC:
-                async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
+            async_copy.commit_group()
+            if part == 0:
+                _announce(q_full.index(place), 1)
             else:
-                async_copy.commit_group()
-                if part == 0:
-                    _announce(q_full.index(place), 1)
-                else:
-                    _announce(v_full.index(slot ^ 1), 1)
+                _announce(v_full.index(slot ^ 1), 1)
             mbarrier.wait(v_empty.index(slot), phase)
             for piece in gl.static_range(KEYS // PIECE):
                 async_copy.async_copy_global_to_shared(v_ring.index(slot).slice(piece * PIECE, PIECE), v_ptr)
                 v_ptr += PIECE * stride_vt
-            if ASYNC:
-                async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
-            else:
-                async_copy.commit_group()
-                _announce(k_full.index(slot), 1)
+            async_copy.commit_group()
+            _announce(k_full.index(slot), 1)
             count += 1
-    if not ASYNC:
-        _announce(v_full.index((count - 1) % 2), 0)
-
-
-@gluon.jit
-def _await(barrier, phase, ASYNC: gl.constexpr):
-    """Wait for copies; those that announce themselves are not yet visible to WGMMA."""
-    mbarrier.wait(barrier, phase)
-    if ASYNC:
-        fence_async_shared()
+    _announce(v_full.index((count - 1) % 2), 0)
 
 
 @gluon.jit
 def _multiply(
     half, partial_o, partial_lse, scale_log2, num_tiles, q_ring, pair_ring, k_ring, v_ring, fulls, empties,
-    PARTS: gl.constexpr, S: gl.constexpr, ACC: gl.constexpr, OUT: gl.constexpr, ASYNC: gl.constexpr,
+    PARTS: gl.constexpr, S: gl.constexpr, ACC: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """Attend with one half of every tile of queries to the unit's keys and store the results.
 
@@ -149,10 +140,10 @@ def _multiply(
     for tile in range(num_tiles):
         place = tile % 2
         q_tile = q_ring.index(place * 2 + half)
-        _await(q_full.index(place), tile // 2 & 1, ASYNC)
+        mbarrier.wait(q_full.index(place), tile // 2 & 1)
         pair = pair_ring.index(place * 2 + half).load(gl.SliceLayout(1, OUT))
         pair_s = pair_ring.index(place * 2 + half).load(gl.SliceLayout(1, S))
-        _await(k_full.index(count % 2), count // 2 & 1, ASYNC)
+        mbarrier.wait(k_full.index(count % 2), count // 2 & 1)
         s = warpgroup_mma(q_tile, k_ring.index(count % 2).permute((1, 0)), no_s, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(count % 2), count=1)
@@ -164,9 +155,9 @@ def _multiply(
         for _ in range(1, PARTS):
             slot = count % 2
             after = slot ^ 1
-            _await(k_full.index(after), (count + 1) // 2 & 1, ASYNC)
+            mbarrier.wait(k_full.index(after), (count + 1) // 2 & 1)
             s = warpgroup_mma(q_tile, k_ring.index(after).permute((1, 0)), no_s, use_acc=False, is_async=True)
-            _await(v_full.index(slot), count // 2 & 1, ASYNC)
+            mbarrier.wait(v_full.index(slot), count // 2 & 1)
             o = warpgroup_mma(p, v_ring.index(slot), o, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s,))
             mbarrier.arrive(k_empty.index(after), count=1)
@@ -182,12 +173,12 @@ def _multiply(
             count += 1
         mbarrier.arrive(q_empty.index(place), count=1)
         slot = count % 2
-        _await(v_full.index(slot), count // 2 & 1, ASYNC)
+        mbarrier.wait(v_full.index(slot), count // 2 & 1)
         o = warpgroup_mma(p, v_ring.index(slot), o, is_async=True)
         o = warpgroup_mma_wait(0, deps=(o,))
         mbarrier.arrive(v_empty.index(slot), count=1)
         count += 1
-        _store(partial_o, partial_lse, o, top, total, pair, pair_s, q_tile, K, S, ACC, OUT, False, False)
+        _store(partial_o, partial_lse, o, top, total, pair, pair_s, q_tile, K, S, ACC, OUT, False)
 
 
 @gluon.jit(do_not_specialize=["num_items", "first_list", "num_lists"])
@@ -197,8 +188,8 @@ def _parts_hopper_kernel(
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg,
     num_items, first_list, num_lists, num_units, rows_per_group, scale_log2,
     K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
-    ROWS: gl.constexpr, KEYS: gl.constexpr, ASYNC: gl.constexpr, WORKER_REGISTERS: gl.constexpr,
-    LOAD_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    ROWS: gl.constexpr, KEYS: gl.constexpr, WORKER_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """A normalised output and a log2-sum for every pair of one list chunk. Arguments as of
     `forward_triton._rows_kernel` and `_work_item`; every listed unit has BLOCK keys, a multiple of KEYS.
@@ -229,10 +220,9 @@ def _parts_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     v_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     for i in gl.static_range(2):
-        # threads whose copies end, and for Q one that has stored the entries
-        mbarrier.init(q_full.index(i), count=129 if ASYNC else 1)
-        mbarrier.init(k_full.index(i), count=128 if ASYNC else 1)
-        mbarrier.init(v_full.index(i), count=128 if ASYNC else 1)
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
         # both warpgroups
         mbarrier.init(q_empty.index(i), count=2)
         mbarrier.init(k_empty.index(i), count=2)
@@ -254,14 +244,14 @@ def _parts_hopper_kernel(
                 _multiply,
                 (
                     0, out, out_lse, scale_log2, num_tiles, q_ring, pair_ring, k_ring, v_ring, fulls, empties,
-                    BLOCK // KEYS, S, ACC, OUT, ASYNC,
+                    BLOCK // KEYS, S, ACC, OUT,
                 ),
             ),
             (
                 _multiply,
                 (
                     1, out, out_lse, scale_log2, num_tiles, q_ring, pair_ring, k_ring, v_ring, fulls, empties,
-                    BLOCK // KEYS, S, ACC, OUT, ASYNC,
+                    BLOCK // KEYS, S, ACC, OUT,
                 ),
             ),
             (
@@ -269,10 +259,17 @@ def _parts_hopper_kernel(
                 (
                     q + group * RATIO * stride_qh, k_at, v_at, entry_P, stride_qt, stride_qh, stride_kt, stride_vt,
                     list_start, last, num_tiles, q_ring, pair_ring, k_ring, v_ring, fulls, empties,
-                    K, RATIO, SLOTS, BLOCK // KEYS, ASYNC,
+                    K, RATIO, SLOTS, BLOCK // KEYS,
                 ),
             ),
         ],
         [num_warps, 4],
         [WORKER_REGISTERS, LOAD_REGISTERS],
     )  # fmt: skip
+
+
+def hopper_forward(block: int) -> tuple[Any, dict[str, int]]:
+    """(kernel, options) of the key-major forward with blocks of this size: up to 128, or a multiple of 128."""
+    if block <= 128:
+        return _rows_hopper_kernel, hopper_forward_tiles(block)
+    return _parts_hopper_kernel, hopper_parts_tiles()

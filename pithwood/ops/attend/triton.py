@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -32,8 +31,7 @@ from pithwood.ops.attend.backward_triton import (
 )
 from pithwood.ops.attend.early_hopper import EARLY_TILE, _early_hopper_kernel, early_hopper_tiles
 from pithwood.ops.attend.early_triton import UNIT_BITS, _early_kernel
-from pithwood.ops.attend.forward_hopper import _rows_hopper_kernel, hopper_forward_tiles
-from pithwood.ops.attend.forward_hopper_parts import _parts_hopper_kernel, hopper_parts_tiles
+from pithwood.ops.attend.forward_hopper_parts import hopper_forward
 from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
 from pithwood.ops.attend.lists_triton import Items, Lists, Segments, build_items, build_lists, empty_lists
 from pithwood.ops.attend.plan import BlockPlan, block_plan
@@ -342,7 +340,7 @@ class _Call:
             per_head = num_queries * self.slots * (v.shape[2] * q.element_size() + 4)
             items = None
             if self.fits_hopper_forward():
-                chunk, most = self.hopper_forward()[1]["CHUNK"], self.most_entries(slice(0, num_groups))
+                chunk, most = hopper_forward(self.plan.block_size)[1]["CHUNK"], self.most_entries(slice(0, num_groups))
                 items = build_items(late_lists, self.plan, chunk, most, at_least_one=False)
             for hs, gs in self.head_slices(per_head):
                 self._forward_slice(hs, gs, o, lse, self.lists_of(late_lists, gs), items)
@@ -380,13 +378,6 @@ class _Call:
             TILES=tiles_per_unit, PARTS=parts, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
-    def hopper_forward(self) -> tuple[Any, dict[str, int]]:
-        """The key-major forward kernel for this GPU, and its options."""
-        block = self.plan.block_size
-        if block <= HOPPER_KEYS:
-            return _rows_hopper_kernel, hopper_forward_tiles(block, self.q.shape[2])
-        return _parts_hopper_kernel, hopper_parts_tiles()
-
     def _forward_slice(
         self, hs: slice, gs: slice, o: Tensor, lse: Tensor, lists: Lists, items: Items | None
     ) -> None:  # fmt: skip
@@ -403,7 +394,7 @@ class _Call:
         strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
         shape = self.constants(ratio)
         if items is not None:
-            kernel, options = self.hopper_forward()
+            kernel, options = hopper_forward(plan.block_size)
             lists_here = groups * plan.num_units
             bound = self.most_entries(gs) // options["CHUNK"] + lists_here
             kernel[(bound,)](
