@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 
 import pytest
 
@@ -27,15 +28,10 @@ def test_parts_add_up_to_the_step_and_kernels_to_the_parts(tmp_path, capsys):
     assert len(rows) == found["kinds"] > 3
     for part in PARTS:
         assert sum(float(row["ms"]) for row in rows if row["part"] == part) == pytest.approx(found["parts"][part])
-    parts_of = {(row["part"], row["name"]) for row in rows}
-    assert {
-        ("experts", "pithwood::grouped_mm_ref"),
-        ("dense", "_RmsNormBackward"),
-        ("head and loss", "_LinearLogprobBackward"),
-        ("router and dispatch", "aten::topk"),
-        ("optimizer", "aten::baddbmm"),
-        ("attention", "KeyMajorAttentionBackward"),
-    } <= parts_of
+    for word, part in (("grouped_mm", "experts"), ("KeyMajor", "attention"), ("RmsNorm", "dense"),
+                       ("_LinearN|_LinearL", "head and loss"), ("baddbmm", "optimizer")):  # fmt: skip
+        assert {row["part"] for row in rows if re.search(word, row["name"])} == {part}, word
+    assert all(found["parts"][part] > 0 for part in PARTS)
     assert json.loads(gzip.decompress((tmp_path / "t.json.gz").read_bytes()))["traceEvents"]
 
 
