@@ -37,7 +37,9 @@ def compiled_step(cfg: Qwen3MoEConfig, recompute: Recompute | tuple[Recompute, .
     return run_step(cfg, recompute, prepare=prepare)
 
 
-@pytest.mark.parametrize(("recompute", "balance"), [("none", "sequence"), ("block", "global_batch")])
+@pytest.mark.parametrize(
+    ("recompute", "balance"), [pytest.param("none", "sequence", marks=pytest.mark.slow), ("block", "global_batch")]
+)
 def test_losses_counts_decisions_and_gradients_are_those_of_the_plain_pass(recompute, balance):
     moe = dataclasses.replace(CFG.moe, balance=balance, num_shared_experts=1)
     cfg = dataclasses.replace(CFG, attention=FullAttentionConfig(), moe=moe)
