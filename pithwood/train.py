@@ -231,7 +231,7 @@ class Trainer:
         self.model.init_weights(run.seed)
         self.model.keep_activations(activation_plan(run))
         if run.compile:
-            # plain attention on a CPU looks at offsets, and no graph holds that
+            # plain attention on a CPU looks at offsets, and no graph holds that: it stays as it is
             self.model.compile_stages(whole=device.type == "cuda")
         self.copies = keeps_copies(run, device)
         """Whether the weights carry copies in the activations' dtype."""

@@ -20,7 +20,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from pithwood.attention.base import CacheField, Cost, LayerContext, Mixer, MixerConfig, MixerShape, Mode
+from pithwood.attention.base import CacheField, Cost, LayerContext, Mixer, MixerConfig, MixerOut, MixerShape, Mode
 from pithwood.attention.full import FullAttentionConfig
 from pithwood.attention.moba import MoBAConfig
 from pithwood.attention.projections import HeadsConfig
@@ -184,8 +184,16 @@ class Block(nn.Module):
         return self.input_layernorm, self.post_attention_layernorm
 
     def attend_and_route(self, x_TD: Tensor, ctx: LayerContext) -> Routed:
+        x_TD, out = self.attend(x_TD, ctx)
+        return self.route(x_TD, out, ctx)
+
+    def attend(self, x_TD: Tensor, ctx: LayerContext) -> tuple[Tensor, MixerOut]:
+        """The mixer's part of the first stage: (x_TD, what the mixer makes of its norm)."""
         x_TD, normed_TD = self.input_layernorm(x_TD, branch=True)
-        out = self.self_attn(normed_TD, ctx)
+        return x_TD, self.self_attn(normed_TD, ctx)
+
+    def route(self, x_TD: Tensor, out: MixerOut, ctx: LayerContext) -> Routed:
+        """What follows the mixer in the first stage."""
         residual_TD, ffn_in_TD = self.post_attention_layernorm(x_TD, out.y_TD)
         carry = {**ctx.carry, **out.carry}
         if isinstance(self.mlp, DenseMLP):

@@ -27,16 +27,17 @@ class CompiledStages:
     """`attend_and_route`, `experts` and `merge` of a class of blocks, compiled at their first call.
 
     block_class   whose methods these are
-    whole         demand that the first stage is one graph. Kernels are opaque to the compiler and allow it; the plain
-                  attention of a CPU reads offsets on the host, where the stage falls into parts.
+    whole         take the mixer into the first stage. Kernels are opaque to the compiler and allow it; the plain
+                  attention of a CPU reads offsets on the host, and no graph holds that: there the mixer stays as it is.
     backend       of torch.compile
     """
 
     def __init__(self, block_class: Any, *, whole: bool, backend: str = "inductor") -> None:
-        def unit(method: Callable[..., Any], fullgraph: bool = True) -> Callable[..., Any]:
-            return torch.compile(method, fullgraph=fullgraph, dynamic=False, backend=backend)
+        def unit(method: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(method, fullgraph=True, dynamic=False, backend=backend)
 
-        self._attend_and_route = unit(block_class.attend_and_route, whole)
+        self._whole = whole
+        self._attend_and_route, self._route = unit(block_class.attend_and_route), unit(block_class.route)
         self.experts = unit(block_class.experts)
         self.merge = unit(block_class.merge)
 
@@ -51,7 +52,11 @@ class CompiledStages:
             replay = {own + key[len(layer) :]: value for key, value in replay.items() if key.startswith(layer)}
         ledger = None if ctx.ledger is None else LossLedger(ctx.ledger.totals)
         probe: dict[str, Any] = {}
-        routed = self._attend_and_route(block, x_TD, replace(ctx, layer=0, replay=replay, probe=probe, ledger=ledger))
+        local = replace(ctx, layer=0, replay=replay, probe=probe, ledger=ledger)
+        if self._whole:
+            routed = self._attend_and_route(block, x_TD, local)
+        else:
+            routed = self._route(block, *block.attend(x_TD, local), local)
         if ctx.probe is not None:
             ctx.probe.update({layer + key[len(own) :]: value for key, value in probe.items()})
         if ctx.ledger is not None and ledger is not None:

@@ -24,8 +24,6 @@ from pithwood.train import forward_backward
 from tests.numerics import assert_close
 from tests.toy_mixer import ToyRecurrenceConfig
 
-pytestmark = pytest.mark.quick
-
 MOBA = MoBAConfig(block_size=8, top_k=2)
 CFG = Qwen3MoEConfig(
     vocab_size=97, model_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, attention=MOBA,
@@ -101,6 +99,7 @@ def test_gradients_losses_and_counts_are_those_of_the_plain_pass(recompute, atte
     assert_same(run_step(cfg, recompute), run_step(cfg, "none"))
 
 
+@pytest.mark.quick
 def test_carry_between_layers_keeps_its_gradient():
     cfg = dataclasses.replace(CFG, attention=(ToyRecurrenceConfig(), ToyRecurrenceConfig(), MOBA))
     plain = run_step(cfg, "none")
@@ -109,6 +108,7 @@ def test_carry_between_layers_keeps_its_gradient():
     assert_same(run_step(cfg, ("none", "block", "none")), plain)
 
 
+@pytest.mark.quick
 def test_frozen_parameters_get_no_gradient_and_the_others_theirs():
     """A frozen embedding leaves the first block without an input that wants a gradient."""
     frozen = ("embed_tokens", "layers.0.mlp", "layers.2.self_attn")
@@ -168,6 +168,7 @@ def test_norms_of_the_residual_stream_are_still_measured():
     assert norms("block") == pytest.approx(plain)
 
 
+@pytest.mark.quick
 def test_bf16_activations_give_the_same_bits():
     def gradients(recompute: Recompute) -> dict[str, torch.Tensor]:
         model = Qwen3MoE(CFG)
@@ -206,6 +207,7 @@ def test_a_recomputed_block_keeps_its_input_alone():
     assert inputs == pytest.approx(predicted_inputs, rel=0.25)
 
 
+@pytest.mark.quick
 def test_the_cost_knows_what_a_recomputed_block_keeps():
     model = Qwen3MoE(CFG)
     packing = Packing.from_lengths([256, 256])

@@ -45,12 +45,10 @@ def test_losses_counts_decisions_and_gradients_are_those_of_the_plain_pass(recom
     assert counters["stats"]["unique_graphs"] > 0
 
 
-@pytest.mark.slow
-def test_moba_falls_into_parts_on_a_cpu_and_gives_the_same():
+def test_a_mixer_that_reads_offsets_stays_as_it_is_and_gives_the_same():
     assert_same(compiled_step(CFG), run_step(CFG, "none"))
 
 
-@pytest.mark.slow
 def test_layers_of_a_kind_share_one_compilation():
     def graphs(num_layers: int) -> int:
         torch._dynamo.reset()
