@@ -62,9 +62,16 @@ COMMANDS = {
 }
 
 
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+"""Variable that torch reads its CUDA allocator's settings from, when it first allocates."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     started = time.perf_counter()
+    # Buffers of many sizes come and go in a step; segments that cannot grow leave up to a sixth of a GPU unused.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault(ALLOCATOR, "expandable_segments:True")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parse(arguments)
