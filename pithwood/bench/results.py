@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -51,6 +52,11 @@ def device_name() -> str:
     return name if count == 1 else f"{name}-x{count}"
 
 
+def told(command: str) -> str:
+    """The command line as results files tell it: without the folder that the file was written to."""
+    return re.sub(r" --out(=| )('[^']*'|\S+)", "", command)
+
+
 def write_results(
     name: str, rows: list[Row], folder: Path, command: str | None = None, device: str | None = None
 ) -> Path:
@@ -60,7 +66,7 @@ def write_results(
     """
     content = {
         "name": name,
-        "command": command or shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": told(command or shlex.join(["python", *sys.orig_argv[1:]])),
         "commit": COMMIT,
         "date": datetime.now(UTC).date().isoformat(),
         "device": device or device_name(),

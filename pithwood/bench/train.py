@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from pithwood.bench.results import COMMIT, Row
+from pithwood.bench.results import COMMIT, Row, told
 from pithwood.bench.timing import synchronize
 from pithwood.data.batches import Batch
 from pithwood.data.mixture import open_data
@@ -152,7 +152,7 @@ def measure(
     columns  what `train_rows.workload` says of the run
     raises   ValueError for settings that cannot work
     """
-    origin = {"command": command, "commit": COMMIT, "date": datetime.now(UTC).date().isoformat()}
+    origin = {"command": told(command), "commit": COMMIT, "date": datetime.now(UTC).date().isoformat()}
     try:
         started = start(run, steps, tokens, runs_dir, tell)
         result = timed(started, steps, drop, tell, begun)

@@ -143,8 +143,11 @@ def test_commits_are_compared_with_the_present_code(tmp_path):
     shutil.copytree(ROOT / "pithwood", root / "pithwood", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     same = commit(root, "The code as it is")
-    router = root / "pithwood" / "ops" / "swiglu.py"
-    router.write_text(router.read_text().replace("F.silu(gate).mul_(up)", "F.silu(gate).mul_(up) * 1.001"))
+    swiglu = root / "pithwood" / "ops" / "swiglu" / "ref.py"
+    before = swiglu.read_text()
+    after = before.replace("hidden = F.silu(gate)", "hidden = 1.001 * F.silu(gate)")
+    assert after != before
+    swiglu.write_text(after)
     other = commit(root, "A product that is a little too large")
     settings = ["data.max_bytes=200_000", "seq_len=128", "samples_per_step=2", "samples_per_micro_batch=2"]
 

@@ -1,0 +1,11 @@
+"""What a results file tells of where it comes from."""
+
+import pytest
+
+from pithwood.bench.results import told
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("option", ["--out /somewhere/else", "--out=/somewhere/else", "--out '/some where'"])
+def test_a_results_file_does_not_name_the_folder_it_was_written_to(option):
+    assert told(f"pithwood bench train debug {option} --steps 3") == "pithwood bench train debug --steps 3"
