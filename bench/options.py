@@ -4,8 +4,8 @@
 
 Rows: `off` (nothing recomputed, no copies of the weights), `off again` (what two equal runs differ by, since atomic
 additions take any order on a GPU), `on` (blocks recomputed, their inputs and the optimizer's state on the host where
-there is a GPU, copies kept, experts in chunks), `bf16 state` (the same with momentum and moments in bf16). Each row has
-the loss of every tenth step and its distance from `off`. Writes bench/results/<device>/options.json.
+there is a GPU, copies kept if they fit, experts in chunks), `bf16 state` (the same with momentum and moments in bf16).
+Each row has the loss of every tenth step and its distance from `off`. Writes bench/results/<device>/options.json.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_it_is_the_product_of_each_groups_rows(case: str, dtype: torch.dtype, ad
 
 
 @pytest.mark.parametrize("impl", [pytest.param("triton", marks=KERNEL_MARKS)])
-@pytest.mark.parametrize("way", ["plain", "bulk", pytest.param("divided", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("way", ["plain", "bulk"])
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("case", ["mixed", "one_takes_all", "whole_chunks", "nothing_but_tail"])
 def test_all_ways_to_load_agree(case: str, add: bool, way: str, impl: str) -> None:

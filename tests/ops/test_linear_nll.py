@@ -128,15 +128,6 @@ class TestKernel:
         monkeypatch.setattr(triton, "LANES", 2)
         compare("triton", make(device=DEVICE))
 
-    @pytest.mark.parametrize("held", [0, 1, 2, 3])
-    def test_steps_held_in_registers_give_the_same(self, monkeypatch, held):
-        from pithwood.ops.linear_nll import triton
-
-        monkeypatch.setattr(triton, "LANES", 2)
-        monkeypatch.setattr(triton, "HELD", held)
-        compare("triton", make(vocab=29, device=DEVICE))
-        compare("triton", make(vocab=7, device=DEVICE))
-
     def test_tokens_without_weight_or_target_contribute_exactly_zero_whatever_they_hold(self):
         x, weight, target, counts = make(device=DEVICE)
         with torch.no_grad():

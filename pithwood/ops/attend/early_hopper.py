@@ -23,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from pithwood.ops.attend.forward_hopper import _exp2
+
 EARLY_TILE = 128
 """Queries, and keys, of a tile."""
 GROUPS = gl.constexpr(2)
@@ -36,14 +38,6 @@ def early_hopper_tiles(dim: int) -> dict[str, int]:
     registers = 65536 // (32 * (2 * multiplying + loading)) // 8 * 8
     shape = {"TILE": EARLY_TILE, "STAGES": 2 if dim > 64 else 4, "PIECE": 32, "LOAD_WARPS": loading}
     return {**shape, "REGISTERS": 232, "LOAD_REGISTERS": 40, "num_warps": multiplying, "maxnreg": registers}
-
-
-@gluon.jit
-def _exp2(x):
-    """2^x by one instruction; results under 2^-126 are zero."""
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )  # fmt: skip
 
 
 @gluon.jit

@@ -29,14 +29,13 @@ class Tiling(NamedTuple):
     chunk: int
     warps: int
     stages: int
-    way: Literal["plain", "bulk", "divided"]
+    way: Literal["plain", "bulk"]
     """How tiles are loaded. plain: by every thread. bulk: by the copy engine (TMA), groups' ends included; widths are
-    multiples of 8 then. divided: so, by a warp of its own that runs ahead (`weight_hopper`); into fp32 only."""
+    multiples of 8 then."""
 
 
 BULK = Tiling(128, 256, 64, 8, 3, "bulk")
 """For fp16 and bf16 on a Hopper GPU."""
-DIVIDED = Tiling(128, 256, 64, 8, 4, "divided")
 PLAIN = Tiling(128, 256, 64, 8, 3, "plain")
 """For fp16 and bf16 elsewhere and for odd widths."""
 PLAIN_FP32 = Tiling(64, 64, 32, 4, 2, "plain")
@@ -78,11 +77,7 @@ def launch(grad_RX: Tensor, rows_RD: Tensor, offsets: Tensor, out_EXD: Tensor, a
     tiles = triton.cdiv(width_x, tiling.rows_x) * triton.cdiv(width_d, tiling.columns_d)
     sizes = {"ADD": add, "ROWS_X": tiling.rows_x, "COLUMNS_D": tiling.columns_d, "CHUNK": tiling.chunk, "PANEL": PANEL}
     grid, options = (num_groups * tiles,), {"num_warps": tiling.warps, "num_stages": tiling.stages}
-    if tiling.way == "divided":
-        from pithwood.ops.grouped_mm.weight_hopper import launch_hopper
-
-        launch_hopper(grad_RX, rows_RD, offsets, out_EXD, add, tiling, PANEL)
-    elif tiling.way == "bulk":
+    if tiling.way == "bulk":
         grad = create_ragged_descriptor(grad_RX, [tiling.chunk, tiling.rows_x])
         rows = create_ragged_descriptor(rows_RD, [tiling.chunk, tiling.columns_d])
         _grouped_grad_weight_bulk[grid](grad, rows, offsets, out_EXD, width_x, width_d, **sizes, **options)

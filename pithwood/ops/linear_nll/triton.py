@@ -24,8 +24,6 @@ WIDTH = 8
 LANES = 2048
 """Groups of WIDTH logits that a program takes at a time."""
 WARPS = 32
-HELD = 0
-"""Steps of a row that stay in registers between its two readings."""
 SCALE_BLOCK = 4096
 
 
@@ -122,7 +120,6 @@ def nll_of_rows(logits_nX: Tensor, target_n: Tensor, weight_n: Tensor, loss_n: T
         target_n.stride(0),
         WIDTH=WIDTH,
         LANES=lanes,
-        HELD=HELD,
         WANT_GRAD=want_grad,
         num_warps=min(WARPS, max(lanes // 32, 1)),
     )
@@ -178,7 +175,6 @@ def _nll_kernel(
     stride_target,
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
-    HELD: tl.constexpr,
     WANT_GRAD: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -200,24 +196,16 @@ def _nll_kernel(
         chosen = tl.load(base + target).to(tl.float32) * LOG2_E
         peak = tl.full([LANES], float("-inf"), tl.float32)
         total = tl.zeros([LANES], tl.float32)
-        for step in range(HELD, steps):
+        for step in range(0, steps):
             col = step * BLOCK + at
             tile = tl.load(base + col, mask=col < vocab, other=float("-inf"))
             peak, total = _sum_up(peak, total, tile)
-        held = ()
-        for step in tl.static_range(HELD):
-            col = step * BLOCK + at
-            tile = tl.load(base + col, mask=col < vocab, other=float("-inf"), cache_modifier=".cg")
-            peak, total = _sum_up(peak, total, tile)
-            held = held + (tile,)  # type: ignore[assignment]  # noqa: RUF005
         top = tl.max(peak, 0)
         lse = top + tl.log2(tl.sum(total * tl.exp2(peak - top), 0))
         tl.store(loss_ptr + row, weight * (lse - chosen) * LN_2)
         if WANT_GRAD:
-            for step in tl.static_range(HELD):
-                _write_gradient(base, step * BLOCK + at, held[step], lse, weight, target, vocab)
-            for step in range(HELD, steps):
-                col = (steps - 1 - (step - HELD)) * BLOCK + at
+            for step in range(0, steps):
+                col = (steps - 1 - step) * BLOCK + at
                 tile = tl.load(base + col, mask=col < vocab, other=float("-inf"))
                 _write_gradient(base, col, tile, lse, weight, target, vocab)
 
