@@ -25,6 +25,7 @@ from pithwood.objectives import NextToken, Objective
 from pithwood.observe.sinks import LoggingConfig
 from pithwood.observe.spikes import SpikeConfig
 from pithwood.optim.config import AdamWConfig, MuonConfig
+from pithwood.parallel.config import MeshConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Activation dtype of each `precision`."""
@@ -81,8 +82,8 @@ class Run:
     samples_per_step: int
     """Samples per optimizer step."""
     samples_per_micro_batch: int
-    """Samples per forward and backward pass; divides samples_per_step. It changes no gradient but that of balance
-    losses over micro_batch or global_batch, which see one micro-batch at a time."""
+    """Samples per forward and backward pass, of all processes together; divides samples_per_step. It changes no
+    gradient but that of balance losses over micro_batch or global_batch, which see one micro-batch at a time."""
     objective: Objective = field(default_factory=NextToken)
     """What is minimised."""
     phases: tuple[Phase, ...] = ()
@@ -101,6 +102,8 @@ class Run:
     compile: bool = False
     """Compile the stages of a block by torch.compile, instead of running the kernels that were written for them. It
     rounds differently."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the run is spread over processes. It changes no digit but by rounding."""
     seed: int = 0
     """Seed of initial weights and of the sample order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -166,6 +169,15 @@ class Run:
                 f"model.vocab_size={self.model.vocab_size} is smaller than data.vocab_size={self.data.vocab_size}; "
                 "the embedding needs a row for every token"
             )
+        self.mesh.check(
+            num_layers=self.model.num_layers,
+            num_experts=self.model.moe.num_experts,
+            num_kv_heads=self.model.num_kv_heads,
+            samples_per_step=self.samples_per_step,
+            samples_per_micro_batch=self.samples_per_micro_batch,
+            seq_len=self.seq_len,
+            tied=self.model.tie_embeddings,
+        )
         layers = self.model.num_layers
         if not isinstance(self.recompute, str) and len(self.recompute) != layers:
             raise ValueError(
@@ -258,6 +270,7 @@ LENGTH_AND_LOGGING = (
     "recompute",
     "offload_activations",
     "keep_weight_copies",
+    "mesh",
     "sample_prompts",
     "sample_tokens",
     "data.parts.*.max_epochs",

@@ -1,0 +1,147 @@
+"""The mesh: which process is where, and what its groups do."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from pithwood.parallel.config import MeshConfig
+from pithwood.parallel.mesh import Mesh, check_world, coordinates, places
+from pithwood.parallel.pieces import Piece
+from tests.processes import run_on
+
+FITTING = {
+    "num_layers": 8,
+    "num_experts": 8,
+    "num_kv_heads": 4,
+    "samples_per_step": 16,
+    "samples_per_micro_batch": 4,
+    "seq_len": 64,
+    "tied": False,
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("pp", "r", "s", "c"), list(product((1, 2), (1, 3), (1, 2), (1, 2))))
+def test_every_rank_has_one_place_and_the_groups_of_a_kind_partition_the_world(pp, r, s, c):
+    for ep in (e for e in (1, 2, 4) if (s * c) % e == 0):
+        cfg = MeshConfig(pp, r, s, c, ep)
+        assert len({coordinates(cfg, rank) for rank in range(cfg.size)}) == cfg.size
+        for name in places(cfg, 0):
+            groups = {places(cfg, rank)[name] for rank in range(cfg.size)}
+            assert sorted(rank for group in groups for rank in group) == list(range(cfg.size)), name
+            assert all(rank in places(cfg, rank)[name] for rank in range(cfg.size))
+
+
+@pytest.mark.quick
+def test_experts_fold_over_data_and_context_ranks():
+    cfg = MeshConfig(dp_shard=2, cp=2, ep=2)
+    assert [places(cfg, rank)["ep"] for rank in range(4)] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert [places(cfg, rank)["expert_shard"] for rank in range(4)] == [(0, 2), (1, 3), (0, 2), (1, 3)]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ep": 2}, "mesh.ep=2 must divide mesh.dp_shard x mesh.cp = 1"),
+        ({"pp": 0}, "mesh.pp=0 must be at least 1"),
+        ({"pp": 2, "layers_per_stage": (1,)}, "layers_per_stage has 1 entries"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        MeshConfig(**settings)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("settings", "changes", "words"),
+    [
+        ({"dp_shard": 8}, {}, "set samples_per_micro_batch to a multiple of 8"),
+        ({"pp": 16}, {}, "makes 16 stages, but the model has 8 layers"),
+        ({"dp_shard": 16, "ep": 16}, {"samples_per_micro_batch": 16}, "mesh.ep=16 must divide model.moe.num_experts=8"),
+        ({"cp": 8, "context": "heads"}, {}, "set mesh.context=gather"),
+        ({"pp": 2}, {"tied": True}, "model.tie_embeddings"),
+        ({"pp": 4, "schedule": "dualpipe_v"}, {}, "needs at least 8 micro-batches"),
+        ({"cp": 3}, {}, "mesh.cp=3 must divide the 256 tokens"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_refused_with_the_remedy(settings, changes, words):
+    with pytest.raises(ValueError, match=words):
+        MeshConfig(**settings).check(**{**FITTING, **changes})
+
+
+@pytest.mark.quick
+def test_stages_take_all_layers_in_order():
+    assert MeshConfig(pp=2).layers_of_stages(5) == [range(3), range(3, 5)]
+    cfg = MeshConfig(pp=2, schedule="zero_bubble_v")
+    assert [cfg.stages_of_process(rank) for rank in (0, 1)] == [[0, 3], [1, 2]]
+    assert [list(layers) for layers in cfg.layers_of_stages(6)] == [[0, 1], [2, 3], [4], [5]]
+    assert MeshConfig(pp=2, schedule="interleaved").stages_of_process(1) == [1, 3]
+    assert MeshConfig(pp=2, layers_per_stage=(1, 3)).layers_of_stages(4) == [range(1), range(1, 4)]
+
+
+@pytest.mark.quick
+def test_a_number_of_processes_that_is_not_the_meshs_is_refused():
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
+        check_world(MeshConfig(cp=2), 3)
+
+
+@pytest.mark.quick
+def test_pieces_are_ranges():
+    whole = Piece.whole((4, 6))
+    assert whole.part(1, 3) == Piece((4, 6), 8, 16)
+    assert whole.part(1, 2).part(0, 2) == Piece((4, 6), 12, 18)
+    assert whole.part(0, 2).overlap(Piece((4, 6), 8, 16)) == (8, 12)
+    assert whole.part(0, 2).overlap(whole.part(1, 2)) is None
+    with pytest.raises(ValueError, match="equal parts"):
+        whole.part(0, 5)
+
+
+def exchanged(mesh: Mesh) -> dict[str, list[float]]:
+    rank = float(mesh.rank)
+    added = torch.tensor([rank, 1.0])
+    mesh.world.all_reduce(added)
+    whole = torch.empty(mesh.shard.size * 2)
+    mesh.shard.all_gather(whole, torch.tensor([rank, rank + 0.5]))
+    part = torch.empty(1)
+    mesh.shard.reduce_scatter(part, torch.arange(float(mesh.shard.size)) + rank)
+    sent = torch.full((mesh.ep.size, 1), rank)
+    got = torch.empty_like(sent)
+    mesh.ep.all_to_all(got, sent, None, None)
+    late = torch.tensor([rank])
+    work = mesh.replicate.all_reduce(late, wait=False)
+    if work is not None:
+        work.wait()
+    return {
+        "added": added.tolist(),
+        "whole": whole.tolist(),
+        "part": part.tolist(),
+        "got": got.flatten().tolist(),
+        "late": late.tolist(),
+    }
+
+
+def test_groups_exchange_what_they_say():
+    results = run_on(MeshConfig(dp_replicate=2, dp_shard=2, ep=2), exchanged)
+    for rank, result in enumerate(results):
+        first = rank // 2 * 2
+        assert result["added"] == [6.0, 4.0]
+        assert result["whole"] == [first, first + 0.5, first + 1, first + 1.5]
+        assert result["part"] == [2 * (rank % 2) + 2 * first + 1]
+        assert result["got"] == [first, first + 1]
+        assert result["late"] == [rank % 2 * 2 + 2]
+
+
+def failing(mesh: Mesh) -> None:
+    if mesh.rank == 1:
+        raise RuntimeError("this one was meant to fail")
+
+
+def test_a_process_that_fails_is_named_and_the_next_job_runs():
+    with pytest.raises(AssertionError, match=r"rank 1 failed:(.|\n)*meant to fail"):
+        run_on(MeshConfig(dp_shard=2), failing)
+    assert len(run_on(MeshConfig(dp_shard=2), exchanged)) == 2
