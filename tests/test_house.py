@@ -40,7 +40,7 @@ LAYERS: tuple[set[str], ...] = (
     {"memory", "run_folder", "recipes"},
     {"plan"},
     {"generate", "evaluate", "facts", "estimate"},
-    {"finish", "delete_run"},
+    {"finish", "delete_run", "trainer"},
     {"train", "report"},
     {"bench"},
     {"check", "pages", "preflight"},

@@ -20,7 +20,8 @@ from pithwood.observe.events import read_events
 from pithwood.ops.packing import Packing
 from pithwood.recipes.demo import debug
 from pithwood.run import Run
-from pithwood.train import Trainer, train
+from pithwood.train import train
+from pithwood.trainer import Trainer
 from tests.test_train import small_corpus
 from tests.toy_mixer import ToyRecurrenceConfig
 

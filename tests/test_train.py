@@ -28,7 +28,8 @@ from pithwood.optim.config import AdamWConfig, MuonConfig
 from pithwood.optim.schedule import WarmupStableDecay
 from pithwood.plan import plan
 from pithwood.run import Phase, Run
-from pithwood.train import Trainer, forward_backward, train
+from pithwood.train import train
+from pithwood.trainer import Trainer, forward_backward
 from tests.numerics import assert_close
 
 

@@ -20,7 +20,8 @@ from pithwood.optim.config import AdamWConfig, MuonConfig
 from pithwood.plan import plan
 from pithwood.recipes import load_recipe
 from pithwood.run import LENGTH_AND_LOGGING, Phase, check_device_settings
-from pithwood.train import Trainer, train
+from pithwood.train import train
+from pithwood.trainer import Trainer
 from tests.test_train import losses, small_run
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -17,7 +17,8 @@ from pithwood.plan import plan
 from pithwood.recipes.mixtures import demo_mixture
 from pithwood.run import Phase, Run
 from pithwood.run_folder import run_dir
-from pithwood.train import Trainer, train
+from pithwood.train import train
+from pithwood.trainer import Trainer
 from tests.test_train import losses, small_corpus, small_run
 
 

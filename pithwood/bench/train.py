@@ -30,7 +30,7 @@ from pithwood.memory import check_memory
 from pithwood.observe.metrics import mfu, peak_memory_gb
 from pithwood.plan import plan
 from pithwood.run import Run, check_device_settings, pick_device
-from pithwood.train import Trainer
+from pithwood.trainer import Trainer
 
 Tell = Callable[[str], None]
 Tokens = Literal["fake", "real"]

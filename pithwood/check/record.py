@@ -28,7 +28,7 @@ from pithwood.losses import LossLedger
 from pithwood.plan import check_phases
 from pithwood.recipes import load_recipe
 from pithwood.run import Run, pick_device
-from pithwood.train import Trainer, forward_backward
+from pithwood.trainer import Trainer, forward_backward
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -27,7 +27,8 @@ from pithwood.observe.sinks import (
     scalars,
 )
 from pithwood.run_folder import run_dir
-from pithwood.train import Trainer, train
+from pithwood.train import train
+from pithwood.trainer import Trainer
 from tests.test_train import small_run
 
 

@@ -15,7 +15,8 @@ from pithwood.data.sources import TextFolder
 from pithwood.observe.events import read_events
 from pithwood.observe.spikes import SpikeConfig, SpikeDetector
 from pithwood.run import Phase, Run
-from pithwood.train import Trainer, train
+from pithwood.train import train
+from pithwood.trainer import Trainer
 from tests.test_train import losses, small_run
 
 CALM = [2.0 + 0.05 * (i * 7919 % 13 - 6) / 6 for i in range(40)]

@@ -21,7 +21,8 @@ from pithwood.optim.muon import MuonSlice, muon_update
 from pithwood.optim.offload import HostState
 from pithwood.optim.optimizer import Optimizer
 from pithwood.recipes.demo import debug
-from pithwood.train import Trainer, train
+from pithwood.train import train
+from pithwood.trainer import Trainer
 from tests.numerics import assert_close
 from tests.optim.helpers import GATE_UP, NORM, Q_PROJ, ROLES, assert_same_bits, copies, make_params, set_grads
 from tests.test_train import losses, small_run

@@ -1,0 +1,293 @@
+"""Weights divided between processes: gathered before a block runs, gradients added up and divided after it.
+
+A process keeps of each divided weight a flat fp32 piece, which is all that the optimizer sees of it. The parameter in
+the module has the whole shape and no memory but while it is gathered: in the products' dtype, as the copy that
+`ops.master` serves to them, or in fp32 where a weight is used as it is. Its whole fp32 gradient is written by the
+products themselves (`ops.master.gradient_sink`), over as many micro-batches as `mesh.reduce` says, and then scattered.
+Gathering of the next block and scattering of the last one run beside the compute of this one. Weights of fewer than two
+dimensions (norms, biases) are held whole by all.
+
+Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054; Zhao et al. 2023, "PyTorch FSDP", arXiv 2304.11277. FSDP2 of torch is
+not used: it gathers what autograd sees, so that gradients of gathered bf16 weights are bf16 between micro-batches,
+where the products here add to fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pithwood.ops.master import keep_copies
+from pithwood.parallel.mesh import Group, Mesh
+from pithwood.parallel.pieces import Piece
+
+
+class Weight:
+    """One parameter: what the module computes with, and the piece of it that this process keeps."""
+
+    def __init__(self, name: str, param: nn.Parameter, piece: Piece, group: Group, low: torch.dtype | None) -> None:
+        """piece: what the processes of `group` hold together of the whole tensor, all of `param`. low: the dtype of the
+        products that take it; None gathers it in fp32."""
+        self.name, self.param, self.group = name, param, group
+        self.cut = group.size > 1 and param.dim() >= 2 and piece.numel % group.size == 0
+        self.low = low if self.cut else None
+        self.piece = piece.part(group.rank, group.size) if self.cut else piece
+        self.kept: nn.Parameter = param
+        """fp32, what the optimizer updates: the parameter itself, or this process's flat piece of it."""
+        if self.cut:
+            begin = self.piece.start - piece.start
+            flat = param.detach().reshape(-1)[begin : begin + self.piece.numel].clone()
+            self.kept = nn.Parameter(flat, requires_grad=param.requires_grad)
+            self.release()
+        self.holders = [] if self.cut or group.size == 1 else [group]
+        """Who holds the same piece besides its replicas."""
+
+    def gather(self) -> Any:
+        """Begin to fill the parameter; returns the work to wait for, None if there is nothing to wait for."""
+        if self.low is not None:
+            keep_copies([self.kept], self.low)
+            whole = torch.empty(self.param.shape, dtype=self.low, device=self.kept.device)
+            work = self.group.all_gather(whole.view(-1), self.kept.kept_copy[0], wait=False)  # type: ignore[attr-defined]
+            # the version is that of the parameter, which nothing changes: `in_dtype` takes the copy as fresh
+            self.param.kept_copy = (whole, self.param._version)  # type: ignore[attr-defined]
+            return work
+        self.param.untyped_storage().resize_(self.param.numel() * self.param.element_size())
+        # a graph that holds the parameter finds the same values in it again
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(self.param):
+            return self.group.all_gather(self.param.detach().view(-1), self.kept.detach(), wait=False)
+
+    def release(self) -> None:
+        """Give up the memory of the gathered parameter."""
+        if hasattr(self.param, "kept_copy"):
+            del self.param.kept_copy
+        self.param.untyped_storage().resize_(0)
+
+
+@dataclass
+class Unit:
+    """Weights that are gathered and scattered together, those of a block for instance."""
+
+    weights: list[Weight]
+    works: list[Any] = field(default_factory=list)
+    """Of a gathering that was begun and not waited for."""
+    gathered: bool = False
+    """Whether the weights are there, or on their way."""
+    backwards: int = 0
+    """Backward passes of this step that are done."""
+
+    @property
+    def cut(self) -> list[Weight]:
+        return [weight for weight in self.weights if weight.cut]
+
+
+class Shards:
+    """All weights of this process's part of the model.
+
+    begin_step   before the first forward pass of a step
+    run          one unit's forward pass; its backward pass follows by itself
+    finish_step  after the last backward pass: every `kept` weight has the whole step's gradient then
+    """
+
+    def __init__(self, mesh: Mesh, low: torch.dtype | None = None) -> None:
+        """low: the dtype in which weights of products are gathered (their copies', on a GPU); None: fp32."""
+        self.mesh, self.low = mesh, low
+        self.units: dict[str, Unit] = {}
+        """In the order of a forward pass."""
+        self.micro_batches = 1
+        self._scattering: list[tuple[Any, Weight, Tensor, Tensor]] = []
+        """Work, its weight, where the result will be, and what it is made of."""
+
+    def add(
+        self, key: str, parameters: dict[str, nn.Parameter], shapes: dict[str, tuple[int, ...]], products: set[str]
+    ) -> None:
+        """Take over the parameters of a unit; the memory of those that are divided is released.
+
+        parameters  by full name
+        shapes      the whole shape of those of which this process has a part along the first dimension (its experts)
+        products    names of those that are used by products in the activations' dtype alone
+        """
+        weights = []
+        for name, param in parameters.items():
+            group, piece = self.mesh.shard, Piece.whole(tuple(param.shape))
+            if name in shapes:
+                group = self.mesh.expert_shard
+                piece = Piece.whole(shapes[name]).part(self.mesh.ep.rank, self.mesh.ep.size)
+            weights.append(Weight(name, param, piece, group, self.low if name in products else None))
+        self.units[key] = Unit(weights)
+
+    def weights(self) -> Iterator[Weight]:
+        for unit in self.units.values():
+            yield from unit.weights
+
+    def kept(self) -> dict[str, Tensor]:
+        """What the optimizer updates, by name."""
+        return {weight.name: weight.kept for weight in self.weights()}
+
+    def pieces(self) -> dict[str, Piece]:
+        """Which elements of the whole tensors those are."""
+        return {weight.name: weight.piece for weight in self.weights()}
+
+    def follow(self) -> None:
+        """Let the parameters train, or not, as the optimizer decided for the pieces."""
+        for weight in self.weights():
+            weight.param.requires_grad_(weight.kept.requires_grad)
+
+    def begin_step(self, micro_batches: int) -> None:
+        """Begin a step of so many backward passes; weights gathered before it are forgotten."""
+        self.micro_batches = micro_batches
+        self.release()
+        for unit in self.units.values():
+            unit.backwards = 0
+
+    def run(self, key: str, call: Callable[..., Any], *inputs: Any) -> Any:
+        """`call(*inputs)` with the unit's weights there, in the backward pass too; tensors among inputs and outputs
+        (a tensor, or a tuple of a tensor and a dictionary of tensors) carry its gradients."""
+        unit = self.units[key]
+        if not unit.cut and not self._reduces:
+            return call(*inputs)
+        self._gather(unit)
+        self._prefetch(key, 1)
+        inputs = tuple(_gate(x, lambda: self._after_backward(unit)) if isinstance(x, Tensor) else x for x in inputs)
+        out = call(*inputs)
+        if not torch.is_grad_enabled():
+            self._drop_after_forward(unit)
+            return out
+
+        def before_backward() -> None:
+            self._gather(unit)
+            self._prefetch(key, -1)
+
+        if self.mesh.cfg.gather == "forward" and key != next(reversed(self.units)):
+            self._drop_after_forward(unit)
+        if isinstance(out, Tensor):
+            return _gate(out, before_backward)
+        x, carry = out
+        return _gate(x, before_backward), {name: _gate(value, before_backward) for name, value in carry.items()}
+
+    def available(self, key: str) -> None:
+        """Wait until the unit's weights are there, and begin to gather the next one's. They stay until the step's end,
+        as does the unit's whole gradient."""
+        self._gather(self.units[key])
+        self._prefetch(key, 1)
+
+    def finish_step(self) -> None:
+        """Add up and scatter what is left of the step's gradients, and wait for all of it."""
+        for unit in self.units.values():
+            self._scatter(unit)
+        self._settle()
+        self._add_small()
+        if self.mesh.replicate.size > 1:
+            self._add_replicas()
+        self.release()
+
+    def release(self) -> None:
+        """Forget what is gathered: the pieces have changed, or memory is wanted."""
+        for unit in self.units.values():
+            self._release(unit)
+
+    @property
+    def _reduces(self) -> bool:
+        return self.mesh.tokens.size > 1
+
+    def _gather(self, unit: Unit) -> None:
+        if not unit.gathered:
+            unit.works = [weight.gather() for weight in unit.cut]
+            unit.gathered = True
+        for work in unit.works:
+            if work is not None:
+                work.wait()
+        unit.works = []
+
+    def _prefetch(self, key: str, ahead: int) -> None:
+        keys = list(self.units)
+        place = keys.index(key) + ahead
+        if 0 <= place < len(keys):
+            unit = self.units[keys[place]]
+            if not unit.gathered:
+                unit.works, unit.gathered = [weight.gather() for weight in unit.cut], True
+
+    def _release(self, unit: Unit) -> None:
+        if unit.gathered:
+            for work in unit.works:
+                if work is not None:
+                    work.wait()
+            unit.works, unit.gathered = [], False
+            for weight in unit.cut:
+                weight.release()
+
+    def _drop_after_forward(self, unit: Unit) -> None:
+        if self.mesh.cfg.gather == "forward":
+            self._release(unit)
+
+    def _after_backward(self, unit: Unit) -> None:
+        unit.backwards += 1
+        last = unit.backwards == self.micro_batches
+        if last or self.mesh.cfg.reduce == "micro_batch":
+            self._settle()
+            self._scatter(unit)
+        if last or self.mesh.cfg.gather == "forward":
+            self._release(unit)
+
+    def _scatter(self, unit: Unit) -> None:
+        """Begin to add up the whole gradients of a unit's divided weights."""
+        for weight in unit.cut:
+            whole = weight.param.grad
+            if not weight.param.requires_grad or (whole is None and weight.kept.grad is not None):
+                continue
+            if whole is None:
+                whole = torch.zeros(weight.param.shape, dtype=weight.kept.dtype, device=weight.kept.device)
+            part = torch.empty_like(weight.kept, requires_grad=False)
+            work = weight.group.reduce_scatter(part, whole.reshape(-1), wait=False)
+            weight.param.grad = None
+            self._scattering.append((work, weight, part, whole))
+
+    def _settle(self) -> None:
+        for work, weight, part, _ in self._scattering:
+            work.wait()
+            weight.kept.grad = part if weight.kept.grad is None else weight.kept.grad.add_(part)
+        self._scattering.clear()
+
+    def _add_small(self) -> None:
+        """Add up the gradients of weights that several processes hold whole, in one exchange per group of holders."""
+        by_group: dict[tuple[int, ...], list[Weight]] = {}
+        for weight in self.weights():
+            if weight.holders and weight.param.requires_grad:
+                by_group.setdefault(weight.group.ranks, []).append(weight)
+        for weights in by_group.values():
+            grads = [torch.zeros_like(w.param) if w.param.grad is None else w.param.grad for w in weights]
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            weights[0].group.all_reduce(flat)
+            for weight, total in zip(weights, flat.split([grad.numel() for grad in grads]), strict=True):
+                weight.param.grad = total.view(weight.param.shape)
+
+    def _add_replicas(self) -> None:
+        """Add up the gradients of pieces between those that hold the same ones."""
+        works = []
+        for weight in self.weights():
+            if weight.kept.requires_grad:
+                if weight.kept.grad is None:
+                    weight.kept.grad = torch.zeros_like(weight.kept)
+                works.append(self.mesh.replicate.all_reduce(weight.kept.grad, wait=False))
+        for work in works:
+            work.wait()
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Callable[[], None]) -> Tensor:  # type: ignore[override]
+        ctx.call = call
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        ctx.call()
+        return grad, None
+
+
+def _gate(x: Tensor, call: Callable[[], None]) -> Tensor:
+    """x, in whose backward pass `call` is called when its gradient is complete."""
+    return _Gate.apply(x, call) if x.requires_grad and torch.is_grad_enabled() else x

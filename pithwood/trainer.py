@@ -1,0 +1,322 @@
+"""One training step, and what it works on: model, optimizer, counters; how they are saved and resumed.
+
+A step reads: batches -> forward and backward over micro-batches -> norm, clip and update -> values for the log. Nothing
+waits for the device outside logging steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pithwood.attention.base import Cost
+from pithwood.checkpoint.load import latest_checkpoint, load_checkpoint
+from pithwood.checkpoint.rng import capture_rng, restore_rng
+from pithwood.checkpoint.save import save_checkpoint
+from pithwood.config import config_hash
+from pithwood.data.batches import Batch
+from pithwood.data.corpus import Corpus
+from pithwood.data.mixture import Mixture
+from pithwood.evaluate.parts import evaluate_data, losses
+from pithwood.losses import LossLedger
+from pithwood.memory import activation_plan, keeps_copies, memory_line
+from pithwood.models.qwen3_moe import Qwen3MoE
+from pithwood.moe.balance import load_stats
+from pithwood.moe.layer import MoELayer
+from pithwood.objectives import Objective
+from pithwood.observe.metrics import (
+    block_fields,
+    measure_peak_flops,
+    peak_flops,
+    peak_memory_gb,
+)
+from pithwood.observe.spikes import SpikeWatch
+from pithwood.ops.master import keep_copies
+from pithwood.optim.optimizer import Optimizer
+from pithwood.run import DTYPES, Run
+from pithwood.run_folder import (
+    check_fits,
+    check_origin,
+    check_same_corpus,
+)
+
+
+class Trainer:
+    """Model, optimizer and the counters of one run on one device; without a corpus (random tokens) it is not saved."""
+
+    def __init__(self, run: Run, device: torch.device, corpus: Corpus | Mixture | None) -> None:
+        self.run, self.device, self.dtype = run, device, DTYPES[run.precision]
+        self.step = 0
+        """Optimizer steps done."""
+        self.tokens = 0
+        self.corpus_fingerprint = corpus.fingerprint if corpus else ""
+        self.tokenizer_fingerprint = corpus.tokenizer.fingerprint() if corpus else ""
+        self.phase = 0
+        self.parked: dict[str, Tensor] = {}
+        """Parameters that the present phase's mixers do not use; they are saved and come back with a phase that
+        does."""
+        self.peaks: dict[str, float | None] = (
+            {"mfu": peak_flops(device), "mfu_measured": peak_flops(device, measured=True)}
+            if device.type == "cuda"
+            else {"mfu": measure_peak_flops(device)}
+        )
+        """What MFU is relative to: stated and measured peaks of the GPU, or a matmul measured here on a CPU."""
+        phase = run.phase(0)
+        # made where it will lie: no copy of it ever exists on the host
+        with device:
+            self.model = Qwen3MoE(dataclasses.replace(run.model, attention=phase.attention))
+        self.model.init_weights(run.seed)
+        self.model.keep_activations(activation_plan(run))
+        if run.compile:
+            # plain attention on a CPU looks at offsets, and no graph holds that: it stays as it is
+            self.model.compile_stages(whole=device.type == "cuda")
+        self.copies = keeps_copies(run, device)
+        """Whether the weights carry copies in the activations' dtype."""
+        self.optimizer = Optimizer(
+            run.optim,
+            dict(self.model.named_parameters()),
+            self.model.parameter_roles(),
+            run.steps,
+            trainable=phase.trainable,
+            lr_scales=phase.lr_scales,
+            seed=run.seed,
+        )
+        self._cost_cache: dict[tuple[int, ...], Cost] = {}
+        self.spikes = SpikeWatch(run.spikes, run.log_every)
+        self.spikes.measure(self.optimizer.params, self.model.blocks)
+        self.renew_copies()
+
+    def renew_copies(self) -> None:
+        """Bring the weights' copies up to date; due whenever weights have changed but by the optimizer's step."""
+        if self.copies:
+            keep_copies(self.model.product_weights().values(), self.dtype)
+
+    def train_step(self, step: int, batches: list[Batch], statistics: bool = False) -> tuple[dict[str, Any], float]:
+        """Forward, backward and update over the micro-batches of one optimizer step.
+
+        returns  event fields (device scalars), and the FLOPs that the mathematics of the step needs, backward included
+        """
+        objective = self.run.phase(step).objective
+        flops = sum(3.0 * self.cost_of(batch).model_flops for batch in batches)
+        batches = [batch.to(self.device) for batch in batches]
+        tokens = sum(batch.num_tokens for batch in batches)
+        ledger = LossLedger({"tokens": float(tokens), **objective.totals(batches)})
+        for layer in self.moe_layers():
+            layer.reset_step()
+        probe: dict[str, Any] = {}
+        for number, batch in enumerate(batches):
+            watched = probe if statistics and number == len(batches) - 1 else None
+            forward_backward(self.model, objective, batch, ledger, self.dtype, probe=watched)
+        values: dict[str, Any] = dict(self.optimizer.step(step, self.spikes.before_update()))
+        self.spikes.after_update(step + 1)
+        # dropped, not zeroed: the next backward pass writes them anew without reading, and their room is free meanwhile
+        self.optimizer.zero_grad()
+        for layer in self.moe_layers():
+            if layer.gate.weight.requires_grad:
+                # counts of zero leave the bias as it is: a skipped step must not move it either
+                layer.update_bias(torch.where(values["skipped"] > 0, 0, layer.counts_E))
+        self.step, self.tokens = step + 1, self.tokens + tokens
+        means = ledger.means()
+        values["loss"] = means.pop("loss") if "loss" in means else sum(ledger.coefs[n] * x for n, x in means.items())
+        values.update({f"loss/{name}": mean for name, mean in means.items()})
+        if "loss" in ledger.sums and all("target_bytes" in batch.columns for batch in batches):
+            weighted = [(batch.columns["target_bytes"] * batch.columns["loss_weight"]).sum() for batch in batches]
+            values["bits_per_byte"] = ledger.sums["loss"] / (math.log(2) * torch.stack(weighted).sum())
+        if statistics:
+            values["peak_memory_gb"] = peak_memory_gb(self.device)
+            values.update(block_fields(probe, batches[-1].packing))
+            loads = [load_stats(layer.counts_E) for layer in self.moe_layers()]
+            if loads:
+                values["expert_load_max_over_mean"] = torch.stack([load.max_over_mean for load in loads]).mean()
+                values["expert_load_entropy"] = torch.stack([load.entropy for load in loads]).mean()
+        return values, flops
+
+    def cost_of(self, batch: Batch) -> Cost:
+        """Cost of a micro-batch, before it leaves the host."""
+        key = tuple(batch.packing.cu_q.tolist())
+        if key not in self._cost_cache:
+            if len(self._cost_cache) > 64:
+                self._cost_cache.clear()
+            self._cost_cache[key] = self.model.cost(batch.packing, element_size=self.dtype.itemsize)
+        return self._cost_cache[key]
+
+    def moe_layers(self) -> list[MoELayer]:
+        return [block.mlp for block in self.model.blocks if isinstance(block.mlp, MoELayer)]
+
+    def enter_phase(self, step: int) -> bool:
+        """Switch mixers, trainable parameters and learning-rate scales if `step` lies in another phase; True if it
+        does.
+        """
+        index = self.run.phase_index(step)
+        if index == self.phase:
+            return False
+        self.phase = index
+        phase = self.run.phase(step)
+        if phase.attention != self.model.cfg.attention:
+            new, unused = self.model.set_attention(phase.attention)
+            self.parked |= {name: param.detach() for name, param in unused.items()}
+            fresh = set()
+            parameters = dict(self.model.named_parameters())
+            for name in new:
+                if name in self.parked:
+                    with torch.no_grad():
+                        parameters[name].copy_(self.parked.pop(name))
+                else:
+                    fresh.add(name)
+            self.model.init_weights(self.run.seed, only=fresh)
+            self._cost_cache.clear()
+        self.optimizer.set_phase(
+            dict(self.model.named_parameters()),
+            self.model.parameter_roles(),
+            trainable=phase.trainable,
+            lr_scales=phase.lr_scales,
+        )
+        self.spikes.measure(self.optimizer.params, self.model.blocks)
+        self.renew_copies()
+        return True
+
+    def strictly_causal(self) -> bool:
+        """Whether the loss of the present mixers is a perplexity; a leaky selection's is not, and is not validated."""
+        return all(block.self_attn.causality == "strict" for block in self.model.blocks)
+
+    def validate(self, corpus: Corpus | Mixture, max_samples: int) -> dict[str, float]:
+        """Losses and bits per byte on the first validation samples (0: all) of each part, averaged weights if the run
+        has any.
+        """
+        with self.averaged_weights():
+            result = evaluate_data(
+                self.model,
+                corpus,
+                seq_len=self.run.seq_len,
+                samples_per_batch=self.run.samples_per_micro_batch,
+                max_samples=max_samples or None,
+                dtype=self.dtype,
+            )
+        if self.optimizer.average is not None:
+            self.renew_copies()
+        return losses(result)
+
+    def averaged_weights(self) -> AbstractContextManager[Any]:
+        """Context in which the model holds the averaged weights (its own if no average is kept)."""
+        return nullcontext() if self.optimizer.average is None else self.optimizer.averaged_weights()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint must hold, by name."""
+        return {
+            **{f"model.{name}": value for name, value in self.model.state_dict().items()},
+            **{f"parked.{name}": value for name, value in self.parked.items()},
+            **{f"optim.{name}": value for name, value in self.optimizer.state_dict().items()},
+        }
+
+    def save(self, folder: Path) -> Path:
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "phase": self.phase,
+            "data": {
+                "corpus": self.corpus_fingerprint,
+                "seed": self.run.seed,
+                "samples_per_step": self.run.samples_per_step,
+                "next_step": self.step,
+            },
+            "tokenizer": self.tokenizer_fingerprint,
+            "config_hash": config_hash(self.run),
+            "rng": capture_rng(),
+        }
+        return save_checkpoint(folder, self.step, self.tensors(), state, keep=self.run.keep_checkpoints)
+
+    def resume(self, folder: Path, origin: Path | None) -> int:
+        """Load the folder's newest checkpoint, else the one to branch from; returns the number of steps done."""
+        path = latest_checkpoint(folder) or origin
+        if path is None:
+            return 0
+        tensors, state = load_checkpoint(path, device=self.device)
+        check_origin(self.run, path, state, branch=path == origin)
+        check_same_corpus(path, state, self.corpus_fingerprint)
+        # through every phase in turn, so that state of parameters that only an earlier one used has its place
+        for begin in (phase.until_step for phase in self.run.phases if phase.until_step < int(state["step"])):
+            self.enter_phase(begin)
+        model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        check_fits(path, model, self.model)
+        self.model.load_state_dict(model)
+        self.parked = {
+            name.removeprefix("parked."): value for name, value in tensors.items() if name.startswith("parked.")
+        }
+        self.optimizer.load_state_dict(
+            {name.removeprefix("optim."): value for name, value in tensors.items() if name.startswith("optim.")}
+        )
+        self.renew_copies()
+        self.step, self.tokens = int(state["step"]), int(state["tokens"])
+        restore_rng(state["rng"])
+        return self.step
+
+    def describe(self, folder: Path, start: int, epochs: dict[str, float]) -> list[str]:
+        """What is about to run, a line each: model, data, back ends, where it starts."""
+        counts, run = self.model.num_params(), self.run
+        mixers = {type(mixer).__name__.removesuffix("Config") for mixer in self.model.cfg.mixers()}
+        tokens = run.steps * run.samples_per_step * run.seq_len
+        return [
+            f"model: {counts['total'] / 1e6:.1f}M parameters, {counts['active'] / 1e6:.1f}M active per token; "
+            f"{run.steps} steps of {run.samples_per_step * run.seq_len:,} tokens, {tokens / 1e6:.2f}M in all",
+            f"data: {', '.join(f'{passes:.3g} epochs of {name}' for name, passes in epochs.items())}",
+            f"attention: {', '.join(sorted(mixers))}, {attention_backend(self.device)}",
+            *(["blocks: stages compiled by torch"] if run.compile else []),
+            f"memory: {memory_line(run, self.device, self.copies)}",
+            f"device: {self.device}, {run.precision}"
+            + (f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""),
+            f"run folder: {folder}" + (f", resuming after step {start}" if start else ""),
+        ]
+
+    def origin_fields(self, corpus: Corpus | Mixture) -> dict[str, Any]:
+        """What the log must say once about where and on what the run runs."""
+        counts = self.model.num_params()
+        return {
+            "recipe": self.run.name,
+            "config_hash": config_hash(self.run),
+            "device": torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+            "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+            "parameters": counts["total"],
+            "active_parameters": counts["active"],
+            "train_tokens": corpus.num_tokens("train"),
+            "gzip_bits_per_byte": corpus.gzip_bits_per_byte,
+        }
+
+
+def forward_backward(
+    model: Qwen3MoE,
+    objective: Objective,
+    batch: Batch,
+    ledger: LossLedger,
+    dtype: torch.dtype,
+    *,
+    replay: dict[str, Any] | None = None,
+    probe: dict[str, Any] | None = None,
+) -> None:
+    """Add one micro-batch's gradients, scaled by the step's global counts, and record its loss terms in the ledger."""
+    hidden_TD = model.hidden(
+        batch.columns["tokens"], batch.packing, dtype=dtype, ledger=ledger, replay=replay, probe=probe
+    )
+    loss: Tensor | None = None
+    for term in objective.terms(hidden_TD, model, batch):
+        ledger.record(term)
+        part = term.sum * (term.coef / ledger.total(term.name))
+        loss = part if loss is None else loss + part
+    assert loss is not None
+    loss.backward()
+
+
+def attention_backend(device: torch.device) -> str:
+    """One line on which kernels the mixers call on this device."""
+    if device.type == "cpu":
+        return "plain torch, linear memory"
+    return "Triton kernels for blocks of 16 keys or more, cuDNN or varlen kernel for full attention"
