@@ -76,7 +76,7 @@ def finish(
         "below_gzip": result["bits_per_byte"] < gzip,
         "train_loss": trained[-1]["loss"],
         "tokens_per_s": median(event["tokens_per_s"] for event in trained),
-        "device": str(model.head_weight.device),
+        "device": str(model.device),
         "threads": torch.get_num_threads(),
         "files": ["loss.png", *(["blocks.png"] if selections else []), "sample.txt", "events.jsonl", "config.json"],
     }
@@ -92,7 +92,7 @@ def _pauses(log: list[dict[str, Any]]) -> float:
 @torch.no_grad()
 def chosen_blocks(model: Qwen3MoE, batch: Batch, dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, int]]:
     """Each MoBA layer's block ids [T, S, k] for the longest document of a batch, and its block size."""
-    device = model.head_weight.device
+    device = model.device
     probe: dict[str, Any] = {}
     model.hidden(batch.columns["tokens"].to(device), batch.packing.to(device), dtype=dtype, probe=probe)
     cu = batch.packing.cu_q.long()

@@ -27,6 +27,7 @@ from pithwood.data.mixture import Mixture
 from pithwood.evaluate.parts import evaluate_data, losses
 from pithwood.losses import LossLedger
 from pithwood.memory import activation_plan, keeps_copies, memory_line
+from pithwood.models.part import ModelPart
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.moe.balance import load_stats
 from pithwood.moe.layer import MoELayer
@@ -39,7 +40,11 @@ from pithwood.observe.metrics import (
 )
 from pithwood.observe.spikes import SpikeWatch
 from pithwood.ops.master import keep_copies
+from pithwood.ops.packing import Packing
+from pithwood.optim.groups import ParamRole
 from pithwood.optim.optimizer import Optimizer
+from pithwood.parallel.mesh import Mesh
+from pithwood.parallel.totals import Totals, scalar
 from pithwood.run import DTYPES, Run
 from pithwood.run_folder import (
     check_fits,
@@ -47,12 +52,22 @@ from pithwood.run_folder import (
     check_same_corpus,
 )
 
+Replay = list[dict[str, Any]] | None
+"""Decisions to reuse, for each micro-batch of a step."""
+
 
 class Trainer:
     """Model, optimizer and the counters of one run on one device; without a corpus (random tokens) it is not saved."""
 
-    def __init__(self, run: Run, device: torch.device, corpus: Corpus | Mixture | None) -> None:
+    def __init__(
+        self, run: Run, device: torch.device, corpus: Corpus | Mixture | None, mesh: Mesh | None = None
+    ) -> None:
+        """mesh: the processes that the run is spread over, as `run.mesh` says; None: this one alone."""
         self.run, self.device, self.dtype = run, device, DTYPES[run.precision]
+        self.mesh = Mesh.single(device) if mesh is None else mesh
+        self.share = (self.mesh.data.rank, self.mesh.data.size)
+        """Which part of each micro-batch's samples this process reads."""
+        self.totals = Totals(self.mesh)
         self.step = 0
         """Optimizer steps done."""
         self.tokens = 0
@@ -70,8 +85,20 @@ class Trainer:
         """What MFU is relative to: stated and measured peaks of the GPU, or a matmul measured here on a CPU."""
         phase = run.phase(0)
         # made where it will lie: no copy of it ever exists on the host
+        cfg = dataclasses.replace(run.model, attention=phase.attention)
+        self.part: ModelPart | None = None
+        """What of the model this process holds; None: all of it, alone."""
+        if self.mesh.world.size > 1:
+            divides = device.type == "cuda" and not run.compile and self.dtype != torch.float32
+            self.part = ModelPart.of(self.mesh, cfg, self.dtype if divides else None)
         with device:
-            self.model = Qwen3MoE(dataclasses.replace(run.model, attention=phase.attention))
+            self.model = Qwen3MoE(cfg, self.part)
+        self.whole = self.model
+        """The model with all its layers and experts, perhaps without memory: for shapes and costs."""
+        if self.part is not None:
+            with torch.device("meta"):
+                self.whole = Qwen3MoE(cfg)
+            self.whole.keep_activations(activation_plan(run))
         self.model.init_weights(run.seed)
         self.model.keep_activations(activation_plan(run))
         if run.compile:
@@ -79,41 +106,62 @@ class Trainer:
             self.model.compile_stages(whole=device.type == "cuda")
         self.copies = keeps_copies(run, device)
         """Whether the weights carry copies in the activations' dtype."""
+        spread: dict[str, Any] = {}
+        if self.part is not None:
+            spread = {"pieces": self.part.shards.pieces(), "mesh": self.mesh}
         self.optimizer = Optimizer(
             run.optim,
-            dict(self.model.named_parameters()),
-            self.model.parameter_roles(),
+            self.parameters(),
+            self.roles(),
             run.steps,
             trainable=phase.trainable,
             lr_scales=phase.lr_scales,
             seed=run.seed,
+            **spread,
         )
+        if self.part is not None:
+            self.part.shards.follow()
         self._cost_cache: dict[tuple[int, ...], Cost] = {}
         self.spikes = SpikeWatch(run.spikes, run.log_every)
-        self.spikes.measure(self.optimizer.params, self.model.blocks)
+        self._measure_norms()
         self.renew_copies()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What this process updates, by name: the parameters, or its pieces of them."""
+        return dict(self.model.named_parameters()) if self.part is None else self.part.shards.kept()
+
+    def roles(self) -> dict[str, ParamRole]:
+        """What each of them is to the whole model."""
+        roles = self.whole.parameter_roles()
+        return {name: roles[name] for name in self.parameters()}
 
     def renew_copies(self) -> None:
         """Bring the weights' copies up to date; due whenever weights have changed but by the optimizer's step."""
+        if self.part is not None:
+            self.part.shards.release()
         if self.copies:
-            keep_copies(self.model.product_weights().values(), self.dtype)
+            whole = self.model.product_weights()
+            if self.part is not None:
+                # of those that are divided the pieces have copies, made when they are gathered
+                whole = {weight.name: weight.param for weight in self.part.shards.weights() if not weight.cut
+                         and weight.name in whole}  # fmt: skip
+            keep_copies(whole.values(), self.dtype)
+
+    def _measure_norms(self) -> None:
+        # of a spread run no process has the norms of whole weights
+        if self.part is None:
+            self.spikes.measure(self.optimizer.params, self.model.blocks)
 
     def train_step(self, step: int, batches: list[Batch], statistics: bool = False) -> tuple[dict[str, Any], float]:
         """Forward, backward and update over the micro-batches of one optimizer step.
 
         returns  event fields (device scalars), and the FLOPs that the mathematics of the step needs, backward included
         """
-        objective = self.run.phase(step).objective
         flops = sum(3.0 * self.cost_of(batch).model_flops for batch in batches)
+        tokens = sum(batch.num_tokens for batch in batches) * self.mesh.data.size
         batches = [batch.to(self.device) for batch in batches]
-        tokens = sum(batch.num_tokens for batch in batches)
-        ledger = LossLedger({"tokens": float(tokens), **objective.totals(batches)})
-        for layer in self.moe_layers():
-            layer.reset_step()
         probe: dict[str, Any] = {}
-        for number, batch in enumerate(batches):
-            watched = probe if statistics and number == len(batches) - 1 else None
-            forward_backward(self.model, objective, batch, ledger, self.dtype, probe=watched)
+        ledger = self.gradients(step, batches, probe if statistics else None)
         values: dict[str, Any] = dict(self.optimizer.step(step, self.spikes.before_update()))
         self.spikes.after_update(step + 1)
         # dropped, not zeroed: the next backward pass writes them anew without reading, and their room is free meanwhile
@@ -123,20 +171,91 @@ class Trainer:
                 # counts of zero leave the bias as it is: a skipped step must not move it either
                 layer.update_bias(torch.where(values["skipped"] > 0, 0, layer.counts_E))
         self.step, self.tokens = step + 1, self.tokens + tokens
-        means = ledger.means()
-        values["loss"] = means.pop("loss") if "loss" in means else sum(ledger.coefs[n] * x for n, x in means.items())
-        values.update({f"loss/{name}": mean for name, mean in means.items()})
+        values.update(self._losses(ledger, batches))
+        if statistics:
+            values.update(self._statistics(probe, batches[-1].packing))
+        return values, flops
+
+    def _losses(self, ledger: LossLedger, batches: list[Batch]) -> dict[str, Tensor]:
+        """Event fields of the loss terms, means over the whole step."""
+        num_bytes: Tensor | None = None
         if "loss" in ledger.sums and all("target_bytes" in batch.columns for batch in batches):
             weighted = [(batch.columns["target_bytes"] * batch.columns["loss_weight"]).sum() for batch in batches]
-            values["bits_per_byte"] = ledger.sums["loss"] / (math.log(2) * torch.stack(weighted).sum())
-        if statistics:
-            values["peak_memory_gb"] = peak_memory_gb(self.device)
-            values.update(block_fields(probe, batches[-1].packing))
-            loads = [load_stats(layer.counts_E) for layer in self.moe_layers()]
-            if loads:
-                values["expert_load_max_over_mean"] = torch.stack([load.max_over_mean for load in loads]).mean()
-                values["expert_load_entropy"] = torch.stack([load.entropy for load in loads]).mean()
-        return values, flops
+            num_bytes = torch.stack(weighted).sum()
+        if self.part is None:
+            means, nats = ledger.means(), ledger.sums.get("loss")
+            loss = means.pop("loss") if "loss" in means else sum(ledger.coefs[n] * x for n, x in means.items())
+        else:
+            parts: dict[str, Tensor | float] = {f"sum/{name}": value for name, value in ledger.sums.items()}
+            parts |= {f"count/{name}": count for name, count in ledger.counts.items()}
+            shares = [ledger.coefs[name] * value / ledger.total(name) for name, value in ledger.sums.items()]
+            parts["all"] = torch.stack(shares).sum()
+            if num_bytes is not None:
+                parts["bytes"] = num_bytes
+            everywhere = self.totals.add_up(parts)
+            nats, num_bytes = everywhere.get("sum/loss"), everywhere.get("bytes")
+            names = [name.removeprefix("sum/") for name in everywhere if name.startswith("sum/")]
+            means = {name: everywhere[f"sum/{name}"] / everywhere[f"count/{name}"] for name in names}
+            loss = means.pop("loss") if "loss" in means else everywhere["all"]
+        values = {"loss": loss, **{f"loss/{name}": mean for name, mean in means.items()}}
+        if nats is not None and num_bytes is not None:
+            values["bits_per_byte"] = nats / (math.log(2) * num_bytes)
+        return values  # type: ignore[return-value]
+
+    def _statistics(self, probe: dict[str, Any], packing: Packing) -> dict[str, Any]:
+        """Event fields of logging steps."""
+        values: dict[str, Any] = dict(block_fields(probe, packing))
+        loads = [load_stats(layer.counts_E) for layer in self.moe_layers()]
+        if loads:
+            values["expert_load_max_over_mean"] = torch.stack([load.max_over_mean for load in loads]).mean()
+            values["expert_load_entropy"] = torch.stack([load.entropy for load in loads]).mean()
+        peak = peak_memory_gb(self.device)
+        if self.part is None:
+            return {"peak_memory_gb": peak, **values}
+        # means over the processes, each with its tokens and its layers
+        here = {**values, **{f"count/{name}": 1.0 for name in values}}
+        everywhere = self.totals.add_up(here)
+        most = scalar(peak, self.device, torch.float32)
+        self.mesh.world.all_reduce(most, "max")
+        means = {
+            name: total / everywhere[f"count/{name}"]
+            for name, total in everywhere.items()
+            if not name.startswith("count/")
+        }
+        return {"peak_memory_gb": most, **means}
+
+    def gradients(
+        self, step: int, batches: list[Batch], probe: dict[str, Any] | None = None, replay: Replay = None
+    ) -> LossLedger:
+        """Add up the gradients of one optimizer step, of all processes: those of `parameters()` are complete after it.
+
+        batches  this process's share of every micro-batch, on its device
+        probe    where the decisions of the last micro-batch are collected
+        replay   for each micro-batch the decisions to reuse
+        returns  the loss terms as far as they arose in this process, with global counts
+        """
+        objective = self.run.phase(step).objective
+        tokens = float(sum(batch.num_tokens for batch in batches) * self.mesh.data.size)
+        ledger = LossLedger({"tokens": tokens, **self._everywhere(objective.totals(batches))})
+        for layer in self.moe_layers():
+            layer.reset_step()
+        if self.part is not None:
+            self.part.shards.begin_step(len(batches))
+        for number, batch in enumerate(batches):
+            watched = probe if number == len(batches) - 1 else None
+            given = None if replay is None else replay[number]
+            forward_backward(self.model, objective, batch, ledger, self.dtype, replay=given, probe=watched)
+        if self.part is not None:
+            self.part.shards.finish_step()
+        return ledger
+
+    def _everywhere(self, totals: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
+        """Counts added up over all tokens of the step."""
+        if self.mesh.tokens.size == 1:
+            return totals
+        flat = torch.stack([scalar(value, self.device, torch.float64) for value in totals.values()])
+        self.mesh.tokens.all_reduce(flat)
+        return dict(zip(totals, flat.float().unbind(), strict=True))
 
     def cost_of(self, batch: Batch) -> Cost:
         """Cost of a micro-batch, before it leaves the host."""
@@ -144,7 +263,7 @@ class Trainer:
         if key not in self._cost_cache:
             if len(self._cost_cache) > 64:
                 self._cost_cache.clear()
-            self._cost_cache[key] = self.model.cost(batch.packing, element_size=self.dtype.itemsize)
+            self._cost_cache[key] = self.whole.cost(batch.packing, element_size=self.dtype.itemsize)
         return self._cost_cache[key]
 
     def moe_layers(self) -> list[MoELayer]:
@@ -173,12 +292,12 @@ class Trainer:
             self.model.init_weights(self.run.seed, only=fresh)
             self._cost_cache.clear()
         self.optimizer.set_phase(
-            dict(self.model.named_parameters()),
-            self.model.parameter_roles(),
+            self.parameters(),
+            self.roles(),
             trainable=phase.trainable,
             lr_scales=phase.lr_scales,
         )
-        self.spikes.measure(self.optimizer.params, self.model.blocks)
+        self._measure_norms()
         self.renew_copies()
         return True
 
@@ -259,7 +378,7 @@ class Trainer:
 
     def describe(self, folder: Path, start: int, epochs: dict[str, float]) -> list[str]:
         """What is about to run, a line each: model, data, back ends, where it starts."""
-        counts, run = self.model.num_params(), self.run
+        counts, run = self.whole.num_params(), self.run
         mixers = {type(mixer).__name__.removesuffix("Config") for mixer in self.model.cfg.mixers()}
         tokens = run.steps * run.samples_per_step * run.seq_len
         return [
@@ -276,7 +395,7 @@ class Trainer:
 
     def origin_fields(self, corpus: Corpus | Mixture) -> dict[str, Any]:
         """What the log must say once about where and on what the run runs."""
-        counts = self.model.num_params()
+        counts = self.whole.num_params()
         return {
             "recipe": self.run.name,
             "config_hash": config_hash(self.run),

@@ -77,9 +77,14 @@ class TrainingBatches:
         """Micro-batches of a step, the same in all stages."""
         return self.curriculum.batches_per_step
 
-    def batch(self, step: int, micro: int = 0) -> Batch:
-        """The micro-batch: T = samples_per_batch * seq_len tokens on the CPU, N = the stage's max_docs."""
+    def batch(self, step: int, micro: int = 0, share: tuple[int, int] = (0, 1)) -> Batch:
+        """The micro-batch: T = samples_per_batch * seq_len tokens on the CPU, N = the stage's max_docs.
+
+        share  (index, parts): only the index-th of equal parts of its samples, in order, and of T
+        """
         part_n, start_n = self.curriculum.samples(step, micro)
+        mine = share_of(len(part_n), share)
+        part_n, start_n = part_n[mine], start_n[mine]
         index = self.curriculum.stage_index(step)
         seq_len = self.curriculum.stages[index].seq_len
         samples = [
@@ -88,9 +93,9 @@ class TrainingBatches:
         ]
         return _cut(samples, seq_len, self.max_docs_of_stage[index], self._bytes_V)
 
-    def step(self, step: int) -> list[Batch]:
-        """All micro-batches of a step."""
-        return [self.batch(step, micro) for micro in range(self.batches_per_step)]
+    def step(self, step: int, share: tuple[int, int] = (0, 1)) -> list[Batch]:
+        """All micro-batches of a step, or the given share of each."""
+        return [self.batch(step, micro, share) for micro in range(self.batches_per_step)]
 
     def _documents_needed(self, index: int) -> int:
         """Least N known to hold every batch of a stage; O(documents + samples log samples)."""
@@ -104,6 +109,14 @@ class TrainingBatches:
                 epochs = 1 if taken == 1 else (taken - 2) // num_samples + 2
                 most.append(_most_documents(stream, stage.seq_len, num_samples, taken, epochs))
         return int(np.sort(np.concatenate(most))[::-1][: stage.samples_per_batch].sum())
+
+
+def share_of(num_samples: int, share: tuple[int, int]) -> slice:
+    """The samples of a micro-batch that are the index-th of `parts` equal parts; share: (index, parts)."""
+    index, parts = share
+    if num_samples % parts:
+        raise ValueError(f"{num_samples} samples of a micro-batch cannot be divided into {parts} equal parts")
+    return slice(index * num_samples // parts, (index + 1) * num_samples // parts)
 
 
 class BatchSource(TrainingBatches):

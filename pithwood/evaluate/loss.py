@@ -23,7 +23,7 @@ def evaluate_loss(model: Qwen3MoE, batches: Iterable[Batch], dtype: torch.dtype 
     raises   ValueError if a mixer's selection can see the future (perplexity would be too low), or there are no batches
     """
     check_strictly_causal(model)
-    sums = torch.zeros(3, dtype=torch.float64, device=model.head_weight.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=model.device)
     for batch, nll_T in token_losses(model, batches, dtype):
         weight_T = batch.columns["loss_weight"].double()
         num_bytes = (batch.columns["target_bytes"] * weight_T).sum()
@@ -44,7 +44,7 @@ def token_losses(
     model: Qwen3MoE, batches: Iterable[Batch], dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Each batch on the model's device, with its losses [T] fp64 in nats; the model's mode is put back at the end."""
-    device = model.head_weight.device
+    device = model.device
     was_training = model.training
     model.eval()
     try:

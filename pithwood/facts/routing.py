@@ -41,7 +41,7 @@ def measure_routing(model: Qwen3MoE, batches: Iterable[Batch], dtype: torch.dtyp
     experts: dict[int, Tensor] = {}
     blocks: dict[int, _BlockChoices] = {}
     tokens = 0
-    device = model.head_weight.device
+    device = model.device
     for batch in batches:
         probe: dict[str, Any] = {}
         packing = batch.packing.to(device)

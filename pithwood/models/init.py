@@ -29,8 +29,9 @@ def normal_values(seed: int, name: str, index: Tensor, std: float) -> Tensor:
 
 
 @torch.no_grad()
-def fill_normal(tensor: Tensor, seed: int, name: str, std: float) -> None:
-    """Fill a whole (unsharded) contiguous tensor in place; std 0 gives zeros."""
+def fill_normal(tensor: Tensor, seed: int, name: str, std: float, first: int = 0) -> None:
+    """Fill a contiguous tensor in place; std 0 gives zeros. first: the number of its first element in the tensor of
+    this name, of which it is a contiguous range."""
     if std == 0.0:
         tensor.zero_()
         return
@@ -38,7 +39,7 @@ def fill_normal(tensor: Tensor, seed: int, name: str, std: float) -> None:
     chunk = _GPU_CHUNK if tensor.is_cuda else _CPU_CHUNK
     for start in range(0, flat.numel(), chunk):
         stop = min(start + chunk, flat.numel())
-        index = torch.arange(start, stop, dtype=torch.int64, device=tensor.device)
+        index = torch.arange(first + start, first + stop, dtype=torch.int64, device=tensor.device)
         flat[start:stop] = normal_values(seed, name, index, std).to(tensor.dtype)
 
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -22,10 +24,10 @@ from torch import Tensor, nn
 
 from pithwood.attention.base import CacheField, Cost, LayerContext, Mixer, MixerConfig, MixerOut, MixerShape, Mode
 from pithwood.attention.full import FullAttentionConfig
-from pithwood.attention.moba import MoBAConfig
-from pithwood.attention.projections import HeadsConfig
 from pithwood.losses import LossLedger
+from pithwood.models.hf_form import hf_config
 from pithwood.models.init import fill_normal
+from pithwood.models.part import ModelPart
 from pithwood.models.recompute import ActivationPlan, BlockCost
 from pithwood.models.stages import CompiledStages
 from pithwood.moe.config import MoEConfig
@@ -170,7 +172,7 @@ class Block(nn.Module):
     compiled: CompiledStages | None = None
     """The stages compiled, for passes that record losses; None runs them as they are."""
 
-    def __init__(self, cfg: Qwen3MoEConfig, layer: int) -> None:
+    def __init__(self, cfg: Qwen3MoEConfig, layer: int, part: ModelPart | None = None) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.model_dim, cfg.norm_eps)
         self.self_attn = cfg.mixers()[layer].build(_mixer_shape(cfg, layer))
@@ -235,30 +237,54 @@ class Block(nn.Module):
 
 
 class Qwen3MoE(nn.Module):
-    """The whole model. Parameters are uninitialised until `init_weights` or a loaded checkpoint fills them."""
+    """The whole model, or the part of it that a process of a mesh holds. Parameters are uninitialised until
+    `init_weights` or a loaded checkpoint fills them.
+    """
 
-    def __init__(self, cfg: Qwen3MoEConfig) -> None:
+    def __init__(self, cfg: Qwen3MoEConfig, part: ModelPart | None = None) -> None:
         super().__init__()
         cfg.validate()
         self.cfg = cfg
+        self.part = part
+        """What of the model is here, and with whom it is shared; None in one process."""
+        self.layers = tuple(range(cfg.num_layers)) if part is None else part.layers
+        """Numbers of the layers that are here."""
         self.activations = ActivationPlan.keep_all(cfg.num_layers)
         """How the blocks keep what their backward pass needs; `keep_activations` changes it."""
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(
-                    cfg.vocab_size, cfg.model_dim, _weight=torch.empty(cfg.vocab_size, cfg.model_dim)
-                ),
-                "layers": nn.ModuleList([Block(cfg, layer) for layer in range(cfg.num_layers)]),
-                "norm": RMSNorm(cfg.model_dim, cfg.norm_eps),
-            }
-        )
-        if not cfg.tie_embeddings:
-            self.lm_head = nn.Linear(1, 1, bias=False)
-            self.lm_head.weight = nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim))
+        self.model = nn.ModuleDict()
+        if part is None or part.first:
+            self.model["embed_tokens"] = nn.Embedding(
+                cfg.vocab_size, cfg.model_dim, _weight=torch.empty(cfg.vocab_size, cfg.model_dim)
+            )
+            self._divide("embed")
+        self.model["layers"] = nn.ModuleDict()
+        for layer in self.layers:
+            self.model["layers"][str(layer)] = Block(cfg, layer, part)  # type: ignore[operator]
+            self._divide(f"layers.{layer}")
+        if part is None or part.last:
+            self.model["norm"] = RMSNorm(cfg.model_dim, cfg.norm_eps)
+            if not cfg.tie_embeddings:
+                self.lm_head = nn.Linear(1, 1, bias=False)
+                self.lm_head.weight = nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim))
+            self._divide("head")
+
+    def _divide(self, key: str) -> None:
+        """Hand the parameters that were just made, a block's for instance, to those that divide them."""
+        if self.part is not None:
+            roles = self.parameter_roles()
+            taken = self.part.shards.names()
+            made = {name: param for name, param in self.named_parameters() if name not in taken}
+            self.part.divide(key, made, roles, self.cfg)
 
     @property
     def blocks(self) -> list[Block]:
-        return list(self.model["layers"])  # type: ignore[call-overload]
+        """Of the layers that are here, in order."""
+        return list(self.model["layers"].values())  # type: ignore[operator]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.parameters()).device
 
     @property
     def head_weight(self) -> Tensor:
@@ -275,6 +301,7 @@ class Qwen3MoE(nn.Module):
         cache: Any = None,
         replay: dict[str, Any] | None = None,
         probe: dict[str, Any] | None = None,
+        cp: Any = None,
     ) -> Tensor:
         """[T, D] final normalised hidden states in `dtype`.
 
@@ -282,14 +309,42 @@ class Qwen3MoE(nn.Module):
         ledger    where losses that arise inside layers are recorded and scaled; None drops them
         cache     a `generate.cache.Cache` in modes prefill and decode
         replay    decisions to reuse, probe: where decisions are collected (see LayerContext.decide)
+        cp        the other processes' tokens of the same samples, see `parallel.context`
         """
-        x_TD = embed(tokens_T, self.model["embed_tokens"].weight, dtype)  # type: ignore[arg-type]
+        ctx = self.context(packing, mode=mode, ledger=ledger, replay=replay, probe=probe, cp=cp)
+        x_TD, _ = self.run_layers(self.layers, self.embed(tokens_T, dtype), ctx, {}, cache)
+        return self.final_norm(x_TD)
+
+    def context(self, packing: Packing, **fields: Any) -> LayerContext:
+        """What all layers read in one pass over a micro-batch."""
         rope = Rope.from_positions(packing.position_T, self.cfg.head_dim, self.cfg.rope_theta)
-        ctx = LayerContext(packing, rope, mode=mode, replay=replay, probe=probe, ledger=ledger)
-        carry: dict[str, Tensor] = {}
-        for layer, block in enumerate(self.blocks):
-            layer_cache = None if cache is None else cache.layer(layer, packing)
-            x_TD, carry = self.activations.run(block, x_TD, replace(ctx, layer=layer, cache=layer_cache, carry=carry))
+        return LayerContext(packing, rope, **fields)
+
+    def embed(self, tokens_T: Tensor, dtype: torch.dtype) -> Tensor:
+        """[T, D] in `dtype`: the first stage's beginning."""
+        if self.part is not None:
+            self.part.shards.available("embed")
+        return embed(tokens_T, self.model["embed_tokens"].weight, dtype)  # type: ignore[arg-type]
+
+    def run_layers(
+        self, layers: Iterable[int], x_TD: Tensor, ctx: LayerContext, carry: dict[str, Tensor], cache: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Some consecutive layers: (their output, the carry for the layer after them)."""
+        for layer in layers:
+            block = self.model["layers"][str(layer)]  # type: ignore[index]
+            layer_cache = None if cache is None else cache.layer(layer, ctx.packing)
+            here = replace(ctx, layer=layer, cache=layer_cache, carry=carry)
+            if self.part is None:
+                x_TD, carry = self.activations.run(block, x_TD, here)
+            else:
+                run = partial(self.activations.run, block)
+                x_TD, carry = self.part.shards.run(f"layers.{layer}", run, x_TD, here)
+        return x_TD, carry
+
+    def final_norm(self, x_TD: Tensor) -> Tensor:
+        """[T, D] normalised hidden states: what the heads read."""
+        if self.part is not None:
+            self.part.shards.available("head")
         return self.model["norm"](x_TD)
 
     def forward_cached(self, tokens_T: Tensor, packing: Packing, cache: Any, mode: Mode) -> Tensor:
@@ -311,12 +366,17 @@ class Qwen3MoE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, only: set[str] | None = None) -> None:
-        """Fill parameters (all, or those named) from (seed, name, element index); norms start at 1, biases at 0."""
+        """Fill parameters (all, or those named) from (seed, name, element index); norms start at 1, biases at 0. Of
+        divided ones this process's pieces are filled."""
         roles = self.parameter_roles()
         mixers = self.cfg.mixers()
+        pieces = {} if self.part is None else {weight.name: weight for weight in self.part.shards.weights()}
         for name, param in self.named_parameters():
             if only is not None and name not in only:
                 continue
+            start = 0
+            if name in pieces:
+                param, start = pieces[name].kept, pieces[name].piece.start
             kind = roles[name].kind
             if kind == "norm":
                 param.fill_(1.0)
@@ -331,14 +391,14 @@ class Qwen3MoE(nn.Module):
             if local is not None:
                 std = mixers[layer].init_std(local, std or 0.0)
             if std is not None:
-                fill_normal(param, seed, name, std)
+                fill_normal(param, seed, name, std, start)
 
     def parameter_roles(self) -> dict[str, ParamRole]:
         """How the optimizer should treat each parameter: its kind, and for Muon the [matrices, rows, cols] it consists
         of.
         """
         overrides: dict[str, tuple[int, int, int] | None] = {}
-        for layer, block in enumerate(self.blocks):
+        for layer, block in zip(self.layers, self.blocks, strict=False):
             for local, shape in block.self_attn.optimizer_shapes().items():
                 overrides[f"model.layers.{layer}.self_attn.{local}"] = shape
             if isinstance(block.mlp, MoELayer):
@@ -349,7 +409,8 @@ class Qwen3MoE(nn.Module):
     def keep_activations(self, plan: ActivationPlan) -> None:
         """Keep activations as the plan says; selective blocks gather the rows of their experts again."""
         self.activations = plan
-        for block, recompute in zip(self.blocks, plan.recompute, strict=True):
+        for layer, block in zip(self.layers, self.blocks, strict=True):
+            recompute = plan.recompute[layer]
             if isinstance(block.mlp, MoELayer):
                 block.mlp.save_rows = self.cfg.moe.save_rows and recompute != "selective"
 
@@ -377,8 +438,8 @@ class Qwen3MoE(nn.Module):
         cfg = replace(self.cfg, attention=attention)
         cfg.validate()
         before = dict(self.named_parameters())
-        with self.head_weight.device:
-            for layer, block in enumerate(self.blocks):
+        with self.device:
+            for layer, block in zip(self.layers, self.blocks, strict=True):
                 block.self_attn = cfg.mixers()[layer].build(_mixer_shape(cfg, layer))
         self.cfg = cfg
         new = set()
@@ -458,52 +519,8 @@ class Qwen3MoE(nn.Module):
         return BlockCost(cost + block.mlp.cost(tokens, element_size), inputs, cheap)
 
     def hf_config(self) -> dict[str, Any]:
-        """config.json of the Hugging Face form; raises ValueError if Qwen3-MoE cannot express this model.
-
-        MoBA's parameters are those of full attention, and the form knows no other: a model with MoBA is exported to be
-        read as full attention, which is the same function up to documents of block_size * top_k tokens.
-        """
-        moe, cfg = self.cfg.moe, self.cfg
-        foreign = [
-            reason
-            for present, reason in (
-                (moe.score != "softmax", f"moe.score={moe.score!r}"),
-                (moe.num_shared_experts > 0, f"moe.num_shared_experts={moe.num_shared_experts}"),
-                (moe.num_groups > 1, f"moe.num_groups={moe.num_groups}"),
-                (moe.scale != 1.0, f"moe.scale={moe.scale}"),
-                (moe.bias_update_rate is not None, f"moe.bias_update_rate={moe.bias_update_rate}"),
-                (not cfg.qk_norm, "qk_norm=false"),
-            )
-            if present
-        ]
-        foreign += dict.fromkeys(reason for mixer in cfg.mixers() for reason in _not_full_attention(mixer))
-        if foreign:
-            raise ValueError(
-                f"Qwen3-MoE's Hugging Face form has no place for {', '.join(foreign)}; export a model without them"
-            )
-        return {
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "model_type": "qwen3_moe",
-            "vocab_size": cfg.vocab_size,
-            "hidden_size": cfg.model_dim,
-            "num_hidden_layers": cfg.num_layers,
-            "num_attention_heads": cfg.num_heads,
-            "num_key_value_heads": cfg.num_kv_heads,
-            "head_dim": cfg.head_dim,
-            "attention_bias": cfg.attention_bias,
-            "hidden_act": "silu",
-            "intermediate_size": cfg.dense_dim,
-            "moe_intermediate_size": moe.expert_dim,
-            "num_experts": moe.num_experts,
-            "num_experts_per_tok": moe.top_k,
-            "norm_topk_prob": moe.renormalize,
-            "mlp_only_layers": list(cfg.dense_layers),
-            "decoder_sparse_step": 1,
-            "router_aux_loss_coef": moe.balance_coef,
-            "rms_norm_eps": cfg.norm_eps,
-            "rope_theta": cfg.rope_theta,
-            "tie_word_embeddings": cfg.tie_embeddings,
-        }
+        """config.json of the Hugging Face form; raises ValueError if Qwen3-MoE cannot express this model."""
+        return hf_config(self.cfg)
 
 
 def _mixer_shape(cfg: Qwen3MoEConfig, layer: int) -> MixerShape:
@@ -518,19 +535,6 @@ def _mixer_shape(cfg: Qwen3MoEConfig, layer: int) -> MixerShape:
         qk_norm=cfg.qk_norm,
         bias=cfg.attention_bias,
     )
-
-
-def _not_full_attention(mixer: MixerConfig) -> list[str]:
-    """What in a mixer's configuration the attention of transformers' Qwen3-MoE cannot do with the same weights."""
-    # exact types: what a mixer derived from these computes is not known here
-    if type(mixer) not in (FullAttentionConfig, MoBAConfig):
-        return [f"attention={type(mixer).__name__}"]
-    assert isinstance(mixer, HeadsConfig)
-    plain = HeadsConfig()
-    names = ("rope", "softmax_scale", "key_conv")
-    return [
-        f"attention.{name}={getattr(mixer, name)}" for name in names if getattr(mixer, name) != getattr(plain, name)
-    ]
 
 
 def _mixer_name(name: str) -> tuple[int, str | None]:

@@ -123,6 +123,10 @@ class Shards:
         for unit in self.units.values():
             yield from unit.weights
 
+    def names(self) -> set[str]:
+        """Of all weights that were taken over."""
+        return {weight.name for weight in self.weights()}
+
     def kept(self) -> dict[str, Tensor]:
         """What the optimizer updates, by name."""
         return {weight.name: weight.kept for weight in self.weights()}

@@ -1,0 +1,46 @@
+"""Values for the log, added up over the processes that hold parts of them, without a wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pithwood.parallel.mesh import Mesh
+
+
+class Totals:
+    """Adds up named scalars over all tokens and all stages of a mesh; in one process they stay as they are.
+
+    Names may differ between stages, not between the processes of a stage. Which there are is asked once for each set of
+    own names, so every process must come with new names at the same call.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self._names: dict[tuple[str, ...], list[str]] = {}
+
+    def add_up(self, values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+        """The sums, by name; those of other stages' names too."""
+        device = self.mesh.device
+        # gloo adds in fp64; on a GPU fp32 is what the values have
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        own = {name: scalar(value, device, dtype) for name, value in values.items()}
+        if self.mesh.world.size == 1:
+            return own
+        key = tuple(own)
+        if key not in self._names:
+            found = self.mesh.pp.all_gather_objects(list(key))
+            self._names[key] = sorted({name for names in found for name in names})
+        names, nothing = self._names[key], torch.zeros((), dtype=dtype, device=device)
+        flat = torch.stack([own.get(name, nothing) for name in names])
+        self.mesh.tokens.all_reduce(flat)
+        self.mesh.pp.all_reduce(flat)
+        return dict(zip(names, flat.unbind(), strict=True))
+
+
+def scalar(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A scalar on the device, detached."""
+    # a host number is filled in on the device: copying it there would make the host wait
+    return value.detach().to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
