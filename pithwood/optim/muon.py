@@ -177,120 +177,130 @@ def chunk_slices(slices: list[MuonSlice], dtype: torch.dtype) -> list[list[MuonS
     return chunks
 
 
+@dataclass(frozen=True)
+class MuonRule:
+    """What all matrices of a step share."""
+
+    momentum: float
+    nesterov: bool
+    ns_steps: int
+    ns_dtype: torch.dtype
+    grad_scale: Tensor
+    """fp32 scalar on the device, multiplies the gradients (clipping)."""
+    ok: Tensor
+    """Bool scalar on the device; where it is false, parameters and momentum keep every bit."""
+
+
 def muon_update(
     slices: list[MuonSlice],
+    rule: MuonRule,
     *,
-    momentum: float,
-    nesterov: bool,
-    ns_steps: int,
-    ns_dtype: torch.dtype,
-    grad_scale: Tensor,
-    ok: Tensor,
     residence: Residence = in_place,
     impl: Literal["torch", "triton"] | None = None,
 ) -> None:
-    """Take one Muon step in place on every slice; where `ok` is false parameters and momentum keep every bit.
+    """Take one Muon step in place on every slice.
 
-    grad_scale  fp32 scalar on the device, multiplies the gradients (clipping)
-    ok          bool scalar on the device
     residence   brings each chunk's momentum to the device and back where it does not live there
-    impl        "torch": plain operations. "triton": element-wise work fused into two passes, which on a GPU is told
-                from torch's own writes only by whoever calls `torch.autograd.graph.increment_version`. None: "triton"
-                on CUDA, "torch" elsewhere
-    raises      ValueError for an impl that does not fit
+    impl        see `uses_kernels`
 
     Momentum is the running mean m <- m + (1 - momentum) (g - m) of torch.optim.Muon. Both writes go through a select
     on `ok`, not a product with it, since 0 * NaN is NaN. No host sync.
     """
     if not slices:
         return
+    fused = uses_kernels(slices[0].param, impl)
+    chunks = chunk_slices(slices, rule.ns_dtype)
+    for index, momenta in enumerate(residence([[item.momentum for item in chunk] for chunk in chunks])):
+        update_chunk(chunks[index], momenta, rule, fused)
+
+
+def uses_kernels(param: Tensor, impl: Literal["torch", "triton"] | None) -> bool:
+    """Whether the element-wise work is fused into two passes; ValueError for an impl that does not fit.
+
+    impl  "torch": plain operations. "triton": kernels, which on a GPU are told from torch's own writes only by whoever
+          calls `torch.autograd.graph.increment_version`. None: "triton" on CUDA, "torch" elsewhere
+    """
     check_impl(impl, ("torch", "triton"))
-    on_gpu = slices[0].param.is_cuda
-    misfit = triton_misfit(slices[0].param)
+    misfit = triton_misfit(param)
     if impl == "triton" and misfit:
         raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='torch'")
-    run = _fused_chunk if impl == "triton" or (impl is None and on_gpu and INSTALLED) else _plain_chunk
-    chunks = chunk_slices(slices, ns_dtype)
-    for index, momenta in enumerate(residence([[item.momentum for item in chunk] for chunk in chunks])):
-        run(chunks[index], momenta, momentum, nesterov, ns_steps, ns_dtype, grad_scale, ok)
+    return impl == "triton" or (impl is None and param.is_cuda and INSTALLED)
 
 
-def _plain_chunk(
-    chunk: list[MuonSlice],
-    momenta: list[Tensor],
-    momentum: float,
-    nesterov: bool,
-    ns_steps: int,
-    ns_dtype: torch.dtype,
-    grad_scale: Tensor,
-    ok: Tensor,
-) -> None:
-    updates: list[Tensor] = []
-    for item, held_MRC in zip(chunk, momenta, strict=True):
-        grad_MRC = item.grad * grad_scale
-        old_MRC = held_MRC.float()
-        mean_MRC = torch.lerp(old_MRC, grad_MRC, 1.0 - momentum)
-        if held_MRC.dtype == torch.float32:
-            torch.where(ok, mean_MRC, held_MRC, out=held_MRC)
-        else:
-            # What bf16 holds already is rounded to itself: a skipped step changes nothing.
-            bits = random_bits(held_MRC.numel(), item.key, item.first, held_MRC.device)
-            held_MRC.copy_(round_to_bf16(torch.where(ok, mean_MRC, old_MRC), bits))
-        updates.append((grad_MRC.lerp_(mean_MRC, momentum) if nesterov else mean_MRC).to(ns_dtype))
-    ortho_MRC = orthogonalize(updates[0] if len(updates) == 1 else torch.cat(updates), ns_steps, ns_dtype)
-    scale = update_scale(ortho_MRC.shape[1], ortho_MRC.shape[2])
-    start = 0
-    for item in chunk:
-        stop = start + item.param.shape[0]
-        moved_MRC = item.param * (1.0 - item.lr * item.weight_decay)
-        moved_MRC.add_(ortho_MRC[start:stop], alpha=-item.lr * scale)
-        torch.where(ok, moved_MRC, item.param, out=item.param)
-        if item.copy is not None:
-            item.copy.copy_(item.param)
-        start = stop
-
-
-def _fused_chunk(
-    chunk: list[MuonSlice],
-    momenta: list[Tensor],
-    momentum: float,
-    nesterov: bool,
-    ns_steps: int,
-    ns_dtype: torch.dtype,
-    grad_scale: Tensor,
-    ok: Tensor,
-) -> None:
-    from pithwood.optim.kernels_triton import momentum_pass, norm_parts, weights_pass
-
+def update_chunk(chunk: list[MuonSlice], momenta: list[Tensor], rule: MuonRule, fused: bool) -> None:
+    """Update matrices of one shape together; `momenta` are those of the slices, on the device."""
     _, rows, cols = chunk[0].param.shape
     stops = list(itertools.accumulate(item.param.shape[0] for item in chunk))
     places = [slice(stop - item.param.shape[0], stop) for item, stop in zip(chunk, stops, strict=True)]
-    update_MRC = chunk[0].param.new_empty(stops[-1], rows, cols, dtype=ns_dtype)
-    squares_MP = chunk[0].param.new_empty(stops[-1], norm_parts(rows * cols))
-    for item, held_MRC, place in zip(chunk, momenta, places, strict=True):
-        momentum_pass(
-            item.grad.contiguous(),
-            held_MRC,
-            update_MRC[place],
-            squares_MP[place],
-            momentum=momentum,
-            nesterov=nesterov,
-            grad_scale=grad_scale,
-            ok=ok,
-            key=item.key,
-            first=item.first,
-        )
-    if symmetric_pays(update_MRC):
-        inverse_M = squares_MP.sum(1).sqrt_().clamp_(min=NORM_EPS).reciprocal_()
-        ortho_MRC = orthogonalize_scaled(update_MRC, inverse_M, ns_steps)
+    if fused:
+        from pithwood.optim.kernels_triton import norm_parts
+
+        update_MRC = chunk[0].param.new_empty(stops[-1], rows, cols, dtype=rule.ns_dtype)
+        squares_MP = chunk[0].param.new_empty(stops[-1], norm_parts(rows * cols))
+        for item, held_MRC, place in zip(chunk, momenta, places, strict=True):
+            draw_momentum_fused(item, held_MRC, rule, update_MRC[place], squares_MP[place])
+        ortho_MRC = orthogonalize_fast(update_MRC, rule.ns_steps, squares_MP.sum(1))
     else:
-        ortho_MRC = orthogonalize(update_MRC, ns_steps, ns_dtype)
+        updates = [draw_momentum(item, held_MRC, rule) for item, held_MRC in zip(chunk, momenta, strict=True)]
+        update_MRC = updates[0] if len(updates) == 1 else torch.cat(updates)
+        ortho_MRC = orthogonalize(update_MRC, rule.ns_steps, rule.ns_dtype)
     for item, place in zip(chunk, places, strict=True):
-        weights_pass(
-            item.param,
-            ortho_MRC[place],
-            item.copy,
-            decay=1.0 - item.lr * item.weight_decay,
-            step_size=item.lr * update_scale(rows, cols),
-            ok=ok,
-        )
+        move_weights(item, ortho_MRC[place], update_scale(rows, cols), rule, fused)
+
+
+def draw_momentum(item: MuonSlice, held: Tensor, rule: MuonRule) -> Tensor:
+    """Draw the momentum, held on the device, towards the gradient; returns what is to be orthogonalised."""
+    grad = item.grad * rule.grad_scale
+    old = held.float()
+    mean = torch.lerp(old, grad, 1.0 - rule.momentum)
+    if held.dtype == torch.float32:
+        torch.where(rule.ok, mean, held, out=held)
+    else:
+        # What bf16 holds already is rounded to itself: a skipped step changes nothing.
+        bits = random_bits(held.numel(), item.key, item.first, held.device)
+        held.copy_(round_to_bf16(torch.where(rule.ok, mean, old), bits))
+    return (grad.lerp_(mean, rule.momentum) if rule.nesterov else mean).to(rule.ns_dtype)
+
+
+def draw_momentum_fused(item: MuonSlice, held: Tensor, rule: MuonRule, update: Tensor, squares: Tensor) -> None:
+    """As `draw_momentum` in one kernel, written to `update`; `squares` gets its squared norms in parts."""
+    from pithwood.optim.kernels_triton import momentum_pass
+
+    momentum_pass(
+        item.grad.contiguous(),
+        held,
+        update,
+        squares,
+        momentum=rule.momentum,
+        nesterov=rule.nesterov,
+        grad_scale=rule.grad_scale,
+        ok=rule.ok,
+        key=item.key,
+        first=item.first,
+    )
+
+
+def orthogonalize_fast(update_MRC: Tensor, ns_steps: int, square_M: Tensor | None = None) -> Tensor:
+    """As `orthogonalize` in the update's dtype by the symmetric kernels where they pay; the update may be overwritten.
+
+    square_M  [M] fp32: the squared norms, where they are known
+    """
+    if not symmetric_pays(update_MRC):
+        return orthogonalize(update_MRC, ns_steps, update_MRC.dtype)
+    if square_M is None:
+        square_M = torch.linalg.vector_norm(update_MRC, dim=(1, 2), dtype=torch.float32).square_()
+    return orthogonalize_scaled(update_MRC, square_M.sqrt_().clamp_(min=NORM_EPS).reciprocal_(), ns_steps)
+
+
+def move_weights(item: MuonSlice, ortho: Tensor, scale: float, rule: MuonRule, fused: bool) -> None:
+    """Decay and step along the orthogonal update, `scale` times; renew the copy."""
+    decay, step_size = 1.0 - item.lr * item.weight_decay, item.lr * scale
+    if fused:
+        from pithwood.optim.kernels_triton import weights_pass
+
+        weights_pass(item.param, ortho, item.copy, decay=decay, step_size=step_size, ok=rule.ok)
+        return
+    moved = (item.param * decay).add_(ortho, alpha=-step_size)
+    torch.where(rule.ok, moved, item.param, out=item.param)
+    if item.copy is not None:
+        item.copy.copy_(item.param)

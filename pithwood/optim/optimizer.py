@@ -19,7 +19,7 @@ from pithwood.optim.clip import clip_scale, global_norm
 from pithwood.optim.config import STATE_DTYPES, MuonConfig, OptimizerConfig
 from pithwood.optim.ema import WeightAverage
 from pithwood.optim.groups import ParamPlan, ParamRole, check_parameters, plan_parameters
-from pithwood.optim.muon import MuonSlice, muon_update, resolve_ns_dtype
+from pithwood.optim.muon import MuonRule, MuonSlice, muon_update, resolve_ns_dtype
 from pithwood.optim.offload import HostState, Residence, in_place
 from pithwood.optim.rounding import RoundingKey, rounding_key
 from pithwood.optim.schedule import schedule_factor, schedule_spans
@@ -192,16 +192,9 @@ class Optimizer:
                     self._rounding_key(MOMENTUM, plan.name, step),
                 )
             )
-        muon_update(
-            slices,
-            momentum=cfg.momentum,
-            nesterov=cfg.nesterov,
-            ns_steps=cfg.ns_steps,
-            ns_dtype=resolve_ns_dtype(cfg.ns_dtype, self.device),
-            grad_scale=scale,
-            ok=ok,
-            residence=self._residence(),
-        )
+        ns_dtype = resolve_ns_dtype(cfg.ns_dtype, self.device)
+        rule = MuonRule(cfg.momentum, cfg.nesterov, cfg.ns_steps, ns_dtype, scale, ok)
+        muon_update(slices, rule, residence=self._residence())
 
     def _step_adamw(self, active: list[tuple[ParamPlan, Tensor, Tensor]], step: int, scale: Tensor, ok: Tensor) -> None:
         cfg = self.cfg

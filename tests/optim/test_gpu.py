@@ -15,7 +15,7 @@ from pithwood.optim import muon
 from pithwood.optim.adamw import AdamWSlice, adamw_update
 from pithwood.optim.config import AdamWConfig, MuonConfig
 from pithwood.optim.groups import ParamRole
-from pithwood.optim.muon import QUINTIC, MuonSlice, muon_update, orthogonalize, orthogonalize_scaled
+from pithwood.optim.muon import QUINTIC, MuonRule, MuonSlice, muon_update, orthogonalize, orthogonalize_scaled
 from pithwood.optim.offload import HostState
 from pithwood.optim.optimizer import Optimizer
 from pithwood.optim.schedule import WarmupStableDecay
@@ -202,9 +202,8 @@ def test_momentum_on_the_host_makes_the_same_step_bit_for_bit(dtype, monkeypatch
         for _ in range(3):
             for item in items:
                 item.grad.add_(1e-3)
-            settings = {"momentum": 0.9, "nesterov": True, "ns_steps": 5, "ns_dtype": torch.bfloat16}
             options = {"residence": host} if away else {}
-            muon_update(items, **settings, grad_scale=one, ok=yes, **options)
+            muon_update(items, MuonRule(0.9, True, 5, torch.bfloat16, one, yes), **options)
         host.settle()
         found = {f"p{i}": item.param.cpu() for i, item in enumerate(items)}
         results.append(found | {f"m{i}": item.momentum.cpu() for i, item in enumerate(items)})
@@ -240,9 +239,9 @@ def test_temporaries_stay_within_their_bound(away):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    settings = {"momentum": 0.9, "nesterov": True, "ns_steps": 5, "ns_dtype": torch.bfloat16}
     options = {"residence": host} if away else {}
-    muon_update([MuonSlice(param, grad, momentum, 0.1, 0.1)], **settings, grad_scale=one, ok=yes, **options)
+    rule = MuonRule(0.9, True, 5, torch.bfloat16, one, yes)
+    muon_update([MuonSlice(param, grad, momentum, 0.1, 0.1)], rule, **options)
     torch.cuda.synchronize()
     most = 2.9e9 if away else 1.05 * muon.GPU_CHUNK_BYTES
     assert torch.cuda.max_memory_allocated() - before < most

@@ -10,7 +10,7 @@ import torch
 from pithwood.optim import kernels_triton
 from pithwood.optim.adamw import AdamWSlice, adamw_update
 from pithwood.optim.kernels_triton import momentum_pass, norm_parts
-from pithwood.optim.muon import MuonSlice, muon_update
+from pithwood.optim.muon import MuonRule, MuonSlice, muon_update
 from pithwood.optim.rounding import random_bits, round_to_bf16, rounding_key
 from tests.numerics import assert_close
 from tests.ops.devices import DEVICE, KERNEL_MARKS
@@ -41,7 +41,7 @@ def adamw_slice(size: int, dtype: torch.dtype = torch.float32, count: float = 3.
 def run_muon(item: MuonSlice, impl: str, ok: bool = True, scale: float = 0.5, **options: Any) -> MuonSlice:
     settings: dict[str, Any] = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "ns_dtype": torch.float32, **options}
     tensors = {"grad_scale": torch.tensor(scale, device=DEVICE), "ok": torch.tensor(ok, device=DEVICE)}
-    muon_update([item], **settings, **tensors, impl=impl)
+    muon_update([item], MuonRule(**settings, **tensors), impl=impl)
     return item
 
 

@@ -15,6 +15,7 @@ from pithwood.optim.config import MuonConfig
 from pithwood.optim.groups import ParamRole
 from pithwood.optim.muon import (
     QUINTIC,
+    MuonRule,
     MuonSlice,
     chunk_slices,
     muon_update,
@@ -201,15 +202,7 @@ def test_nan_in_one_matrix_leaves_nothing_behind_when_not_ok():
     grad[1, 3, 3] = float("nan")
     item = MuonSlice(torch.full((2, 8, 12), -0.0), grad, torch.full((2, 8, 12), -0.0), 0.1, 0.1)
     before = item.param.view(torch.int32).clone()
-    muon_update(
-        [item],
-        momentum=0.95,
-        nesterov=True,
-        ns_steps=5,
-        ns_dtype=torch.float32,
-        grad_scale=torch.tensor(0.0),
-        ok=torch.tensor(False),
-    )
+    muon_update([item], MuonRule(0.95, True, 5, torch.float32, torch.tensor(0.0), torch.tensor(False)))
     # Compare bits: -0.0 == 0.0, and adding a zero would have flipped the sign.
     assert torch.equal(item.param.view(torch.int32), before)
     assert torch.equal(item.momentum.view(torch.int32), before)

@@ -17,7 +17,7 @@ from pithwood.memory import memory_by_kind
 from pithwood.ops.master import in_dtype, keep_copies
 from pithwood.optim.adamw import AdamWSlice, adamw_update
 from pithwood.optim.config import AdamWConfig, MuonConfig, OptimizerConfig
-from pithwood.optim.muon import MuonSlice, muon_update
+from pithwood.optim.muon import MuonRule, MuonSlice, muon_update
 from pithwood.optim.offload import HostState
 from pithwood.optim.optimizer import Optimizer
 from pithwood.recipes.demo import debug
@@ -160,8 +160,7 @@ def test_state_that_visits_in_windows_ends_as_state_that_stays(dtype, monkeypatc
         ]
         options: dict[str, Any] = {"residence": HostState(device)} if away else {}
         for _ in range(2):
-            settings = {"momentum": 0.9, "nesterov": True, "ns_steps": 5, "ns_dtype": torch.float32}
-            muon_update(matrices, **settings, grad_scale=one, ok=yes, **options)
+            muon_update(matrices, MuonRule(0.9, True, 5, torch.float32, one, yes), **options)
             adamw_update(vectors, betas=(0.9, 0.95), eps=1e-8, grad_scale=one, ok=yes, **options)
         results.append(
             {f"m{i}": item.momentum for i, item in enumerate(matrices)}
