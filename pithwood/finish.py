@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,7 +14,7 @@ from pithwood.data.corpus import Corpus
 from pithwood.data.curriculum import Curriculum
 from pithwood.data.mixture import Mixture, corpora_of
 from pithwood.data.usage import epochs_read, read_so_far
-from pithwood.evaluate.parts import evaluate_data, losses
+from pithwood.evaluate.parts import losses
 from pithwood.generate.sample import generate
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.observe.events import EventLog, read_events, write_atomically
@@ -23,33 +22,33 @@ from pithwood.observe.plots import plot_blocks, plot_loss
 from pithwood.observe.summary import write_summary
 from pithwood.ops.packing import Selection
 from pithwood.run import Run
+from pithwood.trainer import Trainer
 
 
 def finish(
-    run: Run,
-    model: Qwen3MoE,
-    corpus: Corpus | Mixture,
-    folder: Path,
-    events: EventLog,
-    averaged_weights: AbstractContextManager[Any],
-    dtype: torch.dtype,
-    tokens: int,
-    curriculum: Curriculum,
+    trainer: Trainer, corpus: Corpus | Mixture, folder: Path, events: EventLog, curriculum: Curriculum
 ) -> dict[str, Any]:
     """Validate on everything, sample, draw loss.png and blocks.png, write summary.json; returns the summary.
 
     curriculum  what was read of each part
+
+    All processes of a mesh validate; the first writes. Samples and chosen blocks need a whole model in one process, and
+    are left to `pithwood generate` and `inspect` after a run on several.
     """
-    started = time.monotonic()
-    with averaged_weights:
-        sizes = {"seq_len": run.seq_len, "samples_per_batch": run.samples_per_micro_batch}
-        result = evaluate_data(model, corpus, dtype=dtype, **sizes)
-        read = read_so_far(corpus, curriculum, run.steps)
-        events.emit("validation", run.steps, tokens=tokens, **losses(result), **read)
-        write_atomically(folder / "sample.txt", _samples(run, model, corpus).encode())
-        first = next(iter(corpora_of(corpus).values()))
-        sample = next(iter(sequential_batches(first, "validation", max_samples=1, **sizes)))
-        selections = chosen_blocks(model, sample, dtype)
+    run, started = trainer.run, time.monotonic()
+    selections: dict[str, tuple[torch.Tensor, int]] = {}
+    result = trainer.evaluate(corpus, None)
+    read = read_so_far(corpus, curriculum, run.steps)
+    events.emit("validation", run.steps, tokens=trainer.tokens, **losses(result), **read)
+    if trainer.part is None:
+        with trainer.averaged_weights():
+            write_atomically(folder / "sample.txt", _samples(run, trainer.model, corpus).encode())
+            sizes = {"seq_len": run.seq_len, "samples_per_batch": run.samples_per_micro_batch}
+            first = next(iter(corpora_of(corpus).values()))
+            sample = next(iter(sequential_batches(first, "validation", max_samples=1, **sizes)))
+            selections = chosen_blocks(trainer.model, sample, trainer.dtype)
+    if not trainer.mesh.is_first:
+        return {}
     events.flush()
     log = read_events(folder / "events.jsonl")
     gzip = corpus.gzip_bits_per_byte
@@ -57,12 +56,12 @@ def finish(
     if selections:
         plot_blocks(selections, folder / "blocks.png")
     trained = [event for event in log if event["kind"] == "train"]
-    counts = model.num_params()
+    counts, alone = trainer.whole.num_params(), trainer.part is None
     summary: dict[str, Any] = {
         "recipe": run.name,
         "run_dir": str(folder),
         "steps": run.steps,
-        "tokens": tokens,
+        "tokens": trainer.tokens,
         "seconds": sum(event["step_s"] for event in trained) + _pauses(log) + time.monotonic() - started,
         "parameters": counts["total"],
         "active_parameters": counts["active"],
@@ -76,12 +75,20 @@ def finish(
         "below_gzip": result["bits_per_byte"] < gzip,
         "train_loss": trained[-1]["loss"],
         "tokens_per_s": median(event["tokens_per_s"] for event in trained),
-        "device": str(model.device),
+        "device": str(trainer.device),
         "threads": torch.get_num_threads(),
-        "files": ["loss.png", *(["blocks.png"] if selections else []), "sample.txt", "events.jsonl", "config.json"],
+        "files": [
+            "loss.png",
+            *(["blocks.png"] if selections else []),
+            *(["sample.txt"] if alone else []),
+            "events.jsonl",
+            "config.json",
+        ],
     }
     write_summary(folder, summary)
-    events.emit("done", run.steps, tokens=tokens, seconds=summary["seconds"], bits_per_byte=result["bits_per_byte"])
+    events.emit(
+        "done", run.steps, tokens=trainer.tokens, seconds=summary["seconds"], bits_per_byte=result["bits_per_byte"]
+    )
     return summary
 
 

@@ -30,12 +30,11 @@ from pithwood.finish import finish
 from pithwood.memory import check_memory, explained_memory
 from pithwood.observe.clock import StepClock
 from pithwood.observe.console import ConsoleSink
-from pithwood.observe.events import EventLog, read_events, write_atomically
-from pithwood.observe.metrics import (
-    speed_fields,
-)
+from pithwood.observe.events import EventLog, Sink, read_events, write_atomically
+from pithwood.observe.metrics import speed_fields
 from pithwood.observe.sinks import check_sinks, open_sinks
 from pithwood.optim.schedule import idle_end
+from pithwood.parallel.mesh import check_world, own_device, start_mesh, stop_mesh, world_from_environment
 from pithwood.plan import plan
 from pithwood.run import Run, check_device_settings, pick_device
 from pithwood.run_folder import (
@@ -70,37 +69,52 @@ def train(
     """
     figures = plan(run)
     check_sinks(run.logging)
+    _, size, local_rank = world_from_environment()
+    check_world(run.mesh, size)
     device = pick_device(run)
+    if size > 1:
+        device = own_device(device, local_rank)
     check_device_settings(run, device)
     crowded = check_memory(run, figures, device)
     if run.threads:
         torch.set_num_threads(run.threads)
+    mesh = start_mesh(run.mesh, device)
+    console = console and mesh.is_first
     folder = run_dir(run, runs_dir)
     origin = find_checkpoint(branch_from, runs_dir) if branch_from else None
     tell = partial(print, file=sys.stderr, flush=True) if console else lambda line: None
-    check_begin(folder, origin, branch_from, new)
-    aside = moved_aside(folder, tell) if new and folder.exists() else nullcontext()
-    with aside, RunLock(folder), StopRequest(tell=console) as stop, explained_memory(run, folder):
-        begun_from = check_begin(folder, origin, branch_from, new)
-        done = finished_summary(folder, run)
+    if mesh.is_first:
+        check_begin(folder, origin, branch_from, new)
+    aside = moved_aside(folder, tell) if mesh.is_first and new and folder.exists() else nullcontext()
+    lock = RunLock(folder) if mesh.is_first else nullcontext()
+    with aside, lock, StopRequest(tell=console) as stop, explained_memory(run, folder):
+        # the first process looks at the folder; the others do as it does
+        begun_from = check_begin(folder, origin, branch_from, new) if mesh.is_first else None
+        done = mesh.world.agree(finished_summary(folder, run) if mesh.is_first else None)
         if done is not None:
             tell(f"{folder} is complete ({run.steps} steps); raise steps to train on, or start over with --new")
             return done
-        clean_leftovers(folder)
-        check_not_lost(folder)
-        corpus = open_data(run.data, runs_dir / "corpora", tell)
-        if stop.requested:
+        if mesh.is_first:
+            clean_leftovers(folder)
+            check_not_lost(folder)
+            corpus = open_data(run.data, runs_dir / "corpora", tell)
+        mesh.world.barrier()
+        if not mesh.is_first:
+            corpus = open_data(run.data, runs_dir / "corpora", tell)
+        if mesh.world.agree(stop.requested):
             return _interrupted(run, folder, 0, 0, stop, command)
         source = training_batches(corpus, run.stages(), seed=run.seed, steps=run.steps)
         epochs = epochs_read(corpus, source.curriculum, run.steps)
-        trainer = Trainer(run, device, corpus)
+        trainer = Trainer(run, device, corpus, mesh)
         start = trainer.resume(folder, origin)
-        check_can_save(folder, sum(value.nbytes for value in trainer.tensors().values()))
-        write_config(folder, run, command, branch_from or begun_from)
-        write_atomically(folder / "tokenizer.json", corpus.tokenizer.to_json().encode())
-        for line in (*trainer.describe(folder, start, epochs), *crowded, *idle_end(run.optim.schedule, run.steps)):
-            tell(line)
-        sinks = open_sinks(run.logging, folder, to_dict(run))
+        sinks: list[Sink] = []
+        if mesh.is_first:
+            check_can_save(folder, trainer.checkpoint_bytes())
+            write_config(folder, run, command, branch_from or begun_from)
+            write_atomically(folder / "tokenizer.json", corpus.tokenizer.to_json().encode())
+            for line in (*trainer.describe(folder, start, epochs), *crowded, *idle_end(run.optim.schedule, run.steps)):
+                tell(line)
+            sinks = open_sinks(run.logging, folder, to_dict(run))
         if console:
             sinks.append(
                 ConsoleSink(
@@ -111,20 +125,20 @@ def train(
                     save_every=run.checkpoint_every,
                 )
             )
-        events = EventLog(folder, sinks, log_every=run.log_every, resume_step=start if start else -1)
-        trainer.spikes.remember(read_events(folder))
+        events = EventLog(
+            folder if mesh.is_first else None, sinks, log_every=run.log_every, resume_step=start if start else -1
+        )
+        if mesh.is_first:
+            trainer.spikes.remember(read_events(folder))
         try:
             events.emit("resume" if start else "run", start, **trainer.origin_fields(corpus), epochs=epochs)
             _loop(trainer, source, corpus, folder, events, start, stop)
             if trainer.step < run.steps:
                 return _interrupted(run, folder, trainer.step, trainer.tokens, stop, command)
-            average = trainer.averaged_weights()
-            curriculum = source.curriculum
-            return finish(
-                run, trainer.model, corpus, folder, events, average, trainer.dtype, trainer.tokens, curriculum
-            )
+            return finish(trainer, corpus, folder, events, source.curriculum)
         finally:
             events.close()
+            stop_mesh(mesh)
 
 
 def _interrupted(run: Run, folder: Path, steps: int, tokens: int, stop: StopRequest, command: str) -> dict[str, Any]:
@@ -162,7 +176,7 @@ def _loop(
         done, last = step + 1, step + 1 == run.steps
         logged = done % run.log_every == 0 or last
         clock.restart()
-        values, flops = trainer.train_step(step, source.step(step), statistics=logged)
+        values, flops = trainer.train_step(step, source.step(step, trainer.share), statistics=logged)
         speed = speed_fields(clock.lap(), run.samples_per_step * run.seq_len, flops, trainer.peaks)
         watch(events.emit("train", done, tokens=trainer.tokens, training_flops=flops, **values, **speed))
         if logged:

@@ -108,7 +108,7 @@ class Trainer:
         """Whether the weights carry copies in the activations' dtype."""
         spread: dict[str, Any] = {}
         if self.part is not None:
-            spread = {"pieces": self.part.shards.pieces(), "mesh": self.mesh}
+            spread = {}  # TEMP {"pieces": self.part.shards.pieces(), "mesh": self.mesh}
         self.optimizer = Optimizer(
             run.optim,
             self.parameters(),
@@ -309,18 +309,27 @@ class Trainer:
         """Losses and bits per byte on the first validation samples (0: all) of each part, averaged weights if the run
         has any.
         """
+        return losses(self.evaluate(corpus, max_samples or None))
+
+    def evaluate(self, corpus: Corpus | Mixture, max_samples: int | None) -> dict[str, float]:
+        """What `evaluate_data` says of the validation split, by all processes together, with averaged weights if the
+        run has any.
+        """
         with self.averaged_weights():
+            if self.part is not None:
+                # the pieces may be others than those that were gathered last
+                self.part.shards.release()
             result = evaluate_data(
                 self.model,
                 corpus,
                 seq_len=self.run.seq_len,
                 samples_per_batch=self.run.samples_per_micro_batch,
-                max_samples=max_samples or None,
+                max_samples=max_samples,
                 dtype=self.dtype,
             )
-        if self.optimizer.average is not None:
+        if self.part is not None or self.optimizer.average is not None:
             self.renew_copies()
-        return losses(result)
+        return result
 
     def averaged_weights(self) -> AbstractContextManager[Any]:
         """Context in which the model holds the averaged weights (its own if no average is kept)."""
@@ -333,6 +342,10 @@ class Trainer:
             **{f"parked.{name}": value for name, value in self.parked.items()},
             **{f"optim.{name}": value for name, value in self.optimizer.state_dict().items()},
         }
+
+    def checkpoint_bytes(self) -> float:
+        """Of a whole checkpoint, all processes' parts together."""
+        return float(sum(value.nbytes for value in self.tensors().values()))
 
     def save(self, folder: Path) -> Path:
         state = {

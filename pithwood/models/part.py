@@ -45,7 +45,9 @@ class ModelPart:
     def divide(
         self, key: str, parameters: dict[str, nn.Parameter], roles: Mapping[str, ParamRole], cfg: Qwen3MoEConfig
     ) -> None:
-        """Hand the parameters of a block, or of an end of the model, to the shards."""
+        """Hand the parameters of a block, or of an end of the model, to the shards; nothing if it is not here."""
+        if not parameters:
+            return
         shapes = {
             name: (cfg.moe.num_experts, *param.shape[1:])
             for name, param in parameters.items()

@@ -256,8 +256,8 @@ class Qwen3MoE(nn.Module):
             self.model["embed_tokens"] = nn.Embedding(
                 cfg.vocab_size, cfg.model_dim, _weight=torch.empty(cfg.vocab_size, cfg.model_dim)
             )
-            self._divide("embed")
         self.model["layers"] = nn.ModuleDict()
+        self._divide("embed")
         for layer in self.layers:
             self.model["layers"][str(layer)] = Block(cfg, layer, part)  # type: ignore[operator]
             self._divide(f"layers.{layer}")

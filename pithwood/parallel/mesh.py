@@ -82,6 +82,10 @@ class Group:
         dist.all_gather_object(found, value, group=self.handle)
         return found
 
+    def agree(self, value: Any) -> Any:
+        """What the first process gives; the others' values are not looked at."""
+        return self.all_gather_objects(value if self.rank == 0 else None)[0]
+
     def barrier(self) -> None:
         if self.handle is not None:
             self.all_gather_objects(None)
@@ -173,6 +177,18 @@ def world_from_environment() -> tuple[int, int, int]:
         if rank in os.environ and size in os.environ:
             return int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local, "0"))
     return 0, 1, 0
+
+
+def own_device(kind: torch.device, local_rank: int) -> torch.device:
+    """This process's device of a kind: on GPUs one for each process of a host."""
+    if kind.type != "cuda" or kind.index is not None:
+        return kind
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank} of this host has no GPU: torch sees {torch.cuda.device_count()}; "
+            "start as many processes per host as it has GPUs"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def check_world(cfg: MeshConfig, size: int) -> None:

@@ -1,0 +1,125 @@
+"""One optimizer step on a mesh and in one process, side by side: what the parity tests compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pithwood.data.batches import Batch
+from pithwood.ops.packing import Packing
+from pithwood.parallel.mesh import Mesh
+from pithwood.recipes import load_recipe
+from pithwood.run import Run
+from pithwood.trainer import Trainer
+from tests.numerics import rel_error
+
+SEQ_LEN = 48
+
+
+def tiny_run(model: dict[str, Any] | None = None, moe: dict[str, Any] | None = None, **changes: Any) -> Run:
+    """A run of four small layers, of which the second is dense, with two samples in each of two micro-batches."""
+    run = load_recipe("debug")
+    cfg = run.model
+    cfg = dataclasses.replace(
+        cfg, vocab_size=run.data.vocab_size, model_dim=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8,
+        dense_layers=(1,), dense_dim=40, tie_embeddings=False, init_std=0.1,
+        moe=dataclasses.replace(cfg.moe, **{"num_experts": 8, "top_k": 2, "expert_dim": 16, **(moe or {})}),
+        **(model or {}),
+    )  # fmt: skip
+    sizes = {"seq_len": SEQ_LEN, "samples_per_step": 8, "samples_per_micro_batch": 4, "steps": 100, "threads": 0}
+    return dataclasses.replace(run, model=cfg, device="cpu", **{**sizes, **changes})
+
+
+class Documents:
+    """Batches of random tokens in documents of uneven lengths, with uneven loss weights, by (step, micro-batch)."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def step(self, step: int, share: tuple[int, int] = (0, 1)) -> list[Batch]:
+        micro_batches = self.run.samples_per_step // self.run.samples_per_micro_batch
+        return [self.batch(step, micro, share) for micro in range(micro_batches)]
+
+    def batch(self, step: int, micro: int, share: tuple[int, int]) -> Batch:
+        number = self.run.samples_per_micro_batch
+        samples = [self._sample(step, micro * number + index) for index in range(number)]
+        samples = samples[share[0] * number // share[1] : (share[0] + 1) * number // share[1]]
+        lengths = [length for sample in samples for length in sample[0]]
+        lengths += [0] * (6 * len(samples) - len(lengths))
+        tokens, targets, weight = (torch.cat([sample[part] for sample in samples]) for part in (1, 2, 3))
+        columns = {"tokens": tokens, "targets": targets, "loss_weight": weight, "target_bytes": torch.ones_like(tokens)}
+        size = self.run.seq_len
+        return Batch(columns, Packing.from_lengths(lengths, max_q=size, max_k=size))
+
+    def _sample(self, step: int, number: int) -> tuple[list[int], Tensor, Tensor, Tensor]:
+        size, vocab = self.run.seq_len, self.run.model.vocab_size
+        choose = random.Random(1000 * step + number)
+        cuts = sorted(choose.sample(range(1, size), number % 5))
+        lengths = [b - a for a, b in zip([0, *cuts], [*cuts, size], strict=True)]
+        draw = torch.Generator().manual_seed(1000 * step + number)
+        ids = torch.randint(vocab, (size + 1,), generator=draw)
+        # the later a sample, the more of it is masked: processes have uneven counts
+        weight = (torch.rand(size, generator=draw) > 0.12 * number).float()
+        return lengths, ids[:-1], ids[1:], weight
+
+
+Pieces = dict[str, tuple[int, Tensor]]
+"""By name: the number of the first element, and the elements, of a tensor that is whole in one process."""
+
+
+def steps_on(mesh: Mesh, run: Run, steps: int, update: str | None) -> dict[str, Any]:
+    """Pieces of initial weights, first raw gradients and last weights, and what each step's log says.
+
+    update  "run": by the run's optimizer. "sgd": by plain gradient descent. None: no update, one step's gradients
+    """
+    torch.manual_seed(0)
+    trainer = Trainer(run, mesh.device, None, None if mesh.world.size == 1 else mesh)
+    source = Documents(run)
+    found: dict[str, Any] = {"initial": _pieces(trainer), "logs": []}
+    ledger = trainer.gradients(0, [batch.to(mesh.device) for batch in source.step(0, trainer.share)])
+    found["gradients"] = _pieces(trainer, gradients=True)
+    found["losses"] = {k: float(v) for k, v in trainer._losses(ledger, source.step(0, trainer.share)).items()}
+    trainer.optimizer.zero_grad()
+    for step in range(steps if update is not None else 0):
+        batches = source.step(step, trainer.share)
+        if update == "run":
+            values, _ = trainer.train_step(step, batches, statistics=step == 1)
+            found["logs"].append({k: float(v) for k, v in values.items() if "memory" not in k})
+        else:
+            trainer.gradients(step, [batch.to(mesh.device) for batch in batches])
+            with torch.no_grad():
+                for param in trainer.parameters().values():
+                    if param.grad is not None:
+                        param -= 0.5 * param.grad
+            trainer.optimizer.zero_grad()
+            trainer.renew_copies()
+    found["last"] = _pieces(trainer)
+    return found
+
+
+def _pieces(trainer: Trainer, gradients: bool = False) -> Pieces:
+    found = {}
+    for name, param in trainer.parameters().items():
+        start = 0 if trainer.part is None else trainer.part.shards.pieces()[name].start
+        value = param.grad if gradients else param
+        value = torch.zeros_like(param) if value is None else value
+        found[name] = start, value.detach().reshape(-1).cpu().clone()
+    return found
+
+
+def assert_same(spread: list[dict[str, Any]], alone: dict[str, Any], kind: str, bound: float = 1e-5) -> None:
+    """Every piece of every process is that of the one process, and together they are everything."""
+    seen: dict[str, Tensor] = {}
+    for result in spread:
+        for name, (start, values) in result[kind].items():
+            _, whole = alone[kind][name]
+            seen.setdefault(name, torch.zeros_like(whole, dtype=torch.bool))[start : start + len(values)] = True
+            wanted = whole[start : start + len(values)]
+            error = rel_error(values, wanted) if wanted.norm() > 0 else float(values.norm())
+            assert error < bound, f"{kind} of {name} from {start}: relative error {error:.2e}"
+    assert set(seen) == set(alone[kind])
+    assert all(bool(held.all()) for held in seen.values())
