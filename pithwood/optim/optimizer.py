@@ -44,9 +44,9 @@ class Optimizer:
     trainable         globs of the names that train, with "!" for exceptions; the others get requires_grad False
     lr_scales         glob -> multiple of the learning rate, the last match deciding
     seed              of the chances by which state in bf16 is rounded
-    mesh              None: one process. Else all processes make their optimizer, change phases and step together; a
-                      parameter has a gradient, added up over all who have a share in it, in each of them or in none
-    pieces            on a mesh, which elements each of named_parameters is; None: all of them are whole
+    mesh              None: one process. Else all processes make their optimizer, change phases and step together, and
+                      gradients are those of the whole mesh
+    pieces            on a mesh, which elements each of named_parameters is; a parameter that has none is whole
     raises            ValueError for anything that does not fit, before any parameter is touched
     """
 
@@ -69,7 +69,8 @@ class Optimizer:
         self.place = Place() if self.mesh is None else Place.on(self.mesh)
         self.divisions: dict[str, Division] = {}
         """How each parameter known so far is divided between processes."""
-        self._shared: dict[tuple[str, ...], SharedMuon] = {}
+        self._shared: SharedMuon | None = None
+        """How matrices are shared out between processes in this phase."""
         self.state: dict[str, Tensor] = {}
         """Moments and counts by key. Where they live on the host, call `state_dict` to read them."""
         self.host: HostState | None = None
@@ -94,7 +95,8 @@ class Optimizer:
 
         A name known before keeps its state, also while it is frozen, and also when its tensor is a new one of the same
         shape. A new name starts fresh. The state of names that are gone is kept for their return, and saved, unless
-        `drop`. To resume in a later phase, go through the same phases first, then load.
+        `drop`. To resume in a later phase, go through the same phases first, then load. A name known before is the same
+        piece as before where `pieces` does not give one.
         """
         device = check_parameters(named_parameters)
         divisions = self._divisions(named_parameters, roles, pieces)
@@ -120,7 +122,7 @@ class Optimizer:
                     )
         self.device, self.plans = device, plans
         self.divisions |= divisions
-        self._shared.clear()
+        self._shared = None
         if self.cfg.offload_state and device.type == "cuda" and self.host is None:
             self.host = HostState(device)
         self.params: dict[str, Tensor] = dict(named_parameters)
@@ -150,7 +152,12 @@ class Optimizer:
     ) -> dict[str, Division]:
         found = {}
         for name, param in named_parameters.items():
-            piece = Piece.whole(tuple(param.shape)) if pieces is None else pieces[name]
+            if pieces is not None and name in pieces:
+                piece = pieces[name]
+            elif name in self.divisions:
+                piece = self._piece(name)
+            else:
+                piece = Piece.whole(tuple(param.shape))
             if param.numel() != piece.numel:
                 raise ValueError(f"{name} has {param.numel()} elements, but its piece {piece.start}:{piece.stop}")
             found[name] = find_division(name, piece, roles[name].kind if name in roles else "other", self.place)
@@ -183,13 +190,15 @@ class Optimizer:
         returns    fp32 grad_norm (before clipping), clipped, skipped (0 or 1), lr (of cfg.lr); int64 consecutive_skips
 
         If the norm is not finite, every parameter, moment, count and average keeps every bit. Parameters without a
-        gradient are left alone, as torch's optimizers do. Kept copies of parameters (`ops.master`) are renewed on the
-        way.
+        gradient are left alone, as torch's optimizers do; on a mesh they count as having one of zeros, since others may
+        have one. Kept copies of parameters (`ops.master`) are renewed on the way.
         """
         factor = schedule_factor(self.cfg.schedule, step, self.total_steps)
         active: list[tuple[ParamPlan, Tensor, Tensor]] = []
         for name, plan in self.plans.items():
             grad = self.params[name].grad
+            if grad is None and self.mesh is not None and plan.trainable:
+                grad = torch.zeros_like(self.params[name])
             if plan.trainable and grad is not None:
                 if grad.dtype != torch.float32 or grad.is_sparse:
                     raise ValueError(
@@ -252,12 +261,11 @@ class Optimizer:
         if self.mesh is None or not flat:
             muon_update(slices, rule, residence=self._residence())
             return _nothing
-        names = tuple(plan.name for plan, _, _ in active)
-        if names not in self._shared:
+        if self._shared is None:
             stacks = [Stack(plan.name, *plan.matrix_shape, self.divisions[plan.name]) for plan, _, _ in active]
-            self._shared[names] = SharedMuon(self.mesh, self.place, stacks, ns_dtype)
-        flats = dict(zip(names, slices, strict=True))
-        return self._shared[names].start(flats, rule, residence=self._residence())
+            self._shared = SharedMuon(self.mesh, self.place, stacks, ns_dtype)
+        flats = {plan.name: item for (plan, _, _), item in zip(active, slices, strict=True)}
+        return self._shared.start(flats, rule, residence=self._residence())
 
     def _step_adamw(self, active: list[tuple[ParamPlan, Tensor, Tensor]], step: int, scale: Tensor, ok: Tensor) -> None:
         cfg = self.cfg

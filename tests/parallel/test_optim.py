@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from torch import Tensor
 from pithwood.optim.config import AdamWConfig, MuonConfig, OptimizerConfig
 from pithwood.optim.groups import ParamRole, WeightDecayRule
 from pithwood.optim.layout import Division, Place
+from pithwood.optim.muon import MuonRule, MuonSlice, muon_update
+from pithwood.optim.offload import HostState, in_place
 from pithwood.optim.optimizer import Optimizer
+from pithwood.optim.owners import Stack
 from pithwood.optim.schedule import Cosine
+from pithwood.optim.shared_muon import SharedMuon
 from pithwood.parallel.config import MeshConfig
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.pieces import Piece
@@ -218,7 +223,7 @@ def in_phases(mesh: Mesh) -> Any:
     optimizer, pieces = on_mesh(mesh, CONFIGS["muon"], trainable=("layers.0.*",), lr_scales={"layers.1.*": 0.5})
     take(optimizer, pieces, 0)
     params = {name: torch.nn.Parameter(value.detach().clone()) for name, value in optimizer.params.items()}
-    optimizer.set_phase(params, ROLES, pieces=pieces, trainable=("*", "!embed.weight"), lr_scales={"layers.1.*": 0.5})
+    optimizer.set_phase(params, ROLES, trainable=("*", "!embed.weight"), lr_scales={"layers.1.*": 0.5})
     take(optimizer, pieces, 1)
     return held(optimizer)
 
@@ -261,3 +266,53 @@ def test_a_piece_that_the_mesh_does_not_give_is_refused():
         Optimizer(AdamWConfig(), params, {"w": ParamRole("matrix")}, 1, pieces={"w": Piece((4, 2), 0, 4)})
     with pytest.raises(ValueError, match=r"w has 4 elements, but its piece 0:8"):
         Optimizer(AdamWConfig(), params, {"w": ParamRole("matrix")}, 1, pieces={"w": Piece.whole((4, 2))})
+
+
+def on_flat_pieces(mesh: Mesh, impl: str, away: bool) -> dict[str, Tensor]:
+    """Two steps of Muon on cut stacks, of which one has copies in fp16; what this process holds afterwards."""
+    place = Place.on(mesh)
+    stacks = [Stack(name, *shape, Division(shape, False, True)) for name, shape in STACKS.items()]
+    shared = SharedMuon(mesh, place, stacks, torch.float32)
+    host = HostState(mesh.device)
+    rule = MuonRule(0.9, True, 3, torch.float32, torch.tensor(0.5), torch.tensor(True))
+    flats = {}
+    for name, whole in whole_slices().items():
+        piece = Piece.whole(STACKS[name]).part(place.fold, place.folds)
+        tensors = {key: cut(getattr(whole, key), piece) for key in ("param", "grad", "momentum")}
+        copy = None if whole.copy is None else cut(whole.copy, piece)
+        flats[name] = replace(whole, **tensors, copy=copy, first=piece.start)
+    forced: Any = impl
+    for _ in range(2):
+        shared.start(flats, rule, residence=host if away else in_place, impl=forced)()
+    assert shared.rounds
+    found = {name: item.param for name, item in flats.items()} | {f"{n}.m": item.momentum for n, item in flats.items()}
+    return found | {f"{name}.copy": item.copy for name, item in flats.items() if item.copy is not None}
+
+
+STACKS = {"cut": (1, 6, 10), "half": (3, 4, 6), "whole": (2, 4, 6)}
+
+
+def whole_slices() -> dict[str, MuonSlice]:
+    found = {}
+    for seed, (name, shape) in enumerate(STACKS.items()):
+        generator = torch.Generator().manual_seed(seed)
+        param, grad, momentum = (torch.randn(shape, generator=generator) for _ in range(3))
+        copy = param.half() if name == "half" else None
+        found[name] = MuonSlice(param, grad, momentum, 0.1, 0.2, copy)
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU")
+@pytest.mark.parametrize(("impl", "away"), [("torch", False), ("torch", True), ("triton", False)])
+def test_pieces_of_matrices_move_as_whole_ones(impl, away):
+    expected = whole_slices()
+    rule = MuonRule(0.9, True, 3, torch.float32, torch.tensor(0.5), torch.tensor(True))
+    for _ in range(2):
+        muon_update(list(expected.values()), rule, impl="torch")
+    results = run_on(MESHES["dp_shard"], on_flat_pieces, impl, away)
+    for name, item in expected.items():
+        whole = {key: torch.cat([result[key] for result in results]) for key in results[0] if key.startswith(name)}
+        assert_close(whole[name], item.param.reshape(-1), tol=1e-5, what=name)
+        assert_close(whole[f"{name}.m"], item.momentum.reshape(-1), tol=1e-6, what=name)
+        if item.copy is not None:
+            assert_same_bits({"copy": whole[f"{name}.copy"]}, {"copy": whole[name].half()})
