@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pithwood.ops.norms import tensor_norms
+from pithwood.parallel.mesh import Group
 
 
 def global_norm(grads: list[Tensor]) -> Tensor:
@@ -24,6 +25,25 @@ def global_norm(grads: list[Tensor]) -> Tensor:
             "global_norm needs at least one gradient: run backward first, and leave some parameter trainable"
         )
     return torch.linalg.vector_norm(tensor_norms(grads))
+
+
+def global_norm_over(world: Group, counted: list[Tensor], others: list[Tensor], device: torch.device) -> Tensor:
+    """Return the 2-norm over all processes' gradients as an fp32 scalar, the same bits in each of them; no host sync.
+
+    world    every process takes part, also one without gradients
+    counted  this process's gradients whose elements no other process counts
+    others   gradients that another process counts: nothing of them enters the norm unless it is not finite, so that no
+             process goes on with a gradient that others lack
+
+    One sum over all processes, not one per group: it is added up once and the result handed round.
+    """
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    if counted:
+        square += tensor_norms(counted).double().square().sum()
+    if others:
+        square += (0.0 * tensor_norms(others)).sum()
+    world.all_reduce(square)
+    return square.sqrt().float()
 
 
 def clip_scale(norm: Tensor, max_norm: float | None) -> Tensor:

@@ -131,8 +131,13 @@ def plan_parameters(
     weight_decay_rules: tuple[WeightDecayRule, ...],
     lr_scales: Mapping[str, float],
     trainable: tuple[str, ...],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    elsewhere: tuple[str, ...] = (),
 ) -> dict[str, ParamPlan]:
     """Decide for every parameter; ValueError for a missing role, an impossible shape or a glob that matches nothing.
+
+    shapes     of the whole parameters, where those given are pieces
+    elsewhere  names of parameters that other processes hold: a glob may match those alone
 
     Matrices and experts decay, embeddings and head if `decay_embeddings`, the rest not; then the rules, in order.
     """
@@ -149,6 +154,7 @@ def plan_parameters(
             raise ValueError(f"{name}: kind={roles[name].kind!r} must be one of {', '.join(KINDS)}")
     decaying = (*MATRIX_KINDS, "embedding", "head") if decay_embeddings else MATRIX_KINDS
     decay = {name: weight_decay if roles[name].kind in decaying else 0.0 for name in names}
+    names += [name for name in elsewhere if name not in named_parameters]
     for rule in weight_decay_rules:
         decay.update(dict.fromkeys(match_names(rule.match, names, "weight_decay_rules"), rule.value))
     scale = dict.fromkeys(names, 1.0)
@@ -160,6 +166,7 @@ def plan_parameters(
     plans = {}
     for name, param in named_parameters.items():
         by_muon = muon and roles[name].kind in MATRIX_KINDS
-        shape = logical_shape(name, tuple(param.shape), roles[name]) if by_muon else (0, 0, 0)
+        whole = tuple(param.shape) if shapes is None else shapes[name]
+        shape = logical_shape(name, whole, roles[name]) if by_muon else (0, 0, 0)
         plans[name] = ParamPlan(name, by_muon, shape, decay[name], scale[name], name in chosen)
     return plans
