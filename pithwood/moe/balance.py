@@ -43,21 +43,29 @@ def count_experts(ids_Tk: Tensor, num_experts: int) -> Tensor:
     return count_pairs(ids_Tk, num_experts)
 
 
+def count_by_document(ids_Tk: Tensor, packing: Packing, num_experts: int) -> Tensor:
+    """[N, E] int64: (token, slot) pairs per document and expert; ids of -1 are not counted."""
+    ids = ids_Tk.long()
+    flat = torch.where(ids < 0, -1, packing.query_doc()[:, None] * num_experts + ids)
+    return count_pairs(flat, packing.num_docs * num_experts, impl="ref").view(-1, num_experts)
+
+
 def balance_loss(
     prob_TE: Tensor,
     ids_Tk: Tensor,
     balance: Balance,
     coef: float,
     packing: Packing | None = None,
-    step_counts_E: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> LossTerm:
     """The balance loss of one micro-batch, as a sum over its tokens; formulas in the module docstring.
 
     prob_TE         [T, E] fp32   probabilities, rows sum to 1; the gradient flows through these alone
     ids_Tk          [T, k] int    chosen experts, -1 for none
     packing         documents, for "sequence"
-    step_counts_E   [E] int64     counts of the step so far, this micro-batch included, for "global_batch";
-                                  None stands for a step of this one micro-batch
+    counts          int64         where more was counted than these tokens: [E] of the micro-batch on all processes, [E]
+                                  of the step so far, this micro-batch included, for "global_batch", [N, E] of whole
+                                  documents for "sequence"; None counts these tokens
     """
     num_tokens, num_experts = prob_TE.shape
     if balance == "none":
@@ -65,17 +73,12 @@ def balance_loss(
     if balance == "sequence":
         if packing is None:
             raise ValueError("balance='sequence' needs the packing that says which document each token belongs to")
-        doc_T = packing.query_doc()
-        ids = ids_Tk.long()
-        flat = torch.where(ids < 0, -1, doc_T[:, None] * num_experts + ids)
-        counts_NE = count_pairs(flat, packing.num_docs * num_experts, impl="ref").view(-1, num_experts)
+        counts_NE = count_by_document(ids_Tk, packing, num_experts) if counts is None else counts
         # Gathering the loads per token instead of summing p per document needs no float scatter: it is deterministic.
-        load_TE = _relative_load(counts_NE, prob_TE.dtype)[doc_T]
+        load_TE = _relative_load(counts_NE, prob_TE.dtype)[packing.query_doc()]
         loss_sum = (prob_TE * load_TE).sum()
     else:
-        whole_step = balance == "global_batch" and step_counts_E is not None
-        counts_E = step_counts_E if whole_step else count_experts(ids_Tk, num_experts)
-        assert counts_E is not None
+        counts_E = count_experts(ids_Tk, num_experts) if counts is None else counts
         loss_sum = prob_TE.sum(0) @ _relative_load(counts_E, prob_TE.dtype)
     return LossTerm("moe_balance", loss_sum, num_tokens, coef)
 

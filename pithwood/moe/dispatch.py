@@ -1,10 +1,11 @@
 """From tokens to rows sorted by expert and back, within one process. Dropless: every (token, slot) pair is one row.
 
-Row order inside an expert is by (token, slot). The number of rows is always T * k, so nothing waits for the device:
-pairs without an expert (id -1) come last, behind the last expert's rows, and what stands there is never read. The
-router's weights travel with the rows, and the experts apply them: what comes back is only added.
+Row order inside an expert is by (token, slot). The number of rows is T * k, or a bound where tokens came from other
+processes (`parallel.expert`), so nothing waits for the device: pairs without an expert here (id -1) come last, behind
+the last expert's rows, and what stands there is never read. The router's weights travel with the rows, and the experts
+apply them: what comes back is only added.
 
-Legend: T packed tokens, D model width, E experts, k experts per token, R = T * k rows.
+Legend: T packed tokens, D model width, E experts, k experts per token, R rows.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ def dispatch_tokens(x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, num_experts
     """
     if ids_Tk.dim() != 2 or ids_Tk.shape[0] != x_TD.shape[0]:
         raise ValueError(f"expert ids {tuple(ids_Tk.shape)} must be [tokens, top_k] for {x_TD.shape[0]} tokens")
-    plan = plan_rows(ids_Tk, num_experts)
+    return planned_rows(x_TD, weight_Tk, plan_rows(ids_Tk, num_experts))
+
+
+def planned_rows(x_TD: Tensor, weight_Tk: Tensor, plan: RowPlan) -> Dispatched:
+    """Copy each token to the rows that a plan has for it."""
     return Dispatched(gather_rows(x_TD, plan), row_weights(weight_Tk, plan), plan)
 
 

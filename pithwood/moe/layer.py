@@ -1,15 +1,16 @@
 """A mixture-of-experts feed-forward layer in the pieces that a block's stages call.
 
 `route` belongs to the first stage of a block, `experts` is the second, and the third adds `shared` to the combined
-rows. Between them stand dispatch and combine, which may be replaced by a transport between processes. Parameter names
-are those of transformers: gate.weight, experts.gate_up_proj, experts.down_proj, shared_experts.gate_proj.weight.
+rows. Between them stand dispatch and combine: within this process, or by an `ExpertExchange` between those that divide
+the experts. Parameter names are those of transformers: gate.weight, experts.gate_up_proj, experts.down_proj,
+shared_experts.gate_proj.weight; a process that has some of the experts has a range of the stacked weights.
 
-Legend: T packed tokens, D model width, E experts, F expert width, k experts per token, R rows.
+Legend: T packed tokens, D model width, E experts, F expert width, k experts per token, R rows, S arrived tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +18,28 @@ from torch.utils.checkpoint import checkpoint
 
 from pithwood.attention.base import Cost, LayerContext
 from pithwood.moe.config import MoEConfig
-from pithwood.moe.dispatch import combine_tokens, dispatch_tokens
+from pithwood.moe.dispatch import combine_tokens, dispatch_tokens, planned_rows
 from pithwood.moe.experts import DenseMLP, GroupedExperts
 from pithwood.moe.router import Router
+from pithwood.ops.permute import RowPlan
+from pithwood.parallel.expert import Combining, Dispatching, ExpertExchange
 
 
 class MoELayer(nn.Module):
     """Router, experts and shared experts. Parameters are made without values: the model's initialisation sets them."""
 
-    def __init__(self, cfg: MoEConfig, model_dim: int) -> None:
+    def __init__(self, cfg: MoEConfig, model_dim: int, exchange: ExpertExchange | None = None) -> None:
         super().__init__()
         self.cfg = cfg
         self.model_dim = model_dim
+        self.exchange = exchange
+        """How tokens travel between the processes that divide the experts; None where this one has them all."""
         self.save_rows = cfg.save_rows
         """Whether the rows that the experts read are kept for the backward pass; a model's activation plan may say no.
         """
         self.gate = Router(cfg, model_dim)
-        self.experts = GroupedExperts(cfg.num_experts, model_dim, cfg.expert_dim)
+        here = cfg.num_experts if exchange is None else exchange.experts_here
+        self.experts = GroupedExperts(here, model_dim, cfg.expert_dim)
         self.shared_experts = DenseMLP(model_dim, cfg.shared_width) if cfg.num_shared_experts else None
 
     def route(self, x_TD: Tensor, ctx: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,14 +57,20 @@ class MoELayer(nn.Module):
         weight_Tk: Tensor,
         residual_TD: Tensor | None = None,
         experts: Callable[..., Tensor] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Dispatch, experts, combine, all in this process: [T, D] sum of each token's experts, plus the residual.
+        """Dispatch, experts, combine: [T, D] sum of each token's experts, plus the residual.
 
         Tokens are taken `chunk_tokens` at a time if the configuration says so: the [R, D] and [R, 2F] rows exist for
         one chunk only, in the backward pass too. `experts` stands in for the layer's own, of the same signature.
+        `meanwhile` is called once, where there is an exchange while the first tokens travel.
         """
         cfg = self.cfg
         run = self.experts if experts is None else experts
+        if self.exchange is not None:
+            return self._mix_between(self.exchange, x_TD, ids_Tk, weight_Tk, residual_TD, run, meanwhile)
+        if meanwhile is not None:
+            meanwhile()
 
         def part(x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, residual_TD: Tensor | None) -> Tensor:
             rows_RD, weight_R, plan = dispatch_tokens(x_TD, ids_Tk, weight_Tk, cfg.num_experts)
@@ -79,12 +91,62 @@ class MoELayer(nn.Module):
                 outs.append(part(*inputs))
         return torch.cat(outs)
 
+    def _mix_between(
+        self,
+        exchange: ExpertExchange,
+        x_TD: Tensor,
+        ids_Tk: Tensor,
+        weight_Tk: Tensor,
+        residual_TD: Tensor | None,
+        run: Callable[..., Tensor],
+        meanwhile: Callable[[], None] | None,
+    ) -> Tensor:
+        """`mix` between processes. While the experts work on one chunk, the next one's tokens come and the results of
+        the last one go; a chunk whose experts are computed again keeps the tokens that arrived.
+        """
+        cfg = self.cfg
+        size = x_TD.shape[0] if cfg.chunk_tokens == 0 else cfg.chunk_tokens
+        chunks = [slice(first, first + size) for first in range(0, max(x_TD.shape[0], 1), max(size, 1))]
+        again = len(chunks) > 1 and cfg.chunk_recompute and torch.is_grad_enabled()
+
+        def begin(some: slice) -> Dispatching:
+            return exchange.begin_dispatch(x_TD[some], ids_Tk[some], weight_Tk[some])
+
+        def compute(x_SD: Tensor, weight_Sk: Tensor, plan: RowPlan) -> Tensor:
+            rows_RD, weight_R, _ = planned_rows(x_SD, weight_Sk, plan)
+            rows_RD = run(rows_RD, plan.offsets, weight_R, None if self.save_rows else (x_SD, plan))
+            return combine_tokens(rows_RD, plan)
+
+        def finish(some: slice, combining: Combining) -> Tensor:
+            return combining.wait(None if residual_TD is None else residual_TD[some])
+
+        outs: list[Tensor] = []
+        coming = begin(chunks[0])
+        if meanwhile is not None:
+            meanwhile()
+        going: tuple[slice, Combining] | None = None
+        for index, some in enumerate(chunks):
+            arrived = coming.wait()
+            if index + 1 < len(chunks):
+                coming = begin(chunks[index + 1])
+            inputs = arrived.x_SD, arrived.weight_Sk, arrived.plan
+            if again:
+                part_SD = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                part_SD = compute(*inputs)
+            if going is not None:
+                outs.append(finish(*going))
+            going = some, exchange.begin_combine(part_SD, arrived.handle)
+        assert going is not None
+        outs.append(finish(*going))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Tensor:
-        """Route, dispatch, experts, combine, plus the shared experts: [T, D] -> [T, D], all in this process."""
+        """Route, dispatch, experts, combine, plus the shared experts: [T, D] -> [T, D]."""
         ids_Tk, weight_Tk, x_TD = self.route(x_TD, ctx)
-        out_TD = self.mix(x_TD, ids_Tk, weight_Tk)
-        shared_TD = self.shared(x_TD)
-        return out_TD if shared_TD is None else out_TD + shared_TD
+        shared: list[Tensor | None] = []
+        out_TD = self.mix(x_TD, ids_Tk, weight_Tk, meanwhile=lambda: shared.append(self.shared(x_TD)))
+        return out_TD if shared[0] is None else out_TD + shared[0]
 
     @property
     def counts_E(self) -> Tensor:
@@ -96,13 +158,17 @@ class MoELayer(nn.Module):
         self.gate.reset_step()
 
     def update_bias(self, counts_E: Tensor | None = None) -> None:
-        """Move the selection bias after an optimizer step; counts_E defaults to this process's own counts."""
+        """Move the selection bias after an optimizer step; counts_E defaults to this process's own counts, and must be
+        those of all processes where there are more (`step_counts`).
+        """
         self.gate.update_bias(self.counts_E if counts_E is None else counts_E)
 
     def optimizer_shapes(self) -> dict[str, tuple[int, int, int] | None]:
-        """How Muon sees the parameters, by local name; the router goes to AdamW."""
+        """How Muon sees the parameters, by local name, all processes' experts together; the router goes to AdamW."""
         shapes: dict[str, tuple[int, int, int] | None] = {"gate.weight": None}
-        shapes.update({f"experts.{name}": shape for name, shape in self.experts.optimizer_shapes().items()})
+        parts = 1 if self.exchange is None else self.exchange.group.size
+        for name, shape in self.experts.optimizer_shapes().items():
+            shapes[f"experts.{name}"] = None if shape is None else (parts * shape[0], shape[1], shape[2])
         return shapes
 
     def cost(self, num_tokens: int, element_size: int = 4) -> Cost:
@@ -130,3 +196,14 @@ class MoELayer(nn.Module):
             saved_bytes=float(saved * element_size + routing),
             workspace_bytes=float(workspace * element_size),
         )
+
+
+def step_counts(layers: Sequence[MoELayer]) -> list[Tensor]:
+    """Each layer's [E] int64 counts of the step over all processes, added up in one exchange; for `update_bias` and
+    load statistics, once per step.
+    """
+    if not layers:
+        return []
+    counts = torch.stack([layer.counts_E for layer in layers])
+    layers[0].gate.tokens_group.all_reduce(counts)
+    return list(counts.unbind())

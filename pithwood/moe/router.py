@@ -1,5 +1,9 @@
 """Which experts a token goes to, with what weight, and the loss terms that keep the experts evenly used.
 
+Where the tokens of a micro-batch are spread over processes, the loads that balance losses see are those of all of them:
+counts are added up over `tokens_group` or, for documents, over `cp_group`. The loss values stay sums over this
+process's tokens.
+
 Legend: T packed tokens, D model width, E experts, k experts per token, G expert groups.
 """
 
@@ -12,9 +16,10 @@ from torch import Tensor, nn
 
 from pithwood.attention.base import LayerContext
 from pithwood.losses import attach_loss
-from pithwood.moe.balance import balance_loss, count_experts, z_loss
+from pithwood.moe.balance import balance_loss, count_by_document, count_experts, z_loss
 from pithwood.moe.config import MoEConfig
 from pithwood.ops.route import RoutingRule, expert_weights, router_logits, select_experts
+from pithwood.parallel.mesh import Group
 
 
 class Router(nn.Module):
@@ -31,6 +36,11 @@ class Router(nn.Module):
     def __init__(self, cfg: MoEConfig, model_dim: int) -> None:
         super().__init__()
         self.cfg = cfg
+        self.tokens_group = Group.alone()
+        """The processes that hold the tokens of a micro-batch, in the order of the tokens; whoever builds the model for
+        several processes sets it."""
+        self.cp_group = Group.alone()
+        """Those that share each document."""
         self.rule = RoutingRule(**{field.name: getattr(cfg, field.name) for field in fields(RoutingRule)})
         self.weight = nn.Parameter(torch.empty(cfg.num_experts, model_dim))
         has_bias = cfg.bias_update_rate is not None
@@ -68,15 +78,33 @@ class Router(nn.Module):
         if ctx.ledger is not None:
             if cfg.balance != "none":
                 assert prob_TE is not None
-                step_counts_E = None
-                if counting and cfg.balance == "global_batch":
-                    # by the time of a recomputation the counts may have gone on
-                    step_counts_E = ctx.decide("step_counts", self.counts_E.clone)
-                term = balance_loss(prob_TE, ids_Tk, cfg.balance, cfg.balance_coef, ctx.packing, step_counts_E)
+                counts = self.balance_counts(ids_Tk, ctx, counting)
+                term = balance_loss(prob_TE, ids_Tk, cfg.balance, cfg.balance_coef, ctx.packing, counts)
                 x_TD = attach_loss(x_TD, term, ctx.ledger)
             if cfg.z_loss_coef > 0:
                 x_TD = attach_loss(x_TD, z_loss(logits_TE, cfg.z_loss_coef), ctx.ledger)
         return ids_Tk, weight_Tk, x_TD
+
+    def balance_counts(self, ids_Tk: Tensor, ctx: LayerContext, counting: bool) -> Tensor | None:
+        """The counts that the balance loss takes experts' loads from: [E] int64 or, for "sequence", [N, E]; None where
+        the micro-batch at hand is all there is to count.
+
+        What depends on more than the ids at hand is a decision: by the time of a recomputation the step's counts may
+        have gone on, and other processes need not be asked twice.
+        """
+        cfg = self.cfg
+        if cfg.balance == "global_batch" and counting:
+            return ctx.decide("step_counts", lambda: _added(self.counts_E.clone(), self.tokens_group))
+        if cfg.balance == "sequence":
+            if self.cp_group.size == 1:
+                return None
+            counts_NE = lambda: count_by_document(ids_Tk, ctx.packing, cfg.num_experts)  # noqa: E731
+            return ctx.decide("document_counts", lambda: _added(counts_NE(), self.cp_group))
+        if self.tokens_group.size == 1:
+            return None
+        return ctx.decide(
+            "micro_batch_counts", lambda: _added(count_experts(ids_Tk, cfg.num_experts), self.tokens_group)
+        )
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """[T, E] router logits in fp32, or fp64 for fp64 inputs."""
@@ -91,7 +119,9 @@ class Router(nn.Module):
         cfg = self.cfg
         if cfg.routing == "balanced":
             num_tokens = logits_TE.shape[0]
+            # numbered over the whole micro-batch, of which each process holds equally many tokens
             pair = torch.arange(num_tokens * cfg.top_k, device=logits_TE.device)
+            pair += self.tokens_group.rank * pair.numel()
             return (pair % cfg.num_experts).view(num_tokens, cfg.top_k)
         return select_experts(logits_TE, self.rule, self.e_score_correction_bias)
 
@@ -113,3 +143,9 @@ class Router(nn.Module):
     def reset_step(self) -> None:
         """Zero the counts; call before each optimizer step's first forward."""
         self.counts_E.zero_()
+
+
+def _added(counts: Tensor, group: Group) -> Tensor:
+    """The counts, added up over the group in place."""
+    group.all_reduce(counts)
+    return counts

@@ -61,7 +61,7 @@ def test_global_batch_loss_uses_the_counts_of_the_step() -> None:
     prob = probabilities()
     ids = prob.topk(2).indices
     counts = [30, 1, 2, 3, 4, 5]
-    term = balance_loss(prob, ids, "global_batch", 0.1, step_counts_E=torch.tensor(counts))
+    term = balance_loss(prob, ids, "global_batch", 0.1, counts=torch.tensor(counts))
     assert float(term.sum) / 14 == pytest.approx(formula(prob, ids, counts), rel=1e-12)
     alone = balance_loss(prob, ids, "global_batch", 0.1)
     assert float(alone.sum) / 14 == pytest.approx(formula(prob, ids), rel=1e-12)

@@ -194,13 +194,25 @@ def _routed() -> Iterator[tuple[Tensor, int]]:
 
 
 def plan_rows() -> Iterator[dict[str, Any]]:
+    """Every pair with an expert, some without, more than there is room for."""
+    for ids_Tk, experts in _routed():
+        yield {"ids_Tk": ids_Tk, "num_experts": experts}
+        yield {"ids_Tk": ids_Tk.masked_fill(torch.rand(ids_Tk.shape) < 0.3, -1).int(), "num_experts": experts}
+        yield {"ids_Tk": ids_Tk, "num_experts": experts, "max_rows": ids_Tk.numel() // 2}
+
+
+def count_pairs() -> Iterator[dict[str, Any]]:
     """Every pair with an expert, some without."""
     for ids_Tk, experts in _routed():
         yield {"ids_Tk": ids_Tk, "num_experts": experts}
         yield {"ids_Tk": ids_Tk.masked_fill(torch.rand(ids_Tk.shape) < 0.3, -1).int(), "num_experts": experts}
 
 
-count_pairs = plan_rows
+def plan_slots() -> Iterator[dict[str, Any]]:
+    """Parts with room to spare and without."""
+    for ids_Tk, parts in _routed():
+        for capacity in (1, 40, 200):
+            yield {"ids_Tk": ids_Tk, "num_parts": parts, "capacity": capacity}
 
 
 def gather_rows() -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pithwood.ops.permute import RowPlan, count_pairs, gather_rows, plan_rows, row_weights, sum_rows
+from pithwood.ops.permute import RowPlan, count_pairs, gather_rows, plan_rows, plan_slots, row_weights, sum_rows
 from tests.numerics import assert_close
 from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS
 
@@ -72,8 +72,82 @@ def test_pairs_are_counted(impl: str, case: str) -> None:
     assert counts_E.tolist() == [len(group) for group in by_loop(ids_Tk, num_experts)[:-1]]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("share", [0.0, 0.4, 2.0])
+@pytest.mark.parametrize("case", ["no_tokens", "mixed", "some_none", "no_expert_at_all"])
+def test_pairs_beyond_a_bound_have_no_row(impl: str, case: str, share: float) -> None:
+    ids_Tk, num_experts = some_ids(case)
+    bound = int(share * ids_Tk.numel())
+    plan, whole = plan_rows(ids_Tk, num_experts, max_rows=bound, impl=impl), make_plan(case)
+    rows = min(bound, ids_Tk.numel())
+    assert plan.num_rows == rows
+    assert torch.equal(plan.offsets, whole.offsets.clamp(max=rows))
+    assert torch.equal(plan.row_Tk, whole.row_Tk)
+    assert torch.equal(plan.pair_R, whole.pair_R[:rows])
+    assert torch.equal(plan.token_R, whole.token_R[:rows])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("capacity", [1, 37, 600])
+@pytest.mark.parametrize("case", ["no_tokens", "mixed", "some_none", "no_expert_at_all"])
+def test_equal_parts_hold_their_pairs_in_order(impl: str, case: str, capacity: int) -> None:
+    ids_Tk, parts = some_ids(case)
+    plan, count = plan_slots(ids_Tk, parts, capacity, impl=impl)
+    groups = by_loop(ids_Tk, parts)[:-1]
+    padded = [(group + [-1] * capacity)[:capacity] for group in groups]
+    assert count.tolist() == [len(group) for group in groups]
+    assert plan.offsets.tolist() == [part * capacity for part in range(parts + 1)]
+    assert plan.pair_R.tolist() == [pair for group in padded for pair in group]
+    assert plan.token_R.tolist() == [pair // ids_Tk.shape[1] for group in padded for pair in group]
+    place = {pair: row for row, pair in enumerate(plan.pair_R.tolist()) if pair >= 0}
+    assert plan.row_Tk.flatten().tolist() == [place.get(pair, parts * capacity) for pair in range(ids_Tk.numel())]
+
+
 def make_plan(case: str) -> RowPlan:
     return plan_rows(*some_ids(case), impl="ref")
+
+
+def incomplete_plans() -> list[RowPlan]:
+    """Plans in which not every pair has a row, nor every row a pair."""
+    ids_Tk, num_experts = some_ids("some_none")
+    return [
+        plan_rows(ids_Tk, num_experts, max_rows=170, impl="ref"),
+        plan_rows(ids_Tk, num_experts, max_rows=0, impl="ref"),
+        plan_slots(ids_Tk, num_experts, 60, impl="ref")[0],
+    ]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_pairs_without_a_row_are_left_out_of_sums_and_gradients(impl: str) -> None:
+    for plan in incomplete_plans():
+        used_R = (plan.pair_R >= 0) & (torch.arange(plan.num_rows, device=DEVICE) < plan.offsets[-1])
+        x_TD = torch.randn(plan.num_tokens, 24, device=DEVICE, requires_grad=True)
+        rows_RD = gather_rows(x_TD, plan, impl=impl)
+        assert torch.equal(rows_RD[used_R], x_TD[plan.token_R[used_R]])
+        pull_RD = torch.randn(plan.num_rows, 24, device=DEVICE).masked_fill(~used_R[:, None], float("nan"))
+        want = torch.zeros(plan.num_tokens, 24, dtype=torch.float64, device=DEVICE)
+        want.index_add_(0, plan.token_R[used_R], pull_RD[used_R].double())
+        (grad_TD,) = torch.autograd.grad(rows_RD, x_TD, pull_RD)
+        assert_close(grad_TD, want)
+        pull_RD.requires_grad_()
+        out_TD = sum_rows(pull_RD, plan, x_TD, impl=impl)
+        assert_close(out_TD, want + x_TD.double())
+        (back_RD,) = torch.autograd.grad(out_TD, pull_RD, x_TD.detach())
+        assert torch.equal(back_RD[used_R], x_TD[plan.token_R[used_R]])
+
+
+def test_weights_of_pairs_without_a_row_have_no_gradient() -> None:
+    for plan in incomplete_plans()[:2]:
+        weight_Tk = torch.rand(plan.row_Tk.shape, device=DEVICE, requires_grad=True)
+        weight_R = row_weights(weight_Tk, plan)
+        assert torch.equal(weight_R, weight_Tk.flatten()[plan.pair_R])
+        pull_R = torch.randn(plan.num_rows, device=DEVICE)
+        used = int(plan.offsets[-1])
+        pull_R[used:] = float("nan")
+        (grad_Tk,) = torch.autograd.grad(weight_R, weight_Tk, pull_R)
+        want = torch.zeros(weight_Tk.numel(), device=DEVICE)
+        want[plan.pair_R[:used]] = pull_R[:used]
+        assert torch.equal(grad_Tk.flatten(), want)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -155,6 +229,12 @@ def test_bad_input_is_refused() -> None:
         plan_rows(torch.zeros(3, 2), 2)
     with pytest.raises(ValueError, match="num_experts=0 must be at least 1"):
         plan_rows(torch.zeros(3, 2, dtype=torch.int64), 0)
+    with pytest.raises(ValueError, match="max_rows=-2 must be at least 0"):
+        plan_rows(torch.zeros(3, 2, dtype=torch.int64), 2, max_rows=-2)
+    with pytest.raises(ValueError, match="capacity=0 must be at least 1"):
+        plan_slots(torch.zeros(3, 2, dtype=torch.int64), 2, 0)
+    with pytest.raises(ValueError, match="route fewer tokens at a time"):
+        plan_slots(torch.zeros(3, 2, dtype=torch.int64), 4, 2**29)
     with pytest.raises(ValueError, match="of the plan's 3 tokens"):
         gather_rows(torch.zeros(4, 2), plan)
     with pytest.raises(ValueError, match="5 rows, but the plan has 6"):
@@ -179,6 +259,7 @@ def test_the_operators_are_known_to_the_compiler(impl: str) -> None:
     plan = plan_rows(ids_Tk, num_experts, impl=impl)
     x_TD = torch.randn(plan.num_tokens, 8, device=DEVICE)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(plan_triton.plan_rows, (ids_Tk, num_experts), test_utils=tests)
+    torch.library.opcheck(plan_triton.plan_rows, (ids_Tk, num_experts, 100), test_utils=tests)
+    torch.library.opcheck(plan_triton.plan_slots, (ids_Tk, num_experts, 20), test_utils=tests)
     torch.library.opcheck(triton.sum_rows, (x_TD[plan.token_R], plan.row_Tk, plan.offsets, x_TD), test_utils=tests)
     assert torch.compile(lambda x: gather_rows(x, plan, impl=impl), fullgraph=True, backend="aot_eager")(x_TD).shape

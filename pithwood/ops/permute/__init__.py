@@ -1,10 +1,10 @@
 """Tokens to rows sorted by expert and back: the permutation, the copy of tokens to rows, the sum of a token's rows.
 
-Dropless: every (token, slot) pair is one row, and the number of rows is always T * k, so nothing waits for the device.
-Both directions read or write whole rows at places that the plan names, and sums run over the slots of a token in their
-order: nothing depends on scheduling.
+Dropless: every (token, slot) pair is one row, and the number of rows is known without the device: T * k, or a bound
+that the caller knows to suffice, or looks afterwards whether it did. Both directions read or write whole rows at places
+that the plan names, and sums run over the slots of a token in their order: nothing depends on scheduling.
 
-Legend: T packed tokens, D model width, E experts, k experts per token, R = T * k rows.
+Legend: T packed tokens, D model width, E experts, k experts per token, R rows (T * k without a bound).
 """
 
 from __future__ import annotations
@@ -16,17 +16,24 @@ from torch import Tensor
 
 from pithwood.ops.checks import check_impl, check_positive
 from pithwood.ops.permute.plan import RowPlan
-from pithwood.ops.permute.ref import count_pairs_ref, gather_rows_ref, plan_rows_ref, sum_rows_ref
+from pithwood.ops.permute.ref import (
+    count_pairs_ref,
+    gather_rows_ref,
+    plan_rows_ref,
+    plan_slots_ref,
+    sum_rows_ref,
+)
 from pithwood.ops.triton_support import triton_misfit
 
-__all__ = ["RowPlan", "count_pairs", "gather_rows", "plan_rows", "row_weights", "sum_rows"]
+__all__ = ["RowPlan", "count_pairs", "gather_rows", "plan_rows", "plan_slots", "row_weights", "sum_rows"]
 
 
 @torch.no_grad()
-def plan_rows(ids_Tk: Tensor, num_experts: int, *, impl: str | None = None) -> RowPlan:
+def plan_rows(ids_Tk: Tensor, num_experts: int, *, max_rows: int | None = None, impl: str | None = None) -> RowPlan:
     """Where each (token, slot) pair stands among rows sorted by (expert, token, slot).
 
     ids_Tk    [T, k] int     0 <= id < num_experts, or -1 for none: such pairs come last
+    max_rows  rows that there are at most; pairs whose row would lie beyond have none, and count no more. None: T * k
     impl      "ref": a stable sort. "triton": a counting sort of four small launches, without host sync; int32 and
               int64 ids. None: "triton" on CUDA, "ref" elsewhere.
     returns   a RowPlan; the same one whatever the implementation
@@ -34,17 +41,45 @@ def plan_rows(ids_Tk: Tensor, num_experts: int, *, impl: str | None = None) -> R
     """
     check_impl(impl, ("ref", "triton"))
     check_positive("num_experts", num_experts)
-    if ids_Tk.dim() != 2 or ids_Tk.is_floating_point():
-        raise ValueError(f"expert ids must be integers [tokens, top_k], got {tuple(ids_Tk.shape)} {ids_Tk.dtype}")
-    if ids_Tk.numel() >= 2**31:
-        raise ValueError(f"{ids_Tk.numel()} (token, slot) pairs; at most 2**31 - 1: route fewer tokens at a time")
+    _check_ids(ids_Tk)
+    if max_rows is not None and max_rows < 0:
+        raise ValueError(f"max_rows={max_rows} must be at least 0")
     if _use_triton_for_ids(impl, ids_Tk):
         from pithwood.ops.permute import plan_triton  # noqa: F401  (registers the operator)
 
-        return RowPlan(*torch.ops.pithwood.plan_rows(ids_Tk, num_experts))
+        return RowPlan(*torch.ops.pithwood.plan_rows(ids_Tk, num_experts, -1 if max_rows is None else max_rows))
     # On the CPU looking is free, and without -1 ids masks can be left out; on a device it would be a sync.
-    all_routed = ids_Tk.device.type == "cpu" and not bool((ids_Tk < 0).any())
-    return RowPlan(*plan_rows_ref(ids_Tk, num_experts), all_routed=all_routed)
+    enough = max_rows is None or max_rows >= ids_Tk.numel()
+    all_routed = enough and ids_Tk.device.type == "cpu" and not bool((ids_Tk < 0).any())
+    return RowPlan(*plan_rows_ref(ids_Tk, num_experts, max_rows), all_routed=all_routed)
+
+
+@torch.no_grad()
+def plan_slots(ids_Tk: Tensor, num_parts: int, capacity: int, *, impl: str | None = None) -> tuple[RowPlan, Tensor]:
+    """Where each (token, slot) pair stands among equal parts of rows, in each part in the order of the pairs.
+
+    ids_Tk    [T, k] int     0 <= part < num_parts, or -1 for none
+    capacity  rows of each part; pairs beyond it have none
+    impl      as of `plan_rows`
+    returns   a RowPlan of num_parts * capacity rows, whose offsets are those of the parts, used or not, and the
+              [num_parts] int32 pairs of each part, those without a row included; no host sync
+    raises    ValueError as `plan_rows`, and if num_parts * capacity >= 2**31
+    """
+    check_impl(impl, ("ref", "triton"))
+    check_positive("num_parts", num_parts)
+    check_positive("capacity", capacity)
+    _check_ids(ids_Tk)
+    if num_parts * capacity >= 2**31:
+        raise ValueError(
+            f"{num_parts} parts of capacity={capacity} have 2**31 rows or more: route fewer tokens at a time"
+        )
+    if _use_triton_for_ids(impl, ids_Tk):
+        from pithwood.ops.permute import plan_triton  # noqa: F401  (registers the operator)
+
+        *plan, count = torch.ops.pithwood.plan_slots(ids_Tk, num_parts, capacity)
+    else:
+        *plan, count = plan_slots_ref(ids_Tk, num_parts, capacity)
+    return RowPlan(*plan), count
 
 
 @torch.no_grad()
@@ -70,21 +105,21 @@ def gather_rows(x_TD: Tensor, plan: RowPlan, *, impl: str | None = None) -> Tens
     x_TD      [T, D] float
     impl      "ref": any dtype and device. "triton": fp32, fp16, bf16; a token is read once and written k times.
               None: "triton" where it fits on CUDA, "ref" elsewhere.
-    returns   [R, D]; rows from plan.offsets[-1] on are unspecified, and so may be their gradient
+    returns   [R, D]; rows without a pair or from plan.offsets[-1] on are unspecified, and so may be their gradient
     raises    ValueError if the plan is of another number of tokens, or an impl does not fit
     """
     check_impl(impl, ("ref", "triton"))
     if x_TD.dim() != 2 or x_TD.shape[0] != plan.num_tokens:
         raise ValueError(f"x {tuple(x_TD.shape)} must be [T, D] of the plan's {plan.num_tokens} tokens")
     if _use_triton(impl, x_TD):
-        return torch.ops.pithwood.gather_rows(x_TD, plan.row_Tk, plan.offsets)
+        return torch.ops.pithwood.gather_rows(x_TD, plan.row_Tk, plan.offsets, plan.num_rows)
     return _Gather.apply(x_TD, plan)
 
 
 def sum_rows(rows_RD: Tensor, plan: RowPlan, residual_TD: Tensor | None = None, *, impl: str | None = None) -> Tensor:
     """Sum of each token's rows in slot order, in fp32 (fp64 for fp64), plus a residual; differentiable in both.
 
-    rows_RD       [R, D] float; rows from plan.offsets[-1] on are not read, even if NaN
+    rows_RD       [R, D] float; rows without a pair or from plan.offsets[-1] on are not read, even if NaN
     residual_TD   [T, D] same dtype, added before the one rounding
     impl          "ref": any dtype and device. "triton": fp32, fp16, bf16. None: "triton" where it fits on CUDA.
     returns       [T, D] in the dtype of rows_RD; the residual, or zero, for a token without experts
@@ -112,6 +147,13 @@ def row_weights(weight_Tk: Tensor, plan: RowPlan) -> Tensor:
             f"weights {tuple(weight_Tk.shape)} must fit the plan of {tuple(plan.row_Tk.shape)} (tokens, top_k)"
         )
     return _RowWeights.apply(weight_Tk, plan)
+
+
+def _check_ids(ids_Tk: Tensor) -> None:
+    if ids_Tk.dim() != 2 or ids_Tk.is_floating_point():
+        raise ValueError(f"expert ids must be integers [tokens, top_k], got {tuple(ids_Tk.shape)} {ids_Tk.dtype}")
+    if ids_Tk.numel() >= 2**31:
+        raise ValueError(f"{ids_Tk.numel()} (token, slot) pairs; at most 2**31 - 1: route fewer tokens at a time")
 
 
 def _use_triton(impl: str | None, x: Tensor) -> bool:
@@ -172,11 +214,15 @@ class _RowWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_Tk: Tensor, plan: RowPlan) -> Tensor:  # type: ignore[override]
         ctx.plan = plan
-        return weight_Tk.reshape(-1).index_select(0, plan.pair_R)
+        weight = weight_Tk.reshape(-1)
+        return weight.index_select(0, plan.pair_R) if plan.num_rows else weight[:0]
 
     @staticmethod
     def backward(ctx: Any, grad_R: Tensor):  # type: ignore[override]
         plan: RowPlan = ctx.plan
-        grad_Tk = grad_R.index_select(0, plan.row_Tk.reshape(-1)).view(plan.row_Tk.shape)
+        if plan.num_rows == 0:
+            return grad_R.new_zeros(plan.row_Tk.shape), None
         none_Tk = _none_pairs(plan)
+        row_Tk = plan.row_Tk if none_Tk is None else plan.row_Tk.clamp(max=plan.num_rows - 1)
+        grad_Tk = grad_R.index_select(0, row_Tk.reshape(-1)).view(plan.row_Tk.shape)
         return grad_Tk if none_Tk is None else grad_Tk.masked_fill(none_Tk, 0.0), None

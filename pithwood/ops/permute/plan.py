@@ -1,6 +1,6 @@
 """Where every (token, slot) pair stands among the rows sorted by expert.
 
-Legend: T packed tokens, E experts, k experts per token, R = T * k rows.
+Legend: T packed tokens, E experts, k experts per token, R rows.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowPlan:
-    """A permutation of (token, slot) pairs into rows; all tensors int32 on one device."""
+    """A place among R rows for (token, slot) pairs; all tensors int32 on one device."""
 
     offsets: Tensor
-    """[E + 1]: expert e owns rows offsets[e]:offsets[e + 1]; pairs without an expert own those from offsets[-1] on."""
+    """[E + 1]: expert e owns rows offsets[e]:offsets[e + 1]; those from offsets[-1] on are nobody's."""
     row_Tk: Tensor
-    """[T, k]: the row of each pair."""
+    """[T, k]: the row of each pair; offsets[-1] or more for a pair without one, be it that it has no expert, be it that
+    there was no room."""
     pair_R: Tensor
-    """[R]: token * k + slot of each row."""
+    """[R]: token * k + slot of each row; -1 for one without a pair."""
     token_R: Tensor
-    """[R]: the token of each row."""
+    """[R]: the token of each row; -1 for one without a pair."""
     all_routed: bool = False
-    """True where it is known that every pair has an expert; False says nothing."""
+    """True where it is known that every pair has a row; False says nothing."""
 
     @property
     def num_tokens(self) -> int:

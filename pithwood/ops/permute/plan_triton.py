@@ -4,7 +4,7 @@ Pairs are cut into tiles. One launch counts each tile's pairs by expert (and all
 the same in any order), one turns the counts into the first row of every (tile, expert), one ranks each pair among the
 pairs of its tile and writes its row. Nothing waits for the host.
 
-Legend: T packed tokens, E experts, k experts per token, R = T * k rows.
+Legend: T packed tokens, E experts, k experts per token, R rows.
 """
 
 from __future__ import annotations
@@ -25,29 +25,58 @@ SCAN_BINS = 16
 
 
 @torch.library.custom_op("pithwood::plan_rows", mutates_args=())
-def plan_rows(ids_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(offsets [E + 1], row_Tk, pair_R, token_R), all int32, as `plan_rows_ref`; ids int32 or int64."""
-    num_pairs, k = ids_Tk.numel(), ids_Tk.shape[1]
+def plan_rows(ids_Tk: Tensor, num_experts: int, max_rows: int = -1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(offsets [E + 1], row_Tk, pair_R, token_R), all int32, as `plan_rows_ref` (max_rows -1: no bound); ids int32 or
+    int64.
+    """
+    num_pairs = ids_Tk.numel()
     ids_Tk = ids_Tk.contiguous()
     make = lambda *size: torch.empty(size, dtype=torch.int32, device=ids_Tk.device)  # noqa: E731
-    offsets, row_Tk, pair_R, token_R = make(num_experts + 1), make(*ids_Tk.shape), make(num_pairs), make(num_pairs)
-    # One bin more for pairs without an expert, and one for what a last tile has no pairs for.
-    bins = triton.next_power_of_2(num_experts + 2)
-    num_tiles = triton.cdiv(num_pairs, TILE)
+    num_rows = num_pairs if max_rows < 0 else min(num_pairs, max_rows)
+    offsets, row_Tk, pair_R, token_R = make(num_experts + 1), make(*ids_Tk.shape), make(num_rows), make(num_rows)
     if num_pairs == 0:
         return offsets.zero_(), row_Tk, pair_R, token_R
+    _sort(ids_Tk, num_experts, offsets, row_Tk, pair_R, token_R, capacity=0)
+    return offsets, row_Tk, pair_R, token_R
+
+
+@torch.library.custom_op("pithwood::plan_slots", mutates_args=())
+def plan_slots(ids_Tk: Tensor, num_parts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(offsets, row_Tk, pair_R, token_R, count), all int32, as `plan_slots_ref`; ids int32 or int64."""
+    ids_Tk, num_rows = ids_Tk.contiguous(), num_parts * capacity
+    pair_R = torch.full((num_rows,), -1, dtype=torch.int32, device=ids_Tk.device)
+    token_R = torch.full_like(pair_R, -1)
+    row_Tk = torch.empty_like(ids_Tk, dtype=torch.int32)
+    count = torch.zeros(num_parts, dtype=torch.int32, device=ids_Tk.device)
+    offsets = torch.arange(num_parts + 1, dtype=torch.int32, device=ids_Tk.device) * capacity
+    if ids_Tk.numel():
+        starts = torch.empty_like(offsets)
+        total = _sort(ids_Tk, num_parts, starts, row_Tk, pair_R, token_R, capacity=capacity)
+        count.copy_(total[:num_parts])
+    return offsets, row_Tk, pair_R, token_R, count
+
+
+def _sort(
+    ids_Tk: Tensor, num_bins: int, starts: Tensor, row_Tk: Tensor, pair_R: Tensor, token_R: Tensor, capacity: int
+) -> Tensor:
+    """Fill the tensors of a plan; returns the pairs of each bin, those of none behind them."""
+    num_pairs, k = ids_Tk.numel(), ids_Tk.shape[1]
+    # One bin more for pairs without an expert, and one for what a last tile has no pairs for.
+    bins = triton.next_power_of_2(num_bins + 2)
+    num_tiles = triton.cdiv(num_pairs, TILE)
     total = torch.zeros(bins, dtype=torch.int32, device=ids_Tk.device)
-    first_row = make(num_tiles, bins)
-    _plan_count[(num_tiles,)](ids_Tk, first_row, total, num_pairs, num_experts, TILE=TILE, BINS=bins, num_warps=4)
+    first_row = torch.empty(num_tiles, bins, dtype=torch.int32, device=ids_Tk.device)
+    _plan_count[(num_tiles,)](ids_Tk, first_row, total, num_pairs, num_bins, TILE=TILE, BINS=bins, num_warps=4)
     scan_bins = min(SCAN_BINS, bins)
     _plan_scan[(bins // scan_bins,)](
-        first_row, total, offsets, num_tiles, num_experts, TILES=SCAN_TILES, OWN=scan_bins, BINS=bins, num_warps=4
-    )
-    _plan_rank[(num_tiles,)](
-        ids_Tk, first_row, row_Tk, pair_R, token_R, num_pairs, k, num_experts,
-        TILE=TILE, PIECE=PIECE, BINS=bins, num_warps=8,
+        first_row, total, starts, num_tiles, num_bins, num_pairs if capacity else pair_R.shape[0],
+        TILES=SCAN_TILES, OWN=scan_bins, BINS=bins, num_warps=4,
     )  # fmt: skip
-    return offsets, row_Tk, pair_R, token_R
+    _plan_rank[(num_tiles,)](
+        ids_Tk, first_row, starts, row_Tk, pair_R, token_R, num_pairs, k, num_bins, pair_R.shape[0], capacity,
+        SLOTS=capacity > 0, TILE=TILE, PIECE=PIECE, BINS=bins, num_warps=8,
+    )  # fmt: skip
+    return total
 
 
 @torch.library.custom_op("pithwood::count_pairs", mutates_args=())
@@ -68,10 +97,17 @@ def _(ids_Tk: Tensor, num_experts: int) -> Tensor:
 
 
 @plan_rows.register_fake
-def _(ids_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(ids_Tk: Tensor, num_experts: int, max_rows: int = -1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     make = lambda *size: ids_Tk.new_empty(size, dtype=torch.int32)  # noqa: E731
-    num_pairs = ids_Tk.numel()
-    return make(num_experts + 1), make(*ids_Tk.shape), make(num_pairs), make(num_pairs)
+    num_rows = ids_Tk.numel() if max_rows < 0 else min(ids_Tk.numel(), max_rows)
+    return make(num_experts + 1), make(*ids_Tk.shape), make(num_rows), make(num_rows)
+
+
+@plan_slots.register_fake
+def _(ids_Tk: Tensor, num_parts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    make = lambda *size: ids_Tk.new_empty(size, dtype=torch.int32)  # noqa: E731
+    num_rows = num_parts * capacity
+    return make(num_parts + 1), make(*ids_Tk.shape), make(num_rows), make(num_rows), make(num_parts)
 
 
 @triton.jit
@@ -103,15 +139,17 @@ def _count_pairs(ids_ptr, total_ptr, num_pairs, num_experts, TILE: tl.constexpr,
 
 @triton.jit
 def _plan_scan(
-    count_ptr, total_ptr, offsets_ptr, num_tiles, num_experts,
+    count_ptr, total_ptr, offsets_ptr, num_tiles, num_experts, num_rows,
     TILES: tl.constexpr, OWN: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Replace count[tile, bin] by the first row of that tile's pairs in that bin; OWN bins a program."""
+    """Replace count[tile, bin] by the first row of that tile's pairs in that bin; OWN bins a program. Offsets end at
+    num_rows.
+    """
     own = tl.program_id(0) * OWN + tl.arange(0, OWN)
     every = tl.arange(0, BINS)
     total = tl.load(total_ptr + every)
     start = tl.sum(tl.where(every[None, :] < own[:, None], total[None, :], 0), 1)
-    tl.store(offsets_ptr + own, start, mask=own <= num_experts)
+    tl.store(offsets_ptr + own, tl.minimum(start, num_rows), mask=own <= num_experts)
     for first in range(0, num_tiles, TILES):
         tile = first + tl.arange(0, TILES)
         at = count_ptr + tile.to(tl.int64)[:, None] * BINS + own[None, :]
@@ -123,10 +161,12 @@ def _plan_scan(
 
 @triton.jit
 def _plan_rank(
-    ids_ptr, first_row_ptr, row_ptr, pair_ptr, token_ptr, num_pairs, k, num_experts,
-    TILE: tl.constexpr, PIECE: tl.constexpr, BINS: tl.constexpr,
+    ids_ptr, first_row_ptr, offsets_ptr, row_ptr, pair_ptr, token_ptr, num_pairs, k, num_experts, num_rows, capacity,
+    SLOTS: tl.constexpr, TILE: tl.constexpr, PIECE: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """A pair's row is the first one of its tile and bin, plus the pairs before it in the tile that share the bin."""
+    """A pair's row is the first one of its tile and bin, plus the pairs before it in the tile that share the bin. With
+    SLOTS bin b begins at row b * capacity, and pairs beyond its capacity have no row.
+    """
     tile = tl.program_id(0)
     inside = tl.arange(0, TILE)
     pair = tile * TILE + inside
@@ -139,6 +179,11 @@ def _plan_rank(
         before += same.to(tl.int32)
     real = pair < num_pairs
     row = tl.load(first_row_ptr + tile.to(tl.int64) * BINS + bin_, mask=real, other=0) + tl.sum(before, 1)
+    if SLOTS:
+        routed = real & (bin_ < num_experts)
+        rank = row - tl.load(offsets_ptr + bin_, mask=routed, other=0)
+        row = tl.where(routed & (rank < capacity), bin_ * capacity + rank, num_rows)
     tl.store(row_ptr + pair, row, mask=real)
-    tl.store(pair_ptr + row, pair, mask=real)
-    tl.store(token_ptr + row, pair // k, mask=real)
+    placed = real & (row < num_rows)
+    tl.store(pair_ptr + row, pair, mask=placed)
+    tl.store(token_ptr + row, pair // k, mask=placed)

@@ -1,6 +1,6 @@
 """Rows sorted by expert, their gather and their sum in plain torch; the definition of correct, and the way on a CPU.
 
-Legend: T packed tokens, D model width, E experts, k experts per token, R = T * k rows.
+Legend: T packed tokens, D model width, E experts, k experts per token, R rows.
 """
 
 from __future__ import annotations
@@ -9,15 +9,38 @@ import torch
 from torch import Tensor
 
 
-def plan_rows_ref(ids_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(offsets [E + 1], row_Tk, pair_R, token_R), all int32: a stable sort by expert, pairs without one last."""
+def plan_rows_ref(
+    ids_Tk: Tensor, num_experts: int, max_rows: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(offsets [E + 1], row_Tk, pair_R, token_R), all int32: a stable sort by expert, pairs without one last; what
+    lies beyond max_rows is cut off.
+    """
     num_tokens, k = ids_Tk.shape
     flat = ids_Tk.reshape(-1).long()
     key, pair_R = torch.where(flat < 0, num_experts, flat).sort(stable=True)
     offsets = torch.searchsorted(key, torch.arange(num_experts + 1, device=key.device)).to(torch.int32)
     order = torch.arange(num_tokens * k, dtype=torch.int32, device=key.device)
     row_Tk = torch.empty_like(order).scatter_(0, pair_R, order).view(num_tokens, k)
+    if max_rows is not None:
+        offsets, pair_R = offsets.clamp(max=max_rows), pair_R[:max_rows]
     return offsets, row_Tk, pair_R.to(torch.int32), (pair_R // max(k, 1)).to(torch.int32)
+
+
+def plan_slots_ref(ids_Tk: Tensor, num_parts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(offsets, row_Tk, pair_R, token_R, count [num_parts]), all int32: part p's pairs in order, from row p * capacity
+    on; -1 where a part has fewer than `capacity`.
+    """
+    num_rows, k = num_parts * capacity, ids_Tk.shape[1]
+    starts, row_Tk, _, _ = plan_rows_ref(ids_Tk, num_parts)
+    ids = ids_Tk.long()
+    rank_Tk = row_Tk - starts[ids.clamp(min=0)]
+    fits_Tk = (ids >= 0) & (rank_Tk < capacity)
+    row_Tk = torch.where(fits_Tk, ids * capacity + rank_Tk, num_rows).to(torch.int32)
+    order = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
+    pair_R = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=ids.device)
+    pair_R = pair_R.scatter_(0, row_Tk.view(-1).long(), order)[:num_rows]
+    offsets = torch.arange(num_parts + 1, dtype=torch.int32, device=ids.device) * capacity
+    return offsets, row_Tk, pair_R, pair_R.div(max(k, 1), rounding_mode="floor"), starts.diff()
 
 
 def count_pairs_ref(ids_Tk: Tensor, num_experts: int) -> Tensor:
@@ -30,8 +53,10 @@ def count_pairs_ref(ids_Tk: Tensor, num_experts: int) -> Tensor:
 
 
 def gather_rows_ref(x_TD: Tensor, token_R: Tensor) -> Tensor:
-    """x[token_R]; the rows of pairs without an expert are their tokens' too."""
-    return x_TD.index_select(0, token_R)
+    """x[token_R]; rows without a pair are unspecified, and those of pairs without an expert their tokens' too."""
+    if x_TD.shape[0] == 0:
+        return x_TD.new_zeros(token_R.shape[0], x_TD.shape[1])
+    return x_TD.index_select(0, token_R.clamp(min=0))
 
 
 def sum_rows_ref(rows_RD: Tensor, row_Tk: Tensor, none_Tk: Tensor | None, residual_TD: Tensor | None) -> Tensor:
@@ -41,7 +66,9 @@ def sum_rows_ref(rows_RD: Tensor, row_Tk: Tensor, none_Tk: Tensor | None, residu
     num_tokens, k = row_Tk.shape
     dtype = torch.promote_types(rows_RD.dtype, torch.float32)
     out = torch.zeros(num_tokens, rows_RD.shape[1], dtype=dtype, device=rows_RD.device)
-    for j in range(k):
+    if none_Tk is not None:
+        row_Tk = row_Tk.clamp(max=rows_RD.shape[0] - 1)
+    for j in range(k if rows_RD.shape[0] else 0):
         picked_TD = rows_RD.index_select(0, row_Tk[:, j])
         if none_Tk is not None:
             picked_TD = picked_TD.masked_fill(none_Tk[:, j, None], 0.0)

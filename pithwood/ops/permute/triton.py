@@ -3,7 +3,7 @@
 Both kernels go token by token. The copy reads a token once and writes its k rows; the sum reads k rows, adds them in
 slot order in fp32 and writes once, residual included. Whole rows lie together, so scattered ones cost no bandwidth.
 
-Legend: T packed tokens, D model width, E experts, k experts per token, R = T * k rows.
+Legend: T packed tokens, D model width, E experts, k experts per token, R rows.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ WARPS = 4
 
 
 @torch.library.custom_op("pithwood::gather_rows", mutates_args=())
-def gather_rows(x_TD: Tensor, row_Tk: Tensor, offsets: Tensor) -> Tensor:
-    """[R, D] with rows[row_tj] = x_t; rows of pairs without an expert are not written."""
+def gather_rows(x_TD: Tensor, row_Tk: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+    """[R, D] with rows[row_tj] = x_t where row_tj lies below offsets[-1]; no other row is written."""
     x_TD = x_TD.contiguous()
-    rows_RD = x_TD.new_empty(row_Tk.numel(), x_TD.shape[1])
-    if rows_RD.numel():
+    rows_RD = x_TD.new_empty(num_rows, x_TD.shape[1])
+    if rows_RD.numel() and x_TD.numel():
         grid, sizes = _launch(x_TD, row_Tk)
         _gather_rows[grid](x_TD, rows_RD, row_Tk, offsets, offsets.shape[0] - 1, **sizes)
     return rows_RD
@@ -54,8 +54,8 @@ def sum_rows(rows_RD: Tensor, row_Tk: Tensor, offsets: Tensor, residual_TD: Tens
 
 
 @gather_rows.register_fake
-def _(x_TD: Tensor, row_Tk: Tensor, offsets: Tensor) -> Tensor:
-    return x_TD.new_empty(row_Tk.numel(), x_TD.shape[1])
+def _(x_TD: Tensor, row_Tk: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+    return x_TD.new_empty(num_rows, x_TD.shape[1])
 
 
 @sum_rows.register_fake
@@ -65,15 +65,16 @@ def _(rows_RD: Tensor, row_Tk: Tensor, offsets: Tensor, residual_TD: Tensor | No
 
 def _save_places(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:3])
+    ctx.num_rows = inputs[0].shape[0]
 
 
-def _gather_backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-    return sum_rows(grad_RD, *ctx.saved_tensors, None), None, None
+def _gather_backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
+    return sum_rows(grad_RD, *ctx.saved_tensors, None), None, None, None
 
 
 def _sum_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
     needs_rows, _, _, needs_residual = ctx.needs_input_grad
-    grad_RD = gather_rows(grad_TD, *ctx.saved_tensors) if needs_rows else None
+    grad_RD = gather_rows(grad_TD, *ctx.saved_tensors, ctx.num_rows) if needs_rows else None
     # An operator's output must not be its input: autograd may hand this gradient on, it is never written to.
     return grad_RD, None, None, grad_TD if needs_residual else None
 

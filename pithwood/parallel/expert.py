@@ -1,0 +1,324 @@
+"""Tokens on their way to the processes that hold their experts, and back.
+
+A token travels once to each process that holds one of its experts, with all its expert ids and weights. That process
+applies the weights and adds up the token's rows there, so that one row per (token, process) comes back, and the token's
+own process adds those few. Rows lie in the order of (sender, token) when they arrive, which is that of all tokens: an
+expert's rows are ordered by (token, slot) as in one process.
+
+Two ways, one meaning. "exact" reads on the host how many rows go where. "bounded" reads nothing there: every pair of
+processes exchanges `capacity` rows, and the experts' rows have a bound too. What does not fit is left out, and how full
+the fullest buffer was is kept on the device (`fullness`): above 1 the values of the step are wrong, and whoever applies
+them must look first, `grow` the buffers and do the step again.
+
+Each way has two halves, so that other work can run while rows travel: `begin_dispatch(...)` then `.wait()`,
+`begin_combine(...)` then `.wait()`. Backward passes go the other way through the same halves: rows leave where the
+forward pass waited, and are waited for where it let them leave.
+
+Legend: T packed tokens of this process, D model width, k experts per token, P processes, L experts of each, S arrived
+tokens, R rows of the experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pithwood.ops.permute import RowPlan, count_pairs, gather_rows, plan_rows, plan_slots, sum_rows
+from pithwood.parallel.mesh import Group
+
+How = Literal["exact", "bounded"]
+
+
+class Arrived(NamedTuple):
+    """Tokens of all processes that have experts here."""
+
+    x_SD: Tensor
+    """In the order of (process, token); rows that nobody sent hold anything."""
+    weight_Sk: Tensor
+    """The router's weights of all the token's experts, here or not."""
+    plan: RowPlan
+    """The place of each (arrived token, slot) among the rows of this process's experts, `max_rows` at most."""
+    handle: Route
+    """What the way back needs."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the rows of one dispatch lie on both ends."""
+
+    plan: RowPlan
+    """The place of each (token, process) among the rows that leave."""
+    given_sizes: list[int] | None
+    """Rows that go to each process, None for equally many."""
+    out_sizes: list[int] | None
+    """Rows that come from each process."""
+    num_arrived: int
+
+
+class ExpertExchange:
+    """The exchange of a group of processes that divide a layer's experts; one object serves all layers of a model.
+
+    group         who divides the experts: its i-th process holds experts i * L to (i + 1) * L - 1
+    num_experts   of a layer, all processes together; the group's size divides them
+    how           "exact" or "bounded"; with "bounded" all processes must bring equally many tokens
+    balanced      that ids are (token * k + slot) mod num_experts, whose need of room is known beforehand
+    room          bounded buffers hold this many times what tokens spread evenly over the experts need
+    device        where `fullness` lies
+
+    Every process of the group makes the same calls in the same order, backward passes and recomputations included.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        num_experts: int,
+        how: How = "exact",
+        *,
+        balanced: bool = False,
+        room: float = 1.25,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if num_experts % group.size:
+            raise ValueError(f"mesh.ep={group.size} must divide num_experts={num_experts}")
+        if room < 1:
+            raise ValueError(f"room={room} must be at least 1")
+        self.group, self.num_experts, self.how = group, num_experts, how
+        self.balanced = balanced
+        self.experts_here = num_experts // group.size
+        """L."""
+        self.first_expert = group.rank * self.experts_here
+        self.rooms = [1.0, 1.0] if balanced else [room, room]
+        """Room of a pair of processes and of the experts' rows, relative to even spreading."""
+        self.fullness = torch.zeros(2, dtype=torch.float64, device=device)
+        """[2] since `reset_step`: the fullest buffer between two processes and the experts' rows, relative to their
+        room. On the device; its maximum over all processes is what decides."""
+
+    def reset_step(self) -> None:
+        """Forget how full buffers were; call before each optimizer step's first forward."""
+        self.fullness.zero_()
+
+    def grow(self, fullness: list[float]) -> None:
+        """Make room for what a step needed; `fullness` is the maximum over all processes, above 1 in some place."""
+        for place, full in enumerate(fullness):
+            if full > 1:
+                # a step whose tokens did not all travel tells less than the experts' rows need
+                self.rooms[place] *= 1.1 * full
+
+    def capacity(self, num_tokens: int, k: int) -> int:
+        """Rows that each pair of processes exchanges when bounded, at most `num_tokens`."""
+        if self.balanced:
+            share = _balanced_share(self.num_experts, self.experts_here, k)
+        else:
+            # chance that none of a token's k distinct experts lies on a given process
+            away = self.num_experts - self.experts_here
+            share = 1 - math.prod(max(away - slot, 0) / (self.num_experts - slot) for slot in range(k))
+        return max(1, min(num_tokens, math.ceil((num_tokens * share + self.num_experts) * self.rooms[0])))
+
+    def max_rows(self, num_tokens: int, k: int, num_arrived: int) -> int:
+        """Rows that the experts of one process have room for when bounded."""
+        room = math.ceil((num_tokens * k + self.num_experts) * self.rooms[1])
+        return min(room, num_arrived * min(k, self.experts_here))
+
+    def begin_dispatch(self, x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor) -> Dispatching:
+        """Send tokens to their experts; `.wait()` of what this returns gives those that arrive.
+
+        x_TD        [T, D] any float, differentiable
+        ids_Tk      [T, k] int, 0 <= id < num_experts, or -1 for none
+        weight_Tk   [T, k] float, differentiable
+        """
+        size, here = self.group.size, self.experts_here
+        num_tokens, k = ids_Tk.shape
+        owner_Tm = owners(ids_Tk, here, size)
+        if self.how == "exact":
+            route, max_rows = self._exact_route(owner_Tm, ids_Tk)
+        else:
+            plan, count_P = plan_slots(owner_Tm, size, self.capacity(num_tokens, k))
+            num_arrived = plan.num_rows
+            route, max_rows = Route(plan, None, None, num_arrived), self.max_rows(num_tokens, k, num_arrived)
+            self._note(0, count_P.max(), plan.num_rows // size)
+        ids = _Flight(self.group, route)
+        ids_Sk = ids.leave(_rows_of_ids(ids_Tk, route.plan))
+        flights = _Flight(self.group, route), _Flight(self.group, route)
+        # one row per (token, process) of either kind; what a process does not use of the weights gets no gradient there
+        weight_Sk = _Leave.apply(gather_rows(weight_Tk, route.plan), flights[0])
+        x_SD = _Leave.apply(gather_rows(x_TD, route.plan), flights[1])
+        return Dispatching(self, route, max_rows, ids, ids_Sk, flights, weight_Sk, x_SD)
+
+    def dispatch(self, x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor) -> Arrived:
+        """Both halves of the way there."""
+        return self.begin_dispatch(x_TD, ids_Tk, weight_Tk).wait()
+
+    def begin_combine(self, part_SD: Tensor, handle: Route) -> Combining:
+        """Send back one row per arrived token: the sum over its experts here, weights applied."""
+        back = replace(
+            handle, given_sizes=handle.out_sizes, out_sizes=handle.given_sizes, num_arrived=handle.plan.num_rows
+        )
+        flight = _Flight(self.group, back)
+        return Combining(handle, flight, _Leave.apply(part_SD, flight))
+
+    def combine(self, part_SD: Tensor, handle: Route, residual_TD: Tensor | None = None) -> Tensor:
+        """Both halves of the way back: [T, D], see `Combining.wait`."""
+        return self.begin_combine(part_SD, handle).wait(residual_TD)
+
+    def _exact_route(self, owner_Tm: Tensor, ids_Tk: Tensor) -> tuple[Route, int]:
+        """Sizes of both ends, read on the host."""
+        size = self.group.size
+        plan = plan_rows(owner_Tm, size)
+        pairs_P = count_pairs(ids_Tk.div(self.experts_here, rounding_mode="floor"), size)
+        given = torch.stack([plan.offsets.diff().long(), pairs_P], 1)
+        out = torch.empty_like(given)
+        self.group.all_to_all(out, given, None, None)
+        given_sizes, _ = given.t().tolist()
+        out_sizes, pairs = out.t().tolist()
+        sent = sum(given_sizes)
+        whole = plan.all_routed
+        plan = RowPlan(plan.offsets, plan.row_Tk, plan.pair_R[:sent], plan.token_R[:sent], all_routed=whole)
+        return Route(plan, given_sizes, out_sizes, sum(out_sizes)), sum(pairs)
+
+    def _note(self, place: int, used: Tensor, room: int) -> None:
+        # fp64 holds both counts exactly, so that one row too many is more than 1
+        torch.maximum(self.fullness[place], used.to(torch.float64) / max(room, 1), out=self.fullness[place])
+
+
+@dataclass
+class Dispatching:
+    """Tokens on their way to their experts."""
+
+    exchange: ExpertExchange
+    route: Route
+    max_rows: int
+    ids_flight: _Flight
+    ids_Sk: Tensor
+    flights: tuple[_Flight, _Flight]
+    weight_Sk: Tensor
+    x_SD: Tensor
+
+    def wait(self) -> Arrived:
+        """What arrived, once it has; the experts' rows are planned while the tokens still travel."""
+        exchange = self.exchange
+        self.ids_flight.land()
+        local_Sk = self.ids_Sk - exchange.first_expert
+        local_Sk = torch.where((local_Sk >= 0) & (local_Sk < exchange.experts_here), local_Sk, -1)
+        plan = plan_rows(local_Sk, exchange.experts_here, max_rows=self.max_rows)
+        if exchange.how == "bounded":
+            exchange._note(1, (local_Sk >= 0).sum(), self.max_rows)
+        weight_Sk, x_SD = _Land.apply(self.weight_Sk, self.x_SD, *self.flights)
+        return Arrived(x_SD, weight_Sk, plan, self.route)
+
+
+@dataclass
+class Combining:
+    """Sums over experts on their way to their tokens."""
+
+    route: Route
+    flight: _Flight
+    rows_ND: Tensor
+
+    def wait(self, residual_TD: Tensor | None = None) -> Tensor:
+        """[T, D]: each token's rows from all processes added up in fp32, plus the residual; rounded once."""
+        (rows_ND,) = _Land.apply(self.rows_ND, self.flight)
+        return sum_rows(rows_ND, self.route.plan, residual_TD)
+
+
+def owners(ids_Tk: Tensor, experts_each: int, size: int) -> Tensor:
+    """[T, min(k, size)] int32: the processes that hold a token's experts, each once, -1 for the rest."""
+    owner_Tk = ids_Tk.div(experts_each, rounding_mode="floor").to(torch.int32)
+    if size <= ids_Tk.shape[1]:
+        every = torch.arange(size, dtype=torch.int32, device=ids_Tk.device)
+        return torch.where((owner_Tk[:, :, None] == every).any(1), every, -1)
+    again = (owner_Tk[:, :, None] == owner_Tk[:, None, :]).tril(-1).any(-1)
+    return owner_Tk.masked_fill(again, -1)
+
+
+def _balanced_share(num_experts: int, experts_each: int, k: int) -> float:
+    """The largest share of tokens that one process gets of, with ids (token * k + slot) mod num_experts."""
+    period = num_experts // math.gcd(num_experts, k)
+    ids = (torch.arange(period * k, device="cpu") % num_experts).view(period, k)
+    owner = owners(ids, experts_each, num_experts // experts_each)
+    return float(count_pairs(owner, num_experts // experts_each, impl="ref").max()) / period
+
+
+def _rows_of_ids(ids_Tk: Tensor, plan: RowPlan) -> Tensor:
+    """[N, k] int32: the ids of each row's token, -1 in rows without one."""
+    if plan.num_tokens == 0:
+        return torch.full((plan.num_rows, ids_Tk.shape[1]), -1, dtype=torch.int32, device=ids_Tk.device)
+    ids_Nk = ids_Tk.to(torch.int32).index_select(0, plan.token_R.clamp(min=0))
+    return ids_Nk.masked_fill_(plan.token_R[:, None] < 0, -1)
+
+
+class _Flight:
+    """One exchange of rows, and the exchange of their gradients the other way."""
+
+    def __init__(self, group: Group, route: Route) -> None:
+        self.group, self.route = group, route
+        self.num_given = 0
+        self._work: Any = None
+        self._held: Tensor | None = None
+        """What travels must not be freed on the way."""
+        self._back: Tensor | None = None
+
+    def leave(self, rows_ND: Tensor) -> Tensor:
+        rows_ND = rows_ND.contiguous()
+        self.num_given = rows_ND.shape[0]
+        out_SD = rows_ND.new_empty(self.route.num_arrived, *rows_ND.shape[1:])
+        self._held = rows_ND
+        self._work = self.group.all_to_all(out_SD, rows_ND, self.route.out_sizes, self.route.given_sizes, wait=False)
+        return out_SD
+
+    def land(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+        self._work = self._held = None
+
+    def leave_back(self, grad_SD: Tensor) -> None:
+        grad_SD = grad_SD.contiguous()
+        self._held = grad_SD
+        self._back = grad_SD.new_empty(self.num_given, *grad_SD.shape[1:])
+        self._work = self.group.all_to_all(
+            self._back, grad_SD, self.route.given_sizes, self.route.out_sizes, wait=False
+        )
+
+    def land_back(self) -> Tensor:
+        self.land()
+        back, self._back = self._back, None
+        assert back is not None, "the gradient of rows that travelled was asked for twice, or before it left"
+        return back
+
+
+class _Leave(torch.autograd.Function):
+    """Rows that leave; the result may be read once `_Land` has waited. Backward: wait for the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, flight: _Flight) -> Tensor:  # type: ignore[override]
+        ctx.flight = flight
+        return flight.leave(rows_ND)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_SD: Tensor):  # type: ignore[override]
+        # the gradient proper travelled; what autograd hands over is the one that `_Land` sent
+        return ctx.flight.land_back(), None
+
+
+class _Land(torch.autograd.Function):
+    """Rows that have arrived, one tensor per flight. Backward: let the gradients leave."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        half = len(args) // 2
+        ctx.flights = args[half:]
+        for flight in ctx.flights:
+            flight.land()
+        return tuple(rows.view_as(rows) for rows in args[:half])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
+        for flight, grad, wanted in zip(ctx.flights, grads, ctx.needs_input_grad, strict=False):
+            if wanted:
+                flight.leave_back(grad)
+        return *grads, *(None for _ in grads)
