@@ -14,6 +14,8 @@ from pithwood.attention.moba import MoBAConfig
 from pithwood.attention.projections import visible_pairs
 from pithwood.attention.window import SlidingWindowConfig
 from pithwood.ops.packing import Packing, Selection
+from pithwood.parallel.context import ContextGroup
+from pithwood.parallel.mesh import Group
 from tests.attention.builders import (
     SHAPE,
     causal_mask,
@@ -227,8 +229,12 @@ def test_contexts_that_do_not_fit_are_refused():
         mixer(x_TD, replace(context(packing), rope=None))
     with pytest.raises(ValueError, match="causal=False"):
         mixer(x_TD, context(Packing.from_lengths([8], causal=False)))
-    with pytest.raises(ValueError, match=r"set mesh\.cp=1"):
-        mixer(x_TD, context(packing, cp=object()))
+    cp = ContextGroup.of(Group((0, 1), 0), Packing.from_lengths([16]))
+    with pytest.raises(ValueError, match=r"generate with mesh\.cp=1"):
+        mixer(x_TD, context(packing, cp=cp, cache=object()))
+    mixer.context_parallel = False
+    with pytest.raises(ValueError, match=r"does not run under context parallelism: set mesh\.cp=1"):
+        mixer(x_TD, context(packing, cp=cp))
     with pytest.raises(ValueError, match="no cache"):
         mixer(x_TD, context(Packing.from_lengths([8], [12])))
 
