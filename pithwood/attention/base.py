@@ -128,8 +128,8 @@ class LayerContext:
     layer: int = 0
     cache: LayerCache | None = None
     cp: ContextGroup | None = None
-    """The processes that share the tokens of this micro-batch, `packing` being that of this one's; None where it has all
-    of them."""
+    """The processes that share the tokens of this micro-batch, of which `packing` holds this one's; None where it has
+    all of them."""
     carry: dict[str, Tensor] = field(default_factory=dict)
     """Named state handed from layer to layer (shared indexes, gate residuals); mixers declare names in
     `carry_fields`."""
