@@ -8,7 +8,7 @@ Legend: T packed tokens, D model width, N documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -212,6 +212,13 @@ class Mixer(nn.Module):
         Without an override 2-D parameters are one matrix, 3-D ones a stack of matrices, and all else goes to AdamW.
         """
         return {}
+
+
+def check_context_parallel(mixers: Iterable[Mixer], cp: int) -> None:
+    """Raise ValueError if a mixer would not see the tokens that `cp` processes share."""
+    unfit = sorted({type(mixer).__name__ for mixer in mixers if not mixer.context_parallel})
+    if cp > 1 and unfit:
+        raise ValueError(f"{', '.join(unfit)} cannot run with mesh.cp={cp}: set mesh.cp=1, or let forward read ctx.cp")
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ class MoBA(HeadsMixer):
         size = self.config.block_size
         blocks: Selection | None = None
         if cp.exchange(k_TGK.shape[1]) == "gather":
-            packing = cp.part(cp.first, cp.first + cp.num_tokens)
+            packing = cp.selections(k_TGK.shape[1])
             blocks = ctx.decide("blocks", lambda: self._select(q_THK, gather_block_means(cp, k_TGK, size), packing))
 
         def attend_blocks(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, packing: Packing) -> Tensor:

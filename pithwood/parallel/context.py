@@ -95,6 +95,15 @@ class ContextGroup:
             )
         return "heads" if divides and self.how != "gather" else "gather"
 
+    def selections(self, num_kv_heads: int) -> Packing:
+        """The packing that block selections refer to in attention with so many KV heads: of all tokens (and this
+        process's heads), or of this process's tokens as queries.
+        """
+        exchange = self.exchange(num_kv_heads)
+        if exchange == "gather":
+            return self.part(self.first, self.first + self.num_tokens)
+        return self.whole if exchange == "heads" else self.local
+
     def part(self, start: int, stop: int, low: int = 0) -> Packing:
         """The packing of queries start:stop of all tokens against keys low:stop: bottom-right aligned, as the last
         queries of each document stand at its last keys.

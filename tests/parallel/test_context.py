@@ -70,6 +70,8 @@ def of_a_part(
     probe: dict[str, Any] = {}
     replay = None if decisions is None else decisions_in_context(decisions, cp, GQA.num_kv_heads)
     y_TD = mixer(x_TD, context(batch.packing, cp=cp, replay=replay, probe=probe)).y_TD
+    if "layers.0.blocks" in probe:
+        assert len(probe["layers.0.blocks"].ids) == cp.selections(GQA.num_kv_heads).num_queries
     y_TD.backward(batch.columns["grad"])
     grads = {name: param.grad for name, param in mixer.named_parameters()}
     assert x_TD.grad is not None
