@@ -1,7 +1,7 @@
 """A token mixer that lives outside the package: a gated linear recurrence with a state, a loss term and a carry.
 
 h_t = a_t * h_{t-1} + (1 - a_t) * x_t W_in, with a_t = sigmoid(x_t w_gate + b + gate logit of the layer below); y_t =
-h_t W_out. The recurrence restarts at documents.
+h_t W_out. The recurrence restarts at documents, and goes on where a document lies on several processes.
 
 Legend: T packed tokens, D model width, N documents.
 """
@@ -17,6 +17,7 @@ from pithwood.attention.base import CacheField, Cost, LayerContext, Mixer, Mixer
 from pithwood.losses import LossTerm, attach_loss
 from pithwood.ops.linear import linear
 from pithwood.ops.packing import Packing
+from pithwood.parallel.context import ContextGroup, prefix_scan
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ToyRecurrenceConfig(MixerConfig):
 
 class ToyRecurrence(Mixer):
     carry_fields = ("toy_gate",)
+    context_parallel = True
 
     def __init__(self, config: ToyRecurrenceConfig, shape: MixerShape) -> None:
         super().__init__()
@@ -54,6 +56,9 @@ class ToyRecurrence(Mixer):
             ctx.ledger,
         )
         keep_TD, in_TD = gate_TD.sigmoid(), linear(x_TD, self.in_proj)
+        if ctx.cp is not None:
+            y_TD = self._run_in_context(keep_TD, in_TD, ctx.packing, ctx.cp)
+            return MixerOut(linear(y_TD, self.out_proj), {"toy_gate": gate_TD})
         cu = ctx.packing.cu_q.tolist()
         num_docs = len(cu) - 1
         start_ND = torch.zeros(num_docs, self.dim, dtype=x_TD.dtype) if ctx.cache is None else ctx.cache.read("state")
@@ -67,6 +72,23 @@ class ToyRecurrence(Mixer):
         if ctx.cache is not None:
             ctx.cache.write("state", torch.stack(finals))
         return MixerOut(linear(torch.stack(outputs), self.out_proj), {"toy_gate": gate_TD})
+
+    def _run_in_context(self, keep_TD: Tensor, in_TD: Tensor, packing: Packing, cp: ContextGroup) -> Tensor:
+        """h [T, D] from the state that the processes before this one hand on."""
+        factor_TD = keep_TD.masked_fill((packing.position_T == 0)[:, None], 0.0)
+        scale, state = torch.ones(self.dim), torch.zeros(self.dim)
+        for factor, keep, value in zip(factor_TD, keep_TD, in_TD, strict=True):
+            scale, state = factor * scale, factor * state + (1 - keep) * value
+
+        def combine(early: tuple[Tensor, ...], late: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return early[0] * late[0], late[0] * early[1] + late[1]
+
+        _, state = prefix_scan(cp, (scale, state), combine, (torch.ones(self.dim), torch.zeros(self.dim)))
+        outputs = []
+        for factor, keep, value in zip(factor_TD, keep_TD, in_TD, strict=True):
+            state = factor * state + (1 - keep) * value
+            outputs.append(state)
+        return torch.stack(outputs)
 
     def cache_fields(self) -> tuple[CacheField, ...]:
         return (CacheField("state", (self.dim,), torch.float32, "sequence"),)

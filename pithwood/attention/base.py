@@ -8,7 +8,7 @@ Legend: T packed tokens, D model width, N documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pithwood.losses import LossLedger
 from pithwood.ops.packing import Packing
 from pithwood.ops.rope import Rope
+from pithwood.parallel.context import ContextGroup
 
 Causality = Literal["strict", "leaky_selection", "bidirectional"]
 Mode = Literal["train", "prefill", "decode"]
@@ -126,8 +127,9 @@ class LayerContext:
     mode: Mode = "train"
     layer: int = 0
     cache: LayerCache | None = None
-    cp: Any = None
-    """Context-parallel group; None is the one-process form."""
+    cp: ContextGroup | None = None
+    """The processes that share the tokens of this micro-batch, of which `packing` holds this one's; None where it has
+    all of them."""
     carry: dict[str, Tensor] = field(default_factory=dict)
     """Named state handed from layer to layer (shared indexes, gate residuals); mixers declare names in
     `carry_fields`."""
@@ -180,6 +182,8 @@ class Mixer(nn.Module):
     causality: Causality = "strict"
     carry_fields: tuple[str, ...] = ()
     """Names of carry entries that this mixer reads or writes."""
+    context_parallel: bool = False
+    """Whether `forward` reads `ctx.cp`, and so is right where tokens of a sample lie on several processes."""
     activation_bytes: int = 4
     """Bytes per activation that `cost` counts with, 4 for fp32. The model asks a shallow copy of the mixer in which it
     is set to the size at hand; a mixer whose `cost` does not read it is taken at its word."""
@@ -208,6 +212,13 @@ class Mixer(nn.Module):
         Without an override 2-D parameters are one matrix, 3-D ones a stack of matrices, and all else goes to AdamW.
         """
         return {}
+
+
+def check_context_parallel(mixers: Iterable[Mixer], cp: int) -> None:
+    """Raise ValueError if a mixer would not see the tokens that `cp` processes share."""
+    unfit = sorted({type(mixer).__name__ for mixer in mixers if not mixer.context_parallel})
+    if cp > 1 and unfit:
+        raise ValueError(f"{', '.join(unfit)} cannot run with mesh.cp={cp}: set mesh.cp=1, or let forward read ctx.cp")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,21 @@ class KeyConv(nn.Module):
             total_TC = total_TC + weight_WC[lag] * lagged_TC
         return k_TC + F.silu(total_TC)
 
+    def between(self, k_TC: Tensor, before_WC: Tensor, packing: Packing) -> Tensor:
+        """Convolved keys of a run of tokens that may begin within a document: before_WC [W - 1, C] are the raw keys
+        before it, latest last, and the packing's positions say which of them belong to the document.
+        """
+        weight_WC = self.weight.to(k_TC.dtype)
+        rows_C = torch.cat([before_WC, k_TC])
+        total_TC = weight_WC[0] * k_TC
+        for lag in range(1, self.width):
+            start = self.width - 1 - lag
+            # filled, not multiplied by 0: a NaN or inf of another document must not get through
+            outside_T = packing.position_T < lag
+            lagged_TC = rows_C[start : start + k_TC.shape[0]].masked_fill(outside_T[:, None], 0.0)
+            total_TC = total_TC + weight_WC[lag] * lagged_TC
+        return k_TC + F.silu(total_TC)
+
     def next_tail(self, k_TC: Tensor, tail_NWC: Tensor, packing: Packing) -> Tensor:
         """[N, W - 1, C]: the last raw keys of every document after this call, for the next call's `tail_NWC`."""
         num_docs, kept = tail_NWC.shape[:2]

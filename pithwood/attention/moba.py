@@ -20,6 +20,7 @@ from pithwood.ops.attend import attend
 from pithwood.ops.packing import Packing, Selection
 from pithwood.ops.select import select
 from pithwood.ops.summarise import summarise
+from pithwood.parallel.context import ContextGroup, attend_in_context, gather_block_means
 
 Tie = Literal["later", "earlier"]
 MeanDtype = Literal["input", "fp32", "centered"]
@@ -82,12 +83,16 @@ class MoBA(HeadsMixer):
     Parameters are those of full attention, so either can take over from the other.
     """
 
+    context_parallel = True
+
     def __init__(self, config: MoBAConfig, shape: MixerShape) -> None:
         super().__init__(config, shape)
         self.config = config
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> MixerOut:
         q_THK, k_TGK, v_TGK = self.project(x_TD, ctx)
+        if ctx.cp is not None:
+            return self.output(self._attend_in_context(q_THK, k_TGK, v_TGK, ctx, ctx.cp))
         full = self._decodes_full(ctx)
         unit = None if full else self.config.block_size
         k_TGK, v_TGK, start_N = self.extend_for_decoding(q_THK, k_TGK, v_TGK, ctx, unit)
@@ -95,7 +100,7 @@ class MoBA(HeadsMixer):
             self._keep_block_means(k_TGK, start_N, ctx.packing, ctx.cache)
         if full:
             return self.output(self.decode(q_THK, k_TGK, v_TGK, start_N, ctx))
-        blocks = ctx.decide("blocks", lambda: self.route(q_THK, k_TGK, ctx, in_place=start_N is not None))
+        blocks = ctx.decide("blocks", lambda: self.route(q_THK, k_TGK, ctx, start_N is not None))
         if self.decodes(ctx):
             return self.output(self.decode(q_THK, k_TGK, v_TGK, start_N, ctx, blocks))
         o_THK, _ = attend(q_THK, k_TGK, v_TGK, ctx.packing, blocks, scale=self.softmax_scale)
@@ -106,26 +111,55 @@ class MoBA(HeadsMixer):
 
         in_place  read cached means where they lie instead of packing them
         """
-        c = self.config
         unit_start_N = None
         if ctx.cache is not None and in_place:
             mean_UGK, unit_start_N = ctx.cache.blocks_in_place("block_mean")
         elif ctx.cache is None:
-            mean_UGK = summarise(k_TGK, ctx.packing, c.block_size)
+            mean_UGK = summarise(k_TGK, ctx.packing, self.config.block_size)
         else:
-            mean_UGK = _cached_means(ctx.packing, ctx.cache, c.block_size)
+            mean_UGK = _cached_means(ctx.packing, ctx.cache, self.config.block_size)
+        impl = self.decode_impl if self.decodes(ctx) else None
+        return self._select(q_THK, mean_UGK, ctx.packing, unit_start_N, impl)
+
+    def _select(
+        self,
+        q_THK: Tensor,
+        mean_UGK: Tensor,
+        packing: Packing,
+        unit_start_N: Tensor | None = None,
+        impl: str | None = None,
+    ) -> Selection:
+        c = self.config
         return select(
             q_THK,
             mean_UGK,
-            ctx.packing,
+            packing,
             c.num_blocks,
             block_size=c.block_size,
             tie=c.tie,
             route_per=c.route_per,
             mean_dtype=c.mean_dtype,
             unit_start_N=unit_start_N,
-            impl=self.decode_impl if self.decodes(ctx) else None,
+            impl=impl,
         )
+
+    def _attend_in_context(
+        self, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, ctx: LayerContext, cp: ContextGroup
+    ) -> Tensor:
+        """o [T, H, K] of this process's tokens. Where keys are gathered, the block means travel before them."""
+        size = self.config.block_size
+        blocks: Selection | None = None
+        if cp.exchange(k_TGK.shape[1]) == "gather":
+            packing = cp.selections(k_TGK.shape[1])
+            blocks = ctx.decide("blocks", lambda: self._select(q_THK, gather_block_means(cp, k_TGK, size), packing))
+
+        def attend_blocks(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, packing: Packing) -> Tensor:
+            chosen = blocks or ctx.decide(
+                "blocks", lambda: self._select(q_THK, summarise(k_TGK, packing, size), packing)
+            )
+            return attend(q_THK, k_TGK, v_TGV, packing, chosen, scale=self.softmax_scale)[0]
+
+        return attend_in_context(cp, q_THK, k_TGK, v_TGV, attend_blocks, balance=False)
 
     def cache_fields(self) -> tuple[CacheField, ...]:
         """What every attention mixer keeps, and fp32 means of finished blocks."""

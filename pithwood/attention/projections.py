@@ -27,6 +27,7 @@ from pithwood.ops.decode import decode_attend, decodes_by_kernel
 from pithwood.ops.linear import linear, linears
 from pithwood.ops.norm_rope import norm_rope
 from pithwood.ops.packing import Packing, Selection
+from pithwood.parallel.context import halo
 
 TILE = 128
 """Queries and keys that a dense kernel visits together: what it executes is counted in such tiles."""
@@ -77,8 +78,9 @@ class HeadsMixer(Mixer):
     def project(self, x_TD: Tensor, ctx: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
         """q_THK, k_TGK, v_TGK of this call's tokens, in x's dtype: projected, keys convolved, normed, rotated.
 
-        Raises ValueError for what these mixers do not do: attention in both directions, context parallelism, RoPE
-        without angles, and keys from before this call without a cache that holds them.
+        Raises ValueError for what these mixers do not do: attention in both directions, RoPE without angles, keys from
+        before this call without a cache that holds them, and context parallelism with a cache or in a mixer that does
+        not read `ctx.cp`.
         """
         self._check_context(ctx)
         tokens, heads, kv_heads, dim = x_TD.shape[0], self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim
@@ -102,6 +104,9 @@ class HeadsMixer(Mixer):
         """What happens to the key projection's output [T, G*K] before norm and RoPE: the key convolution, if any."""
         if self.key_conv is None:
             return k_TC
+        if ctx.cp is not None and ctx.cp.crosses:
+            before_WC = halo(ctx.cp, k_TC, self.key_conv.width - 1)
+            return self.key_conv.between(k_TC, before_WC, ctx.packing)
         if ctx.cache is None:
             return self.key_conv(k_TC, ctx.packing)
         tail_NWC = ctx.cache.read("key_tail").to(k_TC.dtype)
@@ -206,8 +211,10 @@ class HeadsMixer(Mixer):
         wrong = None
         if not ctx.packing.causal:
             wrong = "is causal; got a packing with causal=False: use a bidirectional mixer"
-        elif ctx.cp is not None:
+        elif ctx.cp is not None and not self.context_parallel:
             wrong = "does not run under context parallelism: set mesh.cp=1"
+        elif ctx.cp is not None and ctx.cache is not None:
+            wrong = "has no cache under context parallelism: generate with mesh.cp=1"
         elif self.rope and ctx.rope is None:
             wrong = "has rope=True but the model gives no rotary angles: set rope=False"
         elif ctx.cache is None and not ctx.packing.self_attention:

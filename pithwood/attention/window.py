@@ -13,6 +13,7 @@ from pithwood.attention.base import Cost, LayerContext, MixerOut, MixerShape
 from pithwood.attention.projections import HeadsConfig, HeadsMixer
 from pithwood.ops.dense_attention import dense_attention
 from pithwood.ops.packing import Packing
+from pithwood.parallel.context import attend_in_context
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class SlidingWindow(HeadsMixer):
     The cache keeps all tokens, so that a sequence can be truncated, forked, or read by full attention later.
     """
 
+    context_parallel = True
+
     def __init__(self, config: SlidingWindowConfig, shape: MixerShape) -> None:
         super().__init__(config, shape)
         self.window = config.window
@@ -44,8 +47,12 @@ class SlidingWindow(HeadsMixer):
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> MixerOut:
         q_THK, k_TGK, v_TGK = self.project(x_TD, ctx)
         k_TGK, v_TGK = self.extend(k_TGK, v_TGK, ctx)
-        o_THK, _ = dense_attention(q_THK, k_TGK, v_TGK, ctx.packing, scale=self.softmax_scale, window=self.window)
-        return self.output(o_THK)
+        if ctx.cp is not None:
+            return self.output(attend_in_context(ctx.cp, q_THK, k_TGK, v_TGK, self.attend, window=self.window))
+        return self.output(self.attend(q_THK, k_TGK, v_TGK, ctx.packing))
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, packing: Packing) -> Tensor:
+        return dense_attention(q_THK, k_TGK, v_TGV, packing, scale=self.softmax_scale, window=self.window)[0]
 
     def cost(self, packing: Packing) -> Cost:
         return self.dense_cost(packing, self.window)

@@ -20,6 +20,7 @@ from pithwood.data.corpus import Corpus, Split, TokenStream
 from pithwood.data.curriculum import Curriculum, Stage
 from pithwood.data.documents import KeptDocuments
 from pithwood.ops.packing import Packing
+from pithwood.parallel.context import local_packing
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,19 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
         return Batch(columns, self.packing.to(device))
+
+
+def cut_batch(batch: Batch, cp_rank: int, cp_size: int) -> tuple[Batch, Packing]:
+    """The cp_rank-th of cp_size equal runs of a batch's tokens, and the packing of all of them.
+
+    The part's documents keep their numbers, empty where they lie elsewhere, and its tokens their positions.
+    raises ValueError if cp_size does not divide T
+    """
+    if cp_size == 1:
+        return batch, batch.packing
+    packing = local_packing(batch.packing, cp_rank, cp_size)
+    rows = slice(cp_rank * packing.num_queries, (cp_rank + 1) * packing.num_queries)
+    return Batch({name: column[rows] for name, column in batch.columns.items()}, packing), batch.packing
 
 
 class TrainingBatches:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from pithwood.attention.base import MixerConfig
+from pithwood.attention.base import MixerConfig, check_context_parallel
 from pithwood.attention.full import FullAttentionConfig
 from pithwood.attention.moba import MoBAConfig
 from pithwood.attention.projections import visible_pairs
 from pithwood.attention.window import SlidingWindowConfig
 from pithwood.ops.packing import Packing, Selection
+from pithwood.parallel.context import ContextGroup
+from pithwood.parallel.mesh import Group
 from tests.attention.builders import (
     SHAPE,
     causal_mask,
@@ -227,10 +229,23 @@ def test_contexts_that_do_not_fit_are_refused():
         mixer(x_TD, replace(context(packing), rope=None))
     with pytest.raises(ValueError, match="causal=False"):
         mixer(x_TD, context(Packing.from_lengths([8], causal=False)))
-    with pytest.raises(ValueError, match=r"set mesh\.cp=1"):
-        mixer(x_TD, context(packing, cp=object()))
+    cp = ContextGroup.of(Group((0, 1), 0), Packing.from_lengths([16]))
+    with pytest.raises(ValueError, match=r"generate with mesh\.cp=1"):
+        mixer(x_TD, context(packing, cp=cp, cache=object()))
+    mixer.context_parallel = False
+    with pytest.raises(ValueError, match=r"does not run under context parallelism: set mesh\.cp=1"):
+        mixer(x_TD, context(packing, cp=cp))
     with pytest.raises(ValueError, match="no cache"):
         mixer(x_TD, context(Packing.from_lengths([8], [12])))
+
+
+def test_mixers_that_do_not_look_beyond_their_process_are_refused_where_tokens_are_divided():
+    full, other = make_mixer(FullAttentionConfig()), make_mixer(SlidingWindowConfig())
+    check_context_parallel([full, other], 2)
+    other.context_parallel = False
+    check_context_parallel([full, other], 1)
+    with pytest.raises(ValueError, match=r"SlidingWindow cannot run with mesh\.cp=2: set mesh\.cp=1"):
+        check_context_parallel([full, other], 2)
 
 
 def _brute_pairs(lengths, keys, window=None, tile=1):

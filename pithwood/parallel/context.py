@@ -1,0 +1,487 @@
+"""What attention and recurrences need of other processes when the tokens of each sample are divided between them.
+
+Process r of P holds tokens r * T to (r + 1) * T of all P * T, so documents may begin on one process and end on another.
+What is done per token (projections, norms, RoPE by true positions, experts) happens where the token lies. For attention
+the tokens meet in one of two ways:
+
+  heads    every process receives all tokens of 1/P of the heads, attends as one process would, and sends the result
+           back. Packings stay those of self-attention, so all kernels serve; work is divided evenly.
+  gather   every process receives the keys and values of all processes and attends with its own queries. Causal
+           attention to a prefix costs more the later the queries are: full attention takes queries from both ends (a
+           zigzag), so that all processes have the same.
+
+Where no document lies on two processes nothing is exchanged. All of it is differentiable, and all processes make the
+same calls in the same order, forward and backward.
+
+Legend: T tokens of this process, P processes, H query heads, G KV heads, K query/key head dim, V value head dim,
+N documents, U units (key blocks) of all documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pithwood.ops.packing import Packing, Selection
+from pithwood.ops.summarise import summarise
+from pithwood.ops.units import unit_table
+from pithwood.parallel.config import ContextExchange
+from pithwood.parallel.mesh import Group
+
+Attend = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
+"""(q [T_q, H, K], k [T_k, G, K], v [T_k, G, V], packing) -> o [T_q, H, V]"""
+State = tuple[Tensor, ...]
+"""What a recurrence hands on from one run of tokens to the next."""
+
+
+@dataclass(frozen=True)
+class ContextGroup:
+    """The processes that share the tokens of a batch, and how the batch lies on them."""
+
+    group: Group
+    """In the order of the tokens."""
+    whole: Packing
+    """Of all P * T tokens."""
+    how: ContextExchange
+    """How attention sees other processes' tokens; auto: heads where the KV heads can be divided."""
+    crosses: bool
+    """Whether some document lies on more than one process; the same on all of them."""
+    local: Packing
+    """Of this process's tokens, as `local_packing` cuts it; without documents that have none where all are alike."""
+
+    @staticmethod
+    def of(group: Group, whole: Packing, how: ContextExchange = "auto") -> ContextGroup | None:
+        """The context of a batch whose packing is `whole`, or None where one process has all tokens.
+
+        Offsets on the CPU are read to see whether documents cross processes; on a device they are taken to.
+        raises  ValueError if the tokens cannot be divided evenly
+        """
+        if group.size == 1:
+            return None
+        tokens = tokens_per_process(whole, group.size)
+        crosses = True
+        if whole.cu_q.device.type == "cpu":
+            cu = whole.cu_q.long()
+            inner = torch.arange(1, group.size) * tokens
+            crosses = not bool(torch.isin(inner, cu).all())
+        return ContextGroup(group, whole, how, crosses, _without_absent(whole, group, crosses))
+
+    def to(self, device: torch.device | str) -> ContextGroup:
+        return replace(self, whole=self.whole.to(device), local=self.local.to(device))
+
+    @property
+    def num_tokens(self) -> int:
+        """T"""
+        return self.whole.num_queries // self.group.size
+
+    @property
+    def first(self) -> int:
+        """Number of this process's first token among all."""
+        return self.group.rank * self.num_tokens
+
+    def exchange(self, num_kv_heads: int) -> Literal["none", "heads", "gather"]:
+        """How attention with so many KV heads meets the tokens of others; ValueError if `how` cannot be."""
+        if not self.crosses:
+            return "none"
+        divides = num_kv_heads % self.group.size == 0
+        if self.how == "heads" and not divides:
+            raise ValueError(
+                f"mesh.context=heads needs mesh.cp={self.group.size} to divide num_kv_heads={num_kv_heads}; "
+                "set mesh.context=gather"
+            )
+        return "heads" if divides and self.how != "gather" else "gather"
+
+    def selections(self, num_kv_heads: int) -> Packing:
+        """The packing that block selections refer to in attention with so many KV heads: of all tokens (and this
+        process's heads), or of this process's tokens as queries.
+        """
+        exchange = self.exchange(num_kv_heads)
+        if exchange == "gather":
+            return self.part(self.first, self.first + self.num_tokens)
+        return self.whole if exchange == "heads" else self.local
+
+    def part(self, start: int, stop: int, low: int = 0) -> Packing:
+        """The packing of queries start:stop of all tokens against keys low:stop: bottom-right aligned, as the last
+        queries of each document stand at its last keys.
+        """
+
+        def make() -> Packing:
+            cu = self.whole.cu_q
+            return Packing(
+                cu.clamp(start, stop) - start,
+                cu.clamp(low, stop) - low,
+                min(self.whole.max_q, stop - start),
+                min(self.whole.max_k, stop - low),
+                self.whole.position_T[start:stop],
+                self.whole.causal,
+            )
+
+        return self.whole.remember(("part", start, stop, low), make)
+
+
+def tokens_per_process(whole: Packing, size: int) -> int:
+    """T of a packing divided over so many processes; ValueError if they do not divide it."""
+    if not whole.self_attention:
+        raise ValueError("only packings whose queries are their keys can be divided over context ranks")
+    if whole.num_queries % size:
+        raise ValueError(
+            f"{whole.num_queries} tokens cannot be divided evenly over mesh.cp={size}; choose a mesh.cp that divides "
+            "seq_len x the samples of a micro-batch on each process"
+        )
+    return whole.num_queries // size
+
+
+def local_packing(whole: Packing, rank: int, size: int) -> Packing:
+    """The rank-th of `size` equal runs of tokens: the same N documents, empty where they lie elsewhere, and the true
+    positions.
+    """
+    tokens = tokens_per_process(whole, size)
+    start = rank * tokens
+    cu = whole.cu_q.clamp(start, start + tokens) - start
+    return Packing(
+        cu,
+        cu,
+        min(whole.max_q, tokens),
+        min(whole.max_k, tokens),
+        whole.position_T[start : start + tokens],
+        whole.causal,
+    )
+
+
+def attend_in_context(
+    cp: ContextGroup,
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGV: Tensor,
+    attend: Attend,
+    *,
+    window: int | None = None,
+    balance: bool = True,
+) -> Tensor:
+    """o [T, H, V] of this process's queries over the keys of all, each document by itself.
+
+    attend   attention of one process; it is given all tokens of some heads, or some queries and all keys before them,
+             with the packing of that; called twice where queries are balanced
+    window   keys that a query sees, its own included, if there is a bound: where it is within T, only the keys that
+             stand so near are fetched, unless heads are asked for
+    balance  whether later queries cost more, as in full attention
+    """
+    exchange = cp.exchange(k_TGK.shape[1])
+    if exchange == "none":
+        return attend(q_THK, k_TGK, v_TGV, cp.local)
+    start, stop = cp.first, cp.first + cp.num_tokens
+    if window is not None and window <= cp.num_tokens and cp.how != "heads":
+        low = max(start - window + 1, 0)
+        k_TGK, v_TGV = (torch.cat([halo(cp, x, window - 1)[window - 1 - (start - low) :], x]) for x in (k_TGK, v_TGV))
+        return attend(q_THK, k_TGK, v_TGV, cp.part(start, stop, low))
+    if exchange == "heads":
+        q_THK, k_TGK, v_TGV = heads_to_tokens(cp.group, q_THK, k_TGK, v_TGV)
+        return tokens_to_heads(cp.group, attend(q_THK, k_TGK, v_TGV, cp.whole))
+    k_TGK, v_TGV = gather_tokens(cp.group, k_TGK, v_TGV)
+    if not balance or window is not None or cp.num_tokens % 2:
+        return attend(q_THK, k_TGK[:stop], v_TGV[:stop], cp.part(start, stop))
+    half, parts = cp.num_tokens // 2, []
+    for chunk, q in zip(_zigzag(cp.group.rank, cp.group.size), to_zigzag(cp.group, q_THK).split(half), strict=True):
+        stop = (chunk + 1) * half
+        parts.append(attend(q, k_TGK[:stop], v_TGV[:stop], cp.part(stop - half, stop)))
+    return from_zigzag(cp.group, torch.cat(parts))
+
+
+def heads_to_tokens(group: Group, *heads: Tensor) -> tuple[Tensor, ...]:
+    """Of each [T, H, K] of this process's tokens and all heads: [P * T, H / P, K], all tokens of this process's heads.
+
+    Heads are divided in order, so that query heads keep their KV head; P divides each H.
+    """
+    return tuple(_HeadsToTokens.apply(group, *heads))
+
+
+def tokens_to_heads(group: Group, o_THV: Tensor) -> Tensor:
+    """The way back of `heads_to_tokens`: [P * T, H / P, V] to [T, H, V]."""
+    return _TokensToHeads.apply(group, o_THV)
+
+
+def gather_tokens(group: Group, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Of each [T, ...]: [P * T, ...] with the rows of all processes; gradients are added up and sent home."""
+    return tuple(_GatherTokens.apply(group, *rows))
+
+
+def halo(cp: ContextGroup, x: Tensor, rows: int) -> Tensor:
+    """[rows, ...]: the rows of x [T, ...] that stand before this process's on the processes before it, the nearest
+    last; zeros where there are none. Rows of other documents are among them: the caller leaves them out.
+    """
+    tokens, first = cp.num_tokens, cp.first
+
+    def reach(rank: int, taker: int) -> range:
+        """Rows of `rank`, in its own numbering, that lie in what stands before `taker`."""
+        stop = min(taker * tokens - rank * tokens, tokens)
+        return range(min(max(taker * tokens - rows - rank * tokens, 0), max(stop, 0)), max(stop, 0))
+
+    ranks = range(cp.group.size)
+    sends = [reach(cp.group.rank, taker) if taker > cp.group.rank else range(0) for taker in ranks]
+    takes = [len(reach(rank, cp.group.rank)) if rank < cp.group.rank else 0 for rank in ranks]
+    got = exchange_rows(cp.group, x, sends, takes)
+    return torch.cat([x.new_zeros(rows - min(rows, first), *x.shape[1:]), got])
+
+
+def exchange_rows(group: Group, x: Tensor, sends: list[range], takes: list[int]) -> Tensor:
+    """Rows sends[i] of x go to the i-th process; returns the takes[i] rows that come from each, in order. Gradients
+    travel back and are added up.
+    """
+    return _ExchangeRows.apply(group, x, sends, takes)
+
+
+def to_zigzag(group: Group, x: Tensor) -> Tensor:
+    """Of x [T, ...] in 2 P chunks over all processes: chunks r and 2 P - 1 - r, so that early and late tokens meet."""
+    mine = [_zigzag_owner(2 * group.rank + side, group.size) for side in (0, 1)]
+    return exchange_rows(group, x, _chunks_for(group, mine, x.shape[0]), _sizes_from(group, _homes(group), x.shape[0]))
+
+
+def from_zigzag(group: Group, x: Tensor) -> Tensor:
+    """The way back of `to_zigzag`."""
+    mine = [_zigzag_owner(2 * group.rank + side, group.size) for side in (0, 1)]
+    x = exchange_rows(group, x, _chunks_for(group, _homes(group), x.shape[0]), _sizes_from(group, mine, x.shape[0]))
+    # rows arrive in the order of the processes; late chunks lie on them in descending order
+    return torch.cat(x.chunk(2)[::-1]) if mine[0] > mine[1] else x
+
+
+def prefix_scan(cp: ContextGroup, state: State, combine: Callable[[State, State], State], start: State) -> State:
+    """What the processes before this one hand on: their states combined in order, `start` on the first.
+
+    state    of this process's tokens, tensors of equal shapes on all; a document that begins among them must make it
+             independent of what comes before
+    combine  (earlier, later) -> both in a row; associative
+
+    Each process receives all P states and combines those before it: for states far smaller than T tokens.
+    """
+    gathered = gather_tokens(cp.group, *(part[None] for part in state))
+    result = start
+    for rank in range(cp.group.rank):
+        before = tuple(part[rank] for part in gathered)
+        result = before if rank == 0 else combine(result, before)
+    # on the first process nothing depends on what was gathered, but all must take part in its backward pass
+    return tuple(_Join.apply(value, whole) for value, whole in zip(result, gathered, strict=True))
+
+
+@torch.no_grad()
+def gather_block_means(cp: ContextGroup, k_TGK: Tensor, block_size: int) -> Tensor:
+    """[U, G, K] fp32: what `summarise` makes of all processes' keys. A block's mean is taken where the block lies; of
+    one that lies on several processes each takes the mean of its keys, and they are added up by their shares.
+    """
+    table = cp.whole.remember(("shares", cp.first, block_size), lambda: _shares(cp, block_size))
+    pieces, unit, share = table
+    mean_UGK = summarise(k_TGK, pieces, block_size)
+    units = cp.whole.num_units_bound(cp.whole.num_queries, block_size)
+    total_UGK = mean_UGK.new_zeros(units, *mean_UGK.shape[1:])
+    # a share of exactly 1, and zeros from all others: means of blocks that do not straddle keep every bit
+    total_UGK.index_add_(0, unit, mean_UGK * share[:, None, None])
+    cp.group.all_reduce(total_UGK)
+    return total_UGK
+
+
+def decisions_of_rows(decisions: Mapping[str, Any], first: int, count: int, total: int) -> dict[str, Any]:
+    """Recorded decisions about `total` tokens, cut to `count` of them from `first`; documents must not be cut.
+
+    Selections and tensors of one row per token are cut; anything else is kept.
+    """
+    rows = slice(first, first + count)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Selection):
+            if value.row_size != 1:
+                raise ValueError(f"a selection per {value.row_size} queries cannot be cut between them")
+            return replace(value, ids=value.ids[rows], count=value.count[rows])
+        return value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == total else value
+
+    return {name: cut(value) for name, value in decisions.items()}
+
+
+def decisions_in_context(decisions: Mapping[str, Any], cp: ContextGroup, num_kv_heads: int) -> dict[str, Any]:
+    """Decisions that one process recorded of all P * T tokens, as this process of the group replays them: selections of
+    all tokens and its own heads where attention exchanges heads, and this process's rows of everything else.
+    """
+    mine = decisions_of_rows(decisions, cp.first, cp.num_tokens, cp.whole.num_queries)
+    if cp.exchange(num_kv_heads) != "heads":
+        return mine
+    for name, value in decisions.items():
+        if isinstance(value, Selection):
+            sets = value.ids.shape[1]
+            own = slice(0, 1)
+            if sets > 1:
+                own = slice(cp.group.rank * sets // cp.group.size, (cp.group.rank + 1) * sets // cp.group.size)
+            mine[name] = replace(value, ids=value.ids[:, own], count=value.count[:, own])
+    return mine
+
+
+class _HeadsToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Group, *heads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.group = group
+        return _scatter_heads(group, heads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
+        return None, *_collect_heads(ctx.group, grads)
+
+
+class _TokensToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Group, o: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return _collect_heads(group, (o,))[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        return None, _scatter_heads(ctx.group, (grad,))[0]
+
+
+def _scatter_heads(group: Group, heads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """[T, H, K] each -> [P * T, H / P, K]: tokens arrive in order, so nothing is copied where they arrive."""
+    sent = (x.unflatten(1, (group.size, -1)).transpose(0, 1).contiguous() for x in heads)
+    return tuple(got.flatten(0, 1) for got in _all_to_all(group, sent))
+
+
+def _collect_heads(group: Group, tokens: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """[P * T, H / P, K] each -> [T, H, K]."""
+    sent = (x.contiguous().unflatten(0, (group.size, -1)) for x in tokens)
+    return tuple(got.transpose(0, 1).flatten(1, 2) for got in _all_to_all(group, sent))
+
+
+def _all_to_all(group: Group, sent: Any) -> list[Tensor]:
+    """The i-th of each tensor's leading entries to the i-th process; one travels while the next is laid out."""
+    travelling = []
+    for x in sent:
+        got = torch.empty_like(x)
+        travelling.append((got, x, group.all_to_all(got, x, None, None, wait=False)))
+    _wait([work for _, _, work in travelling])
+    return [got for got, _, _ in travelling]
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Group, *rows: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.group = group
+        wholes, works = [], []
+        for x in rows:
+            whole = x.new_empty(group.size * x.shape[0], *x.shape[1:])
+            works.append(group.all_gather(whole.view(-1), x.contiguous().view(-1), wait=False))
+            wholes.append(whole)
+        _wait(works)
+        return tuple(wholes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
+        parts, works, kept = [], [], []
+        for grad in grads:
+            grad = grad.contiguous()
+            part = grad.new_empty(grad.shape[0] // ctx.group.size, *grad.shape[1:])
+            works.append(ctx.group.reduce_scatter(part.view(-1), grad.view(-1), wait=False))
+            parts.append(part)
+            kept.append(grad)
+        _wait(works)
+        return None, *parts
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Group, x: Tensor, sends: list[range], takes: list[int]) -> Tensor:  # type: ignore[override]
+        ctx.group, ctx.sends, ctx.takes, ctx.rows = group, sends, takes, x.shape[0]
+        sent = torch.cat([x[rows.start : rows.stop] for rows in sends])
+        got = x.new_empty(sum(takes), *x.shape[1:])
+        group.all_to_all(got, sent, takes, [len(rows) for rows in sends])
+        return got
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        sizes = [len(rows) for rows in ctx.sends]
+        back = grad.new_empty(sum(sizes), *grad.shape[1:])
+        ctx.group.all_to_all(back, grad.contiguous(), sizes, ctx.takes)
+        grad_x = grad.new_zeros(ctx.rows, *grad.shape[1:])
+        for rows, part in zip(ctx.sends, back.split(sizes), strict=True):
+            grad_x[rows.start : rows.stop] += part
+        return None, grad_x, None, None
+
+
+class _Join(torch.autograd.Function):
+    """`value`, in whose graph `other` stands too, without a part in it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.like = other.shape, other.dtype, other.device
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        shape, dtype, device = ctx.like
+        return grad, torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _wait(works: Sequence[Any]) -> None:
+    for work in works:
+        if work is not None:
+            work.wait()
+
+
+def _zigzag(rank: int, size: int) -> tuple[int, int]:
+    """The chunks of a process in the zigzag."""
+    return rank, 2 * size - 1 - rank
+
+
+def _zigzag_owner(chunk: int, size: int) -> int:
+    return chunk if chunk < size else 2 * size - 1 - chunk
+
+
+def _homes(group: Group) -> list[int]:
+    """Where this process's chunks of the zigzag lie otherwise."""
+    return [chunk // 2 for chunk in _zigzag(group.rank, group.size)]
+
+
+def _chunks_for(group: Group, takers: list[int], tokens: int) -> list[range]:
+    """The rows for every process if its takers get the first and the second half of so many rows."""
+    bounds = [0, tokens // 2, tokens]
+    if takers[0] == takers[1]:
+        halves = {takers[0]: range(tokens)}
+    else:
+        halves = {taker: range(*bounds[side : side + 2]) for side, taker in enumerate(takers)}
+    return [halves.get(rank, range(0)) for rank in range(group.size)]
+
+
+def _sizes_from(group: Group, givers: list[int], tokens: int) -> list[int]:
+    """Rows that come from every process if each of two givers sends half of so many."""
+    return [givers.count(rank) * (tokens // 2) for rank in range(group.size)]
+
+
+def _without_absent(whole: Packing, group: Group, crosses: bool) -> Packing:
+    """The local packing; where documents of one length fill the whole one, this process's share of them only, as some
+    kernels know equal lengths by the number of documents.
+    """
+    local = local_packing(whole, group.rank, group.size)
+    docs = whole.num_docs // group.size
+    if crosses or whole.num_docs * whole.max_q != whole.num_queries or whole.num_docs % group.size:
+        return local
+    cu = whole.cu_q[: docs + 1]
+    return replace(local, cu_q=cu, cu_k=cu)
+
+
+def _shares(cp: ContextGroup, block_size: int) -> tuple[Packing, Tensor, Tensor]:
+    """How this process's keys make up block means: (packing whose units are its parts of blocks; the block of each
+    unit among those of all documents; the unit's share of the block's keys, 0 for units past the last).
+    """
+    whole, tokens, first = cp.whole, cp.num_tokens, cp.first
+    local = local_packing(whole, cp.group.rank, cp.group.size)
+    # blocks count from their document's start: what is left of a block begun elsewhere becomes a document of its own
+    rest = (-whole.position_T[first : first + 1]) % block_size
+    ends = local.cu_q.long()
+    after = ends[torch.searchsorted(ends, torch.zeros_like(rest), right=True)]
+    cu = torch.cat([ends, torch.minimum(rest, after)]).sort().values.to(torch.int32)
+    pieces = Packing(cu, cu, tokens, tokens, local.position_T)
+    table = unit_table(pieces, block_size, tokens)
+    key_U = first + table.start_U.clamp(max=tokens - 1)
+    doc_U = whole.query_doc()[key_U]
+    block_U = whole.position_T[key_U] // block_size
+    lengths_N = whole.cu_q.diff().long()
+    size_U = (lengths_N[doc_U] - block_U * block_size).clamp(max=block_size)
+    return pieces, whole.unit_offsets(block_size)[doc_U] + block_U, table.length_U / size_U
