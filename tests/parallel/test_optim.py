@@ -99,7 +99,7 @@ def on_mesh(mesh: Mesh, cfg: OptimizerConfig, **options: Any) -> tuple[Optimizer
     pieces, whole = divided(mesh), values(0)
     params = {}
     for name, piece in pieces.items():
-        value = cut(whole[name], piece)
+        value = cut(whole[name], piece).to(mesh.device)
         params[name] = torch.nn.Parameter(value.view(piece.shape) if piece.is_whole else value)
     return Optimizer(cfg, params, ROLES, 6, mesh=mesh, pieces=pieces, **options), pieces
 
@@ -108,7 +108,7 @@ def take(optimizer: Optimizer, pieces: dict[str, Piece], step: int) -> dict[str,
     """One step from the gradients that a reduction over the mesh would leave here."""
     grads = values(1 + step)
     for name, param in optimizer.params.items():
-        param.grad = cut(grads[name], pieces[name]).view_as(param) if param.requires_grad else None
+        param.grad = cut(grads[name], pieces[name]).view_as(param).to(param.device) if param.requires_grad else None
     return {name: value.item() for name, value in optimizer.step(step).items()}
 
 
@@ -116,14 +116,14 @@ def held(optimizer: Optimizer) -> dict[str, tuple[Piece, bool, Tensor]]:
     """What this process holds of parameters and state, and whether it is their writer."""
     found = {}
     for key, (piece, writes) in optimizer.state_pieces().items():
-        found[key] = (piece, writes, optimizer.state_dict()[key].detach().reshape(-1).clone())
+        found[key] = (piece, writes, optimizer.state_dict()[key].detach().reshape(-1).clone().cpu())
     for name, param in optimizer.params.items():
         division = optimizer.divisions[name]
         writes = division.counts_here(optimizer.place)
         found["param." + name] = (
             division.piece(optimizer.place, optimizer.place.fold),
             writes,
-            param.detach().reshape(-1).clone(),
+            param.detach().reshape(-1).clone().cpu(),
         )
     return found
 
@@ -150,16 +150,14 @@ def assembled(results: list[dict[str, tuple[Piece, bool, Tensor]]]) -> dict[str,
     return whole
 
 
-def of_one_process(cfg: OptimizerConfig) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    metrics, result = three_steps(Mesh.single(), cfg)
+def of_one_process(cfg: OptimizerConfig, device: str = "cpu") -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    metrics, result = three_steps(Mesh.single(device), cfg)
     return metrics, assembled([result])
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("mesh", MESHES)
-def test_three_steps_equal_one_process(mesh, kind):
-    expected_metrics, expected = of_one_process(CONFIGS[kind])
-    results = run_on(MESHES[mesh], three_steps, CONFIGS[kind])
+def check_three_steps(mesh: MeshConfig, cfg: OptimizerConfig, device: str = "cpu") -> None:
+    expected_metrics, expected = of_one_process(cfg, device)
+    results = run_on(mesh, three_steps, cfg, device=device)
     for metrics, _ in results:
         assert metrics == results[0][0]
         for ours, theirs in zip(metrics, expected_metrics, strict=True):
@@ -173,6 +171,12 @@ def test_three_steps_equal_one_process(mesh, kind):
         if key.startswith("param."):
             first = start[key.removeprefix("param.")].reshape(-1)
             assert_close(value - first, expected[key] - first, tol=1e-5, what=key)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_three_steps_equal_one_process(mesh, kind):
+    check_three_steps(MESHES[mesh], CONFIGS[kind])
 
 
 LOW = {
