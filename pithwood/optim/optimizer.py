@@ -154,7 +154,7 @@ class Optimizer:
         for name, param in named_parameters.items():
             if pieces is not None and name in pieces:
                 piece = pieces[name]
-            elif name in self.divisions:
+            elif self.mesh is not None and name in self.divisions:
                 piece = self._piece(name)
             else:
                 piece = Piece.whole(tuple(param.shape))
@@ -348,7 +348,7 @@ class Optimizer:
             prefix, name = _split_key(key)
             if prefix == COUNT:
                 found[key] = (Piece.whole(()), self.place.replica == self.place.fold == 0)
-            elif name in self.divisions:
+            elif self.mesh is not None and name in self.divisions:
                 found[key] = (self._piece(name), self.divisions[name].counts_here(self.place))
             else:
                 found[key] = (Piece.whole(tuple(value.shape)), first)

@@ -9,7 +9,7 @@ stretches travel to the owners, and stretches of the result back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -156,7 +156,7 @@ def _choose_owners(shared: list[SharedMatrix], loads: list[list[int]]) -> list[S
             for holding in matrix.held
         )
         loads[replica][fold] += prices[index]
-        owned[index] = SharedMatrix(matrix.name, matrix.start, matrix.rows, matrix.cols, matrix.held, replica, fold)
+        owned[index] = replace(matrix, replica=replica, fold=fold)
     return owned
 
 

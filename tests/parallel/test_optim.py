@@ -179,6 +179,16 @@ def test_three_steps_equal_one_process(mesh, kind):
     check_three_steps(MESHES[mesh], CONFIGS[kind])
 
 
+def test_matrices_travel_in_bf16_where_newton_schulz_runs_in_it():
+    """Without clipping owners get the very bits of one process; products of other batch sizes round otherwise."""
+    cfg = MuonConfig(lr=0.02, weight_decay=0.0, ns_dtype="bf16", clip_norm=None)
+    _, expected = of_one_process(cfg)
+    whole = assembled([result for _, result in run_on(MESHES["hybrid"], three_steps, cfg)])
+    for name, start in values(0).items():
+        moved, theirs = (found["param." + name] - start.reshape(-1) for found in (whole, expected))
+        assert_close(moved, theirs, tol=1e-2, what=name)
+
+
 LOW = {
     "muon": MuonConfig(lr=0.02, ns_dtype="fp32", momentum_dtype="bf16", adam_state_dtype="bf16", clip_norm=None),
     "adamw": AdamWConfig(lr=0.02, adam_state_dtype="bf16", clip_norm=None),
