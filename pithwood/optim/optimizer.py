@@ -69,6 +69,8 @@ class Optimizer:
         self.place = Place() if self.mesh is None else Place.on(self.mesh)
         self.divisions: dict[str, Division] = {}
         """How each parameter known so far is divided between processes."""
+        self.pieces: dict[str, Piece] = {}
+        """Which of its elements are here."""
         self._shared: SharedMuon | None = None
         """How matrices are shared out between processes in this phase."""
         self.state: dict[str, Tensor] = {}
@@ -121,7 +123,8 @@ class Optimizer:
                         "a parameter that changes its shape between phases needs a new name"
                     )
         self.device, self.plans = device, plans
-        self.divisions |= divisions
+        self.divisions = divisions if drop else self.divisions | divisions
+        self.pieces = {name: each.piece(self.place, self.place.fold) for name, each in self.divisions.items()}
         self._shared = None
         if self.cfg.offload_state and device.type == "cuda" and self.host is None:
             self.host = HostState(device)
@@ -143,7 +146,6 @@ class Optimizer:
             self.average = WeightAverage(self.cfg.ema_decay, self.cfg.ema_warmup, self.params, device)
         if drop:
             self.state = {key: value for key, value in self.state.items() if _split_key(key)[1] in plans}
-            self.divisions = divisions
             if self.average is not None:
                 self.average.average = {name: self.average.average[name] for name in plans}
 
@@ -154,8 +156,8 @@ class Optimizer:
         for name, param in named_parameters.items():
             if pieces is not None and name in pieces:
                 piece = pieces[name]
-            elif self.mesh is not None and name in self.divisions:
-                piece = self._piece(name)
+            elif self.mesh is not None and name in self.pieces:
+                piece = self.pieces[name]
             else:
                 piece = Piece.whole(tuple(param.shape))
             if param.numel() != piece.numel:
@@ -255,7 +257,7 @@ class Optimizer:
                     plan.weight_decay,
                     None if copy is None else copy.view(shape),
                     self._rounding_key(MOMENTUM, plan.name, step),
-                    self._piece(plan.name).start,
+                    self.pieces[plan.name].start,
                 )
             )
         if self.mesh is None or not flat:
@@ -286,13 +288,10 @@ class Optimizer:
                     plan.weight_decay,
                     None if copy is None else copy.view(-1),
                     self._rounding_key(EXP_AVG, plan.name, step),
-                    self._piece(plan.name).start,
+                    self.pieces[plan.name].start,
                 )
             )
         adamw_update(slices, betas=cfg.betas, eps=cfg.eps, grad_scale=scale, ok=ok, residence=self._residence())
-
-    def _piece(self, name: str) -> Piece:
-        return self.divisions[name].piece(self.place, self.place.fold)
 
     def _rounding_key(self, prefix: str, name: str, step: int) -> RoundingKey:
         return (0, 0) if self._state_dtype(prefix) == torch.float32 else rounding_key(self.seed, name, step)
@@ -349,7 +348,7 @@ class Optimizer:
             if prefix == COUNT:
                 found[key] = (Piece.whole(()), self.place.replica == self.place.fold == 0)
             elif self.mesh is not None and name in self.divisions:
-                found[key] = (self._piece(name), self.divisions[name].counts_here(self.place))
+                found[key] = (self.pieces[name], self.divisions[name].counts_here(self.place))
             else:
                 found[key] = (Piece.whole(tuple(value.shape)), first)
         return found

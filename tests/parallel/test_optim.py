@@ -118,13 +118,8 @@ def held(optimizer: Optimizer) -> dict[str, tuple[Piece, bool, Tensor]]:
     for key, (piece, writes) in optimizer.state_pieces().items():
         found[key] = (piece, writes, optimizer.state_dict()[key].detach().reshape(-1).clone().cpu())
     for name, param in optimizer.params.items():
-        division = optimizer.divisions[name]
-        writes = division.counts_here(optimizer.place)
-        found["param." + name] = (
-            division.piece(optimizer.place, optimizer.place.fold),
-            writes,
-            param.detach().reshape(-1).clone().cpu(),
-        )
+        writes = optimizer.divisions[name].counts_here(optimizer.place)
+        found["param." + name] = (optimizer.pieces[name], writes, param.detach().reshape(-1).clone().cpu())
     return found
 
 
@@ -282,6 +277,19 @@ def test_a_piece_that_the_mesh_does_not_give_is_refused():
         Optimizer(AdamWConfig(), params, {"w": ParamRole("matrix")}, 1, pieces={"w": Piece.whole((4, 2))})
 
 
+STACKS = {"cut": (1, 6, 10), "half": (3, 4, 6), "whole": (2, 4, 6)}
+
+
+def whole_slices() -> dict[str, MuonSlice]:
+    found = {}
+    for seed, (name, shape) in enumerate(STACKS.items()):
+        generator = torch.Generator().manual_seed(seed)
+        param, grad, momentum = (torch.randn(shape, generator=generator) for _ in range(3))
+        copy = param.half() if name == "half" else None
+        found[name] = MuonSlice(param, grad, momentum, 0.1, 0.2, copy)
+    return found
+
+
 def on_flat_pieces(mesh: Mesh, impl: str, away: bool) -> dict[str, Tensor]:
     """Two steps of Muon on cut stacks, of which one has copies in fp16; what this process holds afterwards."""
     place = Place.on(mesh)
@@ -301,19 +309,6 @@ def on_flat_pieces(mesh: Mesh, impl: str, away: bool) -> dict[str, Tensor]:
     assert shared.rounds
     found = {name: item.param for name, item in flats.items()} | {f"{n}.m": item.momentum for n, item in flats.items()}
     return found | {f"{name}.copy": item.copy for name, item in flats.items() if item.copy is not None}
-
-
-STACKS = {"cut": (1, 6, 10), "half": (3, 4, 6), "whole": (2, 4, 6)}
-
-
-def whole_slices() -> dict[str, MuonSlice]:
-    found = {}
-    for seed, (name, shape) in enumerate(STACKS.items()):
-        generator = torch.Generator().manual_seed(seed)
-        param, grad, momentum = (torch.randn(shape, generator=generator) for _ in range(3))
-        copy = param.half() if name == "half" else None
-        found[name] = MuonSlice(param, grad, momentum, 0.1, 0.2, copy)
-    return found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU")
