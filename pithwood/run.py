@@ -169,6 +169,8 @@ class Run:
                 f"model.vocab_size={self.model.vocab_size} is smaller than data.vocab_size={self.data.vocab_size}; "
                 "the embedding needs a row for every token"
             )
+        if self.mesh.size > 1 and self.compile:
+            raise ValueError("compile=true runs in one process; set compile=false, or all sizes of mesh to 1")
         self.mesh.check(
             num_layers=self.model.num_layers,
             num_experts=self.model.moe.num_experts,

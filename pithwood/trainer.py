@@ -10,6 +10,7 @@ import dataclasses
 import math
 import platform
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pithwood.checkpoint.load import latest_checkpoint, load_checkpoint
 from pithwood.checkpoint.rng import capture_rng, restore_rng
 from pithwood.checkpoint.save import save_checkpoint
 from pithwood.config import config_hash
-from pithwood.data.batches import Batch
+from pithwood.data.batches import Batch, cut_batch
 from pithwood.data.corpus import Corpus
 from pithwood.data.mixture import Mixture
 from pithwood.evaluate.parts import evaluate_data, losses
@@ -30,7 +31,7 @@ from pithwood.memory import activation_plan, keeps_copies, memory_line
 from pithwood.models.part import ModelPart
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.moe.balance import load_stats
-from pithwood.moe.layer import MoELayer
+from pithwood.moe.layer import MoELayer, step_counts
 from pithwood.objectives import Objective
 from pithwood.observe.metrics import (
     block_fields,
@@ -40,9 +41,9 @@ from pithwood.observe.metrics import (
 )
 from pithwood.observe.spikes import SpikeWatch
 from pithwood.ops.master import keep_copies
-from pithwood.ops.packing import Packing
 from pithwood.optim.groups import ParamRole
 from pithwood.optim.optimizer import Optimizer
+from pithwood.parallel.context import ContextGroup
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.totals import Totals, scalar
 from pithwood.run import DTYPES, Run
@@ -54,6 +55,23 @@ from pithwood.run_folder import (
 
 Replay = list[dict[str, Any]] | None
 """Decisions to reuse, for each micro-batch of a step."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """What this process has of a micro-batch, on its device."""
+
+    batch: Batch
+    """Its tokens."""
+    cp: ContextGroup | None
+    """The processes that have the other tokens of the same samples; None: there are none."""
+
+    @staticmethod
+    def of(batch: Batch, mesh: Mesh, device: torch.device) -> Local:
+        """From a batch of the data rank, on the host."""
+        mine, whole = cut_batch(batch, mesh.cp.rank, mesh.cp.size)
+        cp = ContextGroup.of(mesh.cp, whole, mesh.cfg.context)
+        return Local(mine.to(device), None if cp is None else cp.to(device))
 
 
 class Trainer:
@@ -108,7 +126,7 @@ class Trainer:
         """Whether the weights carry copies in the activations' dtype."""
         spread: dict[str, Any] = {}
         if self.part is not None:
-            spread = {}  # TEMP {"pieces": self.part.shards.pieces(), "mesh": self.mesh}
+            spread = {"pieces": self.part.shards.pieces(), "mesh": self.mesh}
         self.optimizer = Optimizer(
             run.optim,
             self.parameters(),
@@ -159,25 +177,34 @@ class Trainer:
         """
         flops = sum(3.0 * self.cost_of(batch).model_flops for batch in batches)
         tokens = sum(batch.num_tokens for batch in batches) * self.mesh.data.size
-        batches = [batch.to(self.device) for batch in batches]
+        here = self.local(batches)
         probe: dict[str, Any] = {}
-        ledger = self.gradients(step, batches, probe if statistics else None)
+        ledger = self.gradients(step, here, probe if statistics else None)
         values: dict[str, Any] = dict(self.optimizer.step(step, self.spikes.before_update()))
         self.spikes.after_update(step + 1)
         # dropped, not zeroed: the next backward pass writes them anew without reading, and their room is free meanwhile
         self.optimizer.zero_grad()
-        for layer in self.moe_layers():
+        counts = step_counts(self.moe_layers()) if self._counts_matter(statistics) else []
+        for layer, counts_E in zip(self.moe_layers(), counts, strict=False):
             if layer.gate.weight.requires_grad:
                 # counts of zero leave the bias as it is: a skipped step must not move it either
-                layer.update_bias(torch.where(values["skipped"] > 0, 0, layer.counts_E))
+                layer.update_bias(torch.where(values["skipped"] > 0, 0, counts_E))
         self.step, self.tokens = step + 1, self.tokens + tokens
-        values.update(self._losses(ledger, batches))
+        values.update(self._losses(ledger, here))
         if statistics:
-            values.update(self._statistics(probe, batches[-1].packing))
+            values.update(self._statistics(probe, here[-1], counts))
         return values, flops
 
-    def _losses(self, ledger: LossLedger, batches: list[Batch]) -> dict[str, Tensor]:
+    def local(self, batches: list[Batch]) -> list[Local]:
+        """This process's tokens of micro-batches, on its device, and the processes that have the rest."""
+        return [Local.of(batch, self.mesh, self.device) for batch in batches]
+
+    def _counts_matter(self, statistics: bool) -> bool:
+        return statistics or any(layer.cfg.bias_update_rate is not None for layer in self.moe_layers())
+
+    def _losses(self, ledger: LossLedger, here: list[Local]) -> dict[str, Tensor]:
         """Event fields of the loss terms, means over the whole step."""
+        batches = [local.batch for local in here]
         num_bytes: Tensor | None = None
         if "loss" in ledger.sums and all("target_bytes" in batch.columns for batch in batches):
             weighted = [(batch.columns["target_bytes"] * batch.columns["loss_weight"]).sum() for batch in batches]
@@ -202,10 +229,13 @@ class Trainer:
             values["bits_per_byte"] = nats / (math.log(2) * num_bytes)
         return values  # type: ignore[return-value]
 
-    def _statistics(self, probe: dict[str, Any], packing: Packing) -> dict[str, Any]:
-        """Event fields of logging steps."""
+    def _statistics(self, probe: dict[str, Any], last: Local, counts: list[Tensor]) -> dict[str, Any]:
+        """Event fields of logging steps; probe: decisions of the last micro-batch; counts: of each layer's experts."""
+        packing = last.batch.packing
+        if last.cp is not None:
+            packing = last.cp.selections(self.run.model.num_kv_heads)
         values: dict[str, Any] = dict(block_fields(probe, packing))
-        loads = [load_stats(layer.counts_E) for layer in self.moe_layers()]
+        loads = [load_stats(counts_E) for counts_E in counts]
         if loads:
             values["expert_load_max_over_mean"] = torch.stack([load.max_over_mean for load in loads]).mean()
             values["expert_load_entropy"] = torch.stack([load.entropy for load in loads]).mean()
@@ -225,26 +255,44 @@ class Trainer:
         return {"peak_memory_gb": most, **means}
 
     def gradients(
-        self, step: int, batches: list[Batch], probe: dict[str, Any] | None = None, replay: Replay = None
+        self, step: int, here: list[Local], probe: dict[str, Any] | None = None, replay: Replay = None
     ) -> LossLedger:
         """Add up the gradients of one optimizer step, of all processes: those of `parameters()` are complete after it.
 
-        batches  this process's share of every micro-batch, on its device
+        here     this process's tokens of every micro-batch
         probe    where the decisions of the last micro-batch are collected
         replay   for each micro-batch the decisions to reuse
         returns  the loss terms as far as they arose in this process, with global counts
         """
+        exchange = None if self.part is None else self.part.exchange
+        while True:
+            ledger = self._gradients_once(step, here, probe, replay)
+            if exchange is None or not exchange.may_overflow:
+                return ledger
+            fullness = exchange.fullness.clone()
+            self.mesh.world.all_reduce(fullness, "max")
+            full = fullness.tolist()
+            if max(full) <= 1:
+                return ledger
+            # some tokens did not travel: once more, with room for them
+            exchange.grow(full)
+            self.optimizer.zero_grad()
+
+    def _gradients_once(self, step: int, here: list[Local], probe: dict[str, Any] | None, replay: Replay) -> LossLedger:
         objective = self.run.phase(step).objective
-        tokens = float(sum(batch.num_tokens for batch in batches) * self.mesh.data.size)
-        ledger = LossLedger({"tokens": tokens, **self._everywhere(objective.totals(batches))})
+        tokens = float(sum(local.batch.num_tokens for local in here) * self.mesh.tokens.size)
+        totals = objective.totals([local.batch for local in here])
+        ledger = LossLedger({"tokens": tokens, **self._everywhere(totals)})
         for layer in self.moe_layers():
             layer.reset_step()
         if self.part is not None:
-            self.part.shards.begin_step(len(batches))
-        for number, batch in enumerate(batches):
-            watched = probe if number == len(batches) - 1 else None
+            self.part.begin_step(len(here))
+        for number, local in enumerate(here):
+            watched = probe if number == len(here) - 1 else None
             given = None if replay is None else replay[number]
-            forward_backward(self.model, objective, batch, ledger, self.dtype, replay=given, probe=watched)
+            forward_backward(
+                self.model, objective, local.batch, ledger, self.dtype, replay=given, probe=watched, cp=local.cp
+            )
         if self.part is not None:
             self.part.shards.finish_step()
         return ledger
@@ -433,10 +481,11 @@ def forward_backward(
     *,
     replay: dict[str, Any] | None = None,
     probe: dict[str, Any] | None = None,
+    cp: ContextGroup | None = None,
 ) -> None:
     """Add one micro-batch's gradients, scaled by the step's global counts, and record its loss terms in the ledger."""
     hidden_TD = model.hidden(
-        batch.columns["tokens"], batch.packing, dtype=dtype, ledger=ledger, replay=replay, probe=probe
+        batch.columns["tokens"], batch.packing, dtype=dtype, ledger=ledger, replay=replay, probe=probe, cp=cp
     )
     loss: Tensor | None = None
     for term in objective.terms(hidden_TD, model, batch):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from pithwood.optim.groups import ParamRole
+from pithwood.parallel.expert import ExpertExchange
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.shard import Shards
 
@@ -31,7 +32,7 @@ class ModelPart:
     """Whether the head is here."""
     shards: Shards
     """The weights."""
-    exchange: Any = None
+    exchange: ExpertExchange | None = None
     """How tokens travel to the experts of other processes; None if every process has them all."""
 
     @staticmethod
@@ -40,7 +41,20 @@ class ModelPart:
         stages = mesh.cfg.layers_of_stages(cfg.num_layers)
         mine = mesh.cfg.stages_of_process(mesh.pp.rank)
         layers = tuple(sorted(layer for stage in mine for layer in stages[stage]))
-        return ModelPart(mesh, layers, 0 in mine, len(stages) - 1 in mine, Shards(mesh, low))
+        part = ModelPart(mesh, layers, 0 in mine, len(stages) - 1 in mine, Shards(mesh, low))
+        if mesh.ep.size > 1:
+            how = mesh.cfg.exchange
+            if how == "auto":
+                how = "bounded" if mesh.device.type == "cuda" else "exact"
+            balanced = cfg.moe.routing == "balanced"
+            part.exchange = ExpertExchange(mesh.ep, cfg.moe.num_experts, how, balanced=balanced, device=mesh.device)
+        return part
+
+    def begin_step(self, micro_batches: int) -> None:
+        """Begin an optimizer step of so many micro-batches."""
+        self.shards.begin_step(micro_batches)
+        if self.exchange is not None:
+            self.exchange.reset_step()
 
     def divide(
         self, key: str, parameters: dict[str, nn.Parameter], roles: Mapping[str, ParamRole], cfg: Qwen3MoEConfig

@@ -177,9 +177,13 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(cfg.model_dim, cfg.norm_eps)
         self.self_attn = cfg.mixers()[layer].build(_mixer_shape(cfg, layer))
         self.post_attention_layernorm = RMSNorm(cfg.model_dim, cfg.norm_eps)
-        self.mlp = (
-            DenseMLP(cfg.model_dim, cfg.dense_dim) if layer in cfg.dense_layers else MoELayer(cfg.moe, cfg.model_dim)
-        )
+        self.mlp: DenseMLP | MoELayer
+        if layer in cfg.dense_layers:
+            self.mlp = DenseMLP(cfg.model_dim, cfg.dense_dim)
+            return
+        self.mlp = MoELayer(cfg.moe, cfg.model_dim, None if part is None else part.exchange)
+        if part is not None:
+            self.mlp.gate.tokens_group, self.mlp.gate.cp_group = part.mesh.tokens, part.mesh.cp
 
     def norms(self) -> tuple[nn.Module, ...]:
         """The modules whose output is cheap to compute again."""

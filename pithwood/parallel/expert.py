@@ -97,6 +97,11 @@ class ExpertExchange:
         """[2] since `reset_step`: the fullest buffer between two processes and the experts' rows, relative to their
         room. On the device; its maximum over all processes is what decides."""
 
+    @property
+    def may_overflow(self) -> bool:
+        """Whether a step may need more room than there is."""
+        return self.how == "bounded" and not self.balanced
+
     def reset_step(self) -> None:
         """Forget how full buffers were; call before each optimizer step's first forward."""
         self.fullness.zero_()

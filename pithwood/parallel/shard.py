@@ -56,9 +56,9 @@ class Weight:
             self.param.kept_copy = (whole, self.param._version)  # type: ignore[attr-defined]
             return work
         self.param.untyped_storage().resize_(self.param.numel() * self.param.element_size())
-        # a graph that holds the parameter finds the same values in it again
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(self.param):
-            return self.group.all_gather(self.param.detach().view(-1), self.kept.detach(), wait=False)
+        # `data` has a version of its own: a graph that holds the parameter finds the same values in it again, and is
+        # not told of the writing
+        return self.group.all_gather(self.param.data.view(-1), self.kept.detach(), wait=False)
 
     def release(self) -> None:
         """Give up the memory of the gathered parameter."""

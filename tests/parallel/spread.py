@@ -80,9 +80,10 @@ def steps_on(mesh: Mesh, run: Run, steps: int, update: str | None) -> dict[str, 
     trainer = Trainer(run, mesh.device, None, None if mesh.world.size == 1 else mesh)
     source = Documents(run)
     found: dict[str, Any] = {"initial": _pieces(trainer), "logs": []}
-    ledger = trainer.gradients(0, [batch.to(mesh.device) for batch in source.step(0, trainer.share)])
+    here = trainer.local(source.step(0, trainer.share))
+    ledger = trainer.gradients(0, here)
     found["gradients"] = _pieces(trainer, gradients=True)
-    found["losses"] = {k: float(v) for k, v in trainer._losses(ledger, source.step(0, trainer.share)).items()}
+    found["losses"] = {k: float(v) for k, v in trainer._losses(ledger, here).items()}
     trainer.optimizer.zero_grad()
     for step in range(steps if update is not None else 0):
         batches = source.step(step, trainer.share)
@@ -90,7 +91,7 @@ def steps_on(mesh: Mesh, run: Run, steps: int, update: str | None) -> dict[str, 
             values, _ = trainer.train_step(step, batches, statistics=step == 1)
             found["logs"].append({k: float(v) for k, v in values.items() if "memory" not in k})
         else:
-            trainer.gradients(step, [batch.to(mesh.device) for batch in batches])
+            trainer.gradients(step, trainer.local(batches))
             with torch.no_grad():
                 for param in trainer.parameters().values():
                     if param.grad is not None:

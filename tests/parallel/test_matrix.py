@@ -1,0 +1,65 @@
+"""On every mesh the initial weights, the loss, the raw gradients and three updates are those of one process."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pithwood.attention.full import FullAttentionConfig
+from pithwood.attention.moba import MoBAConfig
+from pithwood.parallel.config import MeshConfig
+from pithwood.parallel.mesh import Mesh
+from pithwood.run import Run
+from tests.parallel.spread import assert_same, steps_on, tiny_run
+from tests.processes import run_on
+
+MOBA = MoBAConfig(block_size=8, top_k=2)
+
+MESHES = {
+    "shard2": MeshConfig(dp_shard=2),
+    "replicate2": MeshConfig(dp_replicate=2),
+    "ep2": MeshConfig(dp_shard=2, ep=2),
+    "cp2": MeshConfig(cp=2),
+    "cp2-gather": MeshConfig(cp=2, context="gather"),
+    "hybrid4": MeshConfig(dp_replicate=2, dp_shard=2),
+    "shard4-ep2": MeshConfig(dp_shard=4, ep=2),
+    "replicate2-ep2": MeshConfig(dp_replicate=2, dp_shard=2, ep=2),
+    "shard2-cp2-ep4": MeshConfig(dp_shard=2, cp=2, ep=4),
+    "cp4-ep2": MeshConfig(cp=4, ep=2),
+    "shard2-bounded": MeshConfig(dp_shard=2, ep=2, exchange="bounded"),
+    "anew": MeshConfig(dp_shard=2, ep=2, gather="forward", reduce="micro_batch"),
+    "all8": MeshConfig(dp_replicate=2, dp_shard=2, cp=2, ep=4),
+}
+
+
+def run_of(attention: str, balance: str, **changes: Any) -> Run:
+    """A run with one kind of attention, a scope of balance, shared experts and a selection bias."""
+    mixers = {"full": FullAttentionConfig(), "moba": MOBA, "mixed": (MOBA, FullAttentionConfig(key_conv=3)) * 2}
+    moe: dict[str, Any] = {"balance": balance, "num_shared_experts": 1, "bias_update_rate": 0.01, "z_loss_coef": 0.01}
+    return tiny_run({"attention": mixers[attention]}, moe, **changes)
+
+
+@functools.cache
+def alone(attention: str, balance: str, update: str) -> dict[str, Any]:
+    return steps_on(Mesh.single(), run_of(attention, balance), 3, update)
+
+
+@pytest.mark.parametrize("update", ["run", "sgd"])
+@pytest.mark.parametrize(
+    ("attention", "balance"), [("full", "sequence"), ("moba", "global_batch"), ("mixed", "micro_batch")]
+)
+@pytest.mark.parametrize("name", MESHES)
+def test_three_steps_are_those_of_one_process(name, attention, balance, update):
+    cfg = MESHES[name]
+    wanted = alone(attention, balance, update)
+    run = replace(run_of(attention, balance), mesh=cfg)
+    spread = run_on(cfg, steps_on, run, 3, update)
+    for kind in ("initial", "gradients", "last"):
+        assert_same(spread, wanted, kind)
+    for result in spread:
+        assert result["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+        for log, expected in zip(result["logs"], wanted["logs"], strict=True):
+            assert log == pytest.approx(expected, rel=2e-5), name
