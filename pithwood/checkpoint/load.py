@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pithwood.checkpoint.ranges import Held, as_held
 from pithwood.checkpoint.storage import DamagedCheckpoint, Manifest, read_manifest, read_state, read_tensors
-from pithwood.checkpoint.together import agree
+from pithwood.checkpoint.together import gather_or_raise
 from pithwood.parallel.mesh import Group, Mesh
+from pithwood.parallel.pieces import Piece
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
@@ -43,7 +44,7 @@ def latest_checkpoint(run_dir: Path, mesh: Mesh | None = None) -> Path | None:
     world = Group.alone() if mesh is None else mesh.world
     problems = []
     # what the first process finds: others may see a folder of a network file system as it was
-    for path in reversed(agree(world, *_attempted_list(run_dir))[0]):
+    for path in reversed(gather_or_raise(world, *_attempted_list(run_dir))[0]):
         try:
             verify_checkpoint(path, mesh)
         except DamagedCheckpoint as error:
@@ -72,7 +73,7 @@ def verify_checkpoint(path: Path, mesh: Mesh | None = None) -> Manifest:
         manifest = read_manifest(Path(path), share=(world.rank, world.size))
     except ValueError as caught:
         error = caught
-    agree(world, None, error)
+    gather_or_raise(world, None, error)
     assert manifest is not None
     return manifest
 
@@ -82,6 +83,7 @@ def load_checkpoint(
     into: Mapping[str, Tensor | Held] | None = None,
     *,
     names: Iterable[str] | None = None,
+    pieces: Mapping[str, Piece] | None = None,
     partial: bool = False,
     device: torch.device | str = "cpu",
     verify: bool = True,
@@ -92,6 +94,7 @@ def load_checkpoint(
     into      tensors to fill in place, whole or what this process holds of them; shapes and dtypes must be those saved.
               Of a piece, only its elements are read, from however many files hold them
     names     without `into`: the tensors to read into new ones on `device`; None reads all
+    pieces    without `into`: of these tensors only that range, as a flat tensor
     partial   with `into`: let it name fewer tensors than the checkpoint holds
     verify    check all hashes first; False saves that pass right after `latest_checkpoint`
     mesh      every process of it calls this; each names the tensors of its layers, and the processes of a pipeline
@@ -111,15 +114,21 @@ def load_checkpoint(
         state = read_state(path)
         state |= {"format_version": manifest.format_version, "step": manifest.step}
         state |= {"torch_version": manifest.torch_version}
-        held = _wanted(path, manifest, into, names, device, elsewhere=None if partial else elsewhere)
+        if into is None:
+            held = _new(path, manifest, names, pieces or {}, device)
+        elif names is not None or pieces is not None:
+            raise ValueError("give either into= (tensors to fill) or names= and pieces= (tensors to make), not both")
+        else:
+            held = as_held(into)
+            _check_fits(path, held, manifest, elsewhere=None if partial else elsewhere)
     except (ValueError, OSError) as caught:
         error = caught
-    agree(world, None, error)
+    gather_or_raise(world, None, error)
     try:
         read_tensors(path, manifest, held)
     except (ValueError, OSError) as caught:
         error = caught
-    agree(world, None, error)
+    gather_or_raise(world, None, error)
     return {name: value.tensor for name, value in held.items()}, state
 
 
@@ -130,24 +139,24 @@ def _attempted_list(run_dir: Path) -> tuple[list[Path], Exception | None]:
         return [], error
 
 
-def _wanted(
+def _new(
     path: Path,
     manifest: Manifest,
-    into: Mapping[str, Tensor | Held] | None,
     names: Iterable[str] | None,
+    pieces: Mapping[str, Piece],
     device: torch.device | str,
-    elsewhere: set[str] | None,
 ) -> dict[str, Held]:
-    """What is to be filled; ValueError if the checkpoint has no such tensors, or others that nobody asks for."""
-    if into is None:
-        chosen = list(manifest.tensors) if names is None else list(names)
-        _check_known(path, chosen, manifest)
-        stored = {name: manifest.tensors[name] for name in chosen}
-        return {name: Held.whole(torch.empty(t.shape, dtype=t.dtype, device=device)) for name, t in stored.items()}
-    if names is not None:
-        raise ValueError("give either into= (tensors to fill) or names= (tensors to make), not both")
-    held = as_held(into)
-    _check_fits(path, held, manifest, elsewhere)
+    """Memory for what is to be read; ValueError if the checkpoint has no such tensors."""
+    chosen = list(manifest.tensors) if names is None else list(names)
+    _check_known(path, [*chosen, *pieces], manifest)
+    held = {}
+    for name in chosen:
+        stored = manifest.tensors[name]
+        piece = pieces.get(name)
+        shape = stored.shape if piece is None else (piece.numel,)
+        tensor = torch.empty(shape, dtype=stored.dtype, device=device)
+        held[name] = Held.whole(tensor) if piece is None else Held(tensor, piece)
+    _check_fits(path, held, manifest, elsewhere=None)
     return held
 
 

@@ -27,7 +27,7 @@ from pithwood.checkpoint.files import check_storable, sync_folder
 from pithwood.checkpoint.load import checkpoints_folder, list_checkpoints
 from pithwood.checkpoint.ranges import Held, Listing, as_held, merge_listings
 from pithwood.checkpoint.storage import Manifest, tensor_file, write_manifest, write_tensors
-from pithwood.checkpoint.together import Meeting, agree, check_shared
+from pithwood.checkpoint.together import Meeting, check_shared, gather_or_raise
 from pithwood.errors import explain_os_error, size_text
 from pithwood.parallel.mesh import Group, Mesh
 
@@ -70,11 +70,11 @@ def check_can_save(run_dir: Path, num_bytes: float, mesh: Mesh | None = None) ->
     The folder is tried by making and removing an empty one, as nothing else tells whether the system will allow it.
     """
     world = Group.alone() if mesh is None else mesh.world
-    total = sum(agree(world, num_bytes))
+    total = sum(gather_or_raise(world, num_bytes))
     error: Exception | None = None
     if world.rank == 0:
         _, error = _attempt(lambda: _try_folder(run_dir, total))
-    agree(world, None, error)
+    gather_or_raise(world, None, error)
 
 
 def _try_folder(run_dir: Path, num_bytes: float) -> None:
@@ -166,7 +166,7 @@ def prepare(
         _check_input(step, tensors, state, keep, keep_every)
     except ValueError as caught:
         error = caught
-    pid = agree(world, os.getpid(), error)[0]
+    pid = gather_or_raise(world, os.getpid(), error)[0]
     save = Save(
         step=step,
         tensors=as_held(tensors, writes=world.rank == 0),
@@ -187,7 +187,7 @@ def prepare(
     except OSError as caught:
         error = _not_saved(save, caught)
     try:
-        agree(world, None, error)
+        gather_or_raise(world, None, error)
         check_shared(world, save.folder)
     except BaseException:
         save.drop()

@@ -32,11 +32,11 @@ PATIENCE_SECONDS = 1800.0
 """How long processes wait for each other's part of a checkpoint; one that has died is noticed elsewhere, and sooner."""
 ACKNOWLEDGE_SECONDS = 60.0
 """How long the first process waits for the others to read the outcome before it removes the folder."""
-VISIBLE_SECONDS = 10.0
+VISIBLE_SECONDS = 5.0
 """How long a new folder may take to be seen on all hosts; network file systems keep what they saw for a while."""
 
 
-def agree(group: Group, value: T, error: Exception | None = None) -> list[T]:
+def gather_or_raise(group: Group, value: T, error: Exception | None = None) -> list[T]:
     """What every process of a group gives, in order; if one gives an error, all raise the first of them.
 
     A collective: every process of the group calls it, in the training thread. Errors keep their meaning (ValueError,
@@ -66,7 +66,7 @@ def check_shared(group: Group, folder: Path) -> None:
             f"{socket.gethostname()} does not see {folder}, which the first process made; choose a folder for runs "
             "that all hosts share, with --runs-dir"
         )
-    agree(group, None, error)
+    gather_or_raise(group, None, error)
 
 
 class Meeting:

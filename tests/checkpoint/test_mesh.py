@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from pithwood.checkpoint.storage import MANIFEST, SUMS
 from pithwood.parallel.config import MeshConfig
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.pieces import Piece
+from tests import processes
 from tests.checkpoint.synthetic import LAYER, NUM_LAYERS, held_on, whole_tensor, wrong
-from tests.processes import run_on
 
 MESHES = {
     "one": MeshConfig(),
@@ -52,6 +53,11 @@ PAIRS = [
     ("pp_ep", "cp_ep"),
     ("pp_ep", "one"),
 ]
+
+
+def run_on(cfg: MeshConfig, job: Callable[..., Any], *args: Any) -> list[Any]:
+    """As `processes.run_on`; a mesh of one process is this one."""
+    return [job(Mesh.single(), *args)] if cfg.size == 1 else processes.run_on(cfg, job, *args)
 
 
 def saved(mesh: Mesh, run_dir: Path, step: int = 3) -> str:
@@ -116,6 +122,16 @@ def test_only_the_files_that_hold_a_piece_are_read(written, tmp_path):
     assert held.tensor.view(-1).equal(whole_tensor("0.proj").view(-1)[14:23])
     with pytest.raises(ValueError, match="tensors-00002"):
         load_checkpoint(path, {"0.proj": Held(torch.zeros(12), Piece((6, 8), 20, 32))}, partial=True, verify=False)
+
+
+def test_pieces_are_read_into_new_flat_tensors(written):
+    path = written("shard") / "checkpoints" / "step-00000003"
+    piece = Piece((6, 8), 10, 30)
+    read, _ = load_checkpoint(path, names=["0.proj", "0.norm"], pieces={"0.proj": piece})
+    assert read["0.proj"].equal(whole_tensor("0.proj").view(-1)[10:30])
+    assert read["0.norm"].equal(whole_tensor("0.norm"))
+    with pytest.raises(ValueError, match=r"has 0.proj as torch.float32 \[6, 8\], the run needs .* \[8, 6\]"):
+        load_checkpoint(path, pieces={"0.proj": Piece((8, 6), 10, 30)})
 
 
 def failing_save(mesh: Mesh, run_dir: Path, how: str) -> str:
@@ -212,7 +228,7 @@ def not_fitting(mesh: Mesh, path: Path) -> tuple[str, float]:
     if mesh.rank == 1:
         held["4.proj"] = Held(torch.zeros(48), Piece.whole((6, 8)))
     try:
-        load_checkpoint(path, held, mesh=mesh)
+        load_checkpoint(path, {**held, "optim.step": torch.tensor(0)}, mesh=mesh)
     except ValueError as error:
         return str(error), float(sum(part.tensor.float().abs().sum() for part in held.values()))
     return "loaded", 0.0
