@@ -1,12 +1,12 @@
-"""Write checkpoints: complete or not there, the newest few kept.
+"""Write checkpoints: complete or not there, the newest few kept, by one process or by many.
 
-    RUN/checkpoints/step-00001200/                a complete checkpoint: it got this name by a rename, last of all
-    RUN/checkpoints/.tmp-step-00001200-4711/      one being written by process 4711
+    RUN/checkpoints/step-00001200/                a complete checkpoint: it got its place by a rename, last of all
+    RUN/checkpoints/.tmp-step-00001200-4711/      one being written; 4711 is the first process
     RUN/checkpoints/.old-step-00001200-4711/      one being replaced by a new one of the same step
     RUN/checkpoints/.trash-step-00001100-4711/    one being removed
 
 A process may be killed between any two system calls: what it leaves is one of these names, and `clean_leftovers` deals
-with it.
+with it. On a mesh every process writes one file, and the first completes the checkpoint when all have written theirs.
 """
 
 from __future__ import annotations
@@ -15,72 +15,69 @@ import json
 import os
 import re
 import shutil
-import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner
-from torch.distributed.tensor import DTensor
 
 from pithwood.checkpoint.files import check_storable, sync_folder
 from pithwood.checkpoint.load import checkpoints_folder, list_checkpoints
-from pithwood.checkpoint.storage import CheckpointWriter, Manifest, reraise_first, write_manifest
+from pithwood.checkpoint.ranges import Held, Listing, as_held, merge_listings
+from pithwood.checkpoint.storage import Manifest, tensor_file, write_manifest, write_tensors
+from pithwood.checkpoint.together import Meeting, check_shared, gather_or_raise
 from pithwood.errors import explain_os_error, size_text
+from pithwood.parallel.mesh import Group, Mesh
+
+T = TypeVar("T")
 
 
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor | Held],
     state: dict[str, Any],
     keep: int = 2,
     keep_every: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Path:
     """Save tensors and state as the checkpoint of `step`, then remove old ones; returns the checkpoint's folder.
 
-    tensors      name -> tensor of any shape, on any device; written bit for bit
-    state        JSON values with string keys, tuples become lists: data position, random state, counters, configuration
+    tensors      name -> what this process holds of it, on any device; written bit for bit. A plain tensor is whole, and
+                 the first process writes it
+    state        JSON values with string keys, tuples become lists: data position, random state, counters,
+                 configuration; the first process's is saved
     keep         checkpoints kept, this one included, >= 1
     keep_every   checkpoints whose step is a multiple of it are kept for ever; None keeps none
+    mesh         of the run: every process calls this at the same step, with a folder that all of them see
     raises       ValueError on bad input, before anything is written; OSError if writing fails (disk full), with all
-                 earlier checkpoints intact and nothing of this one left
+                 earlier checkpoints intact and nothing of this one left. On a mesh all processes raise, or none
 
     Files, folder and parent are synced to disk before it returns. Nothing old goes before the new one is complete. The
-    caller holds the run's lock: one process writes.
+    caller holds the run's lock (on a mesh the first process does): one run writes.
     """
-    _check_input(step, tensors, state, keep, keep_every)
-    parent = checkpoints_folder(run_dir)
-    final = parent / f"step-{step:08d}"
-    tmp = parent / f".tmp-{final.name}-{os.getpid()}"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        if tmp.exists():
-            shutil.rmtree(tmp)
-        tmp.mkdir()
-        write_checkpoint(tmp, step, tensors, state)
-        sync_folder(tmp)
-        _move_into_place(tmp, final)
-    except BaseException as error:
-        shutil.rmtree(tmp, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OSError(
-                error.errno,
-                f"checkpoint of step {step} was not saved to {final}: {explain_os_error(error)}; "
-                "earlier checkpoints are intact",
-            ) from error
-        raise
-    _rotate(parent, step, keep, keep_every)
-    return final
+    return carry_out(prepare(run_dir, step, tensors, state, keep, keep_every, mesh))
 
 
-def check_can_save(run_dir: Path, num_bytes: float) -> None:
-    """Find out before any training whether a checkpoint of `num_bytes` could be written; raises ValueError or OSError.
+def check_can_save(run_dir: Path, num_bytes: float, mesh: Mesh | None = None) -> None:
+    """Find out before any training whether a checkpoint could be written; raises ValueError or OSError.
+
+    num_bytes   what this process would write
+    mesh        of the run: every process calls this, and all raise or none
 
     The folder is tried by making and removing an empty one, as nothing else tells whether the system will allow it.
     """
+    world = Group.alone() if mesh is None else mesh.world
+    total = sum(gather_or_raise(world, num_bytes))
+    error: Exception | None = None
+    if world.rank == 0:
+        _, error = _attempt(lambda: _try_folder(run_dir, total))
+    gather_or_raise(world, None, error)
+
+
+def _try_folder(run_dir: Path, num_bytes: float) -> None:
     parent = checkpoints_folder(run_dir)
     probe = parent / f".tmp-step-00000000-{os.getpid()}"
     try:
@@ -100,20 +97,6 @@ def no_room(folder: Path, num_bytes: float, free: float) -> str:
         f"a checkpoint takes {size_text(num_bytes)}, but the disk of {folder} has {size_text(free)} free; "
         "free some space, or choose another folder with --runs-dir"
     )
-
-
-def write_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write the files of a checkpoint into an existing empty folder; each file is synced, the folder is not."""
-    writer = CheckpointWriter(folder)
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    try:
-        with warnings.catch_warnings():
-            # One process is what is meant here.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
-    except CheckpointException as wrapped:
-        reraise_first(wrapped)
-    write_manifest(folder, Manifest(step, torch.__version__, writer.tensors), state, writer.sums)
 
 
 def clean_leftovers(run_dir: Path) -> list[Path]:
@@ -142,8 +125,131 @@ def clean_leftovers(run_dir: Path) -> list[Path]:
     return found
 
 
+@dataclass(frozen=True)
+class Save:
+    """A save that has begun: its folder is there on all processes, and its input is in order."""
+
+    step: int
+    tensors: Mapping[str, Held]
+    state: bytes
+    keep: int
+    keep_every: int | None
+    tmp: Path
+    final: Path
+    meeting: Meeting
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are written."""
+        return self.tmp / self.final.name
+
+    def drop(self) -> None:
+        """Remove what a save leaves beside the checkpoint; the first process does."""
+        if self.meeting.rank == 0:
+            shutil.rmtree(self.tmp, ignore_errors=True)
+
+
+def prepare(
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Tensor | Held],
+    state: dict[str, Any],
+    keep: int,
+    keep_every: int | None,
+    mesh: Mesh | None,
+) -> Save:
+    """Check the input and make the folder; all processes of the mesh raise, or none."""
+    world = Group.alone() if mesh is None else mesh.world
+    final = checkpoints_folder(run_dir) / f"step-{step:08d}"
+    error: Exception | None = None
+    try:
+        _check_input(step, tensors, state, keep, keep_every)
+    except ValueError as caught:
+        error = caught
+    pid = gather_or_raise(world, os.getpid(), error)[0]
+    save = Save(
+        step=step,
+        tensors=as_held(tensors, writes=world.rank == 0),
+        state=json.dumps(state).encode(),
+        keep=keep,
+        keep_every=keep_every,
+        tmp=final.parent / f".tmp-{final.name}-{pid}",
+        final=final,
+        meeting=Meeting(final.parent / f".tmp-{final.name}-{pid}", world.rank, world.size),
+    )
+    try:
+        if world.rank == 0:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            if save.tmp.exists():
+                shutil.rmtree(save.tmp)
+            save.folder.mkdir(parents=True)
+            save.meeting.open()
+    except OSError as caught:
+        error = _not_saved(save, caught)
+    try:
+        gather_or_raise(world, None, error)
+        check_shared(world, save.folder)
+    except BaseException:
+        save.drop()
+        raise
+    return save
+
+
+def carry_out(save: Save) -> Path:
+    """Write what this process writes; the first then completes the checkpoint, the others wait for how that ends."""
+    meeting, first = save.meeting, save.meeting.rank == 0
+    try:
+        listing, error = _attempt(lambda: write_tensors(save.folder, meeting.rank, save.tensors))
+        if error is not None and not first:
+            # room on a full disk for the few bytes that say so
+            (save.folder / tensor_file(meeting.rank)).unlink(missing_ok=True)
+        listings, error = meeting.gather(listing, error)
+        if first:
+            if error is None:
+                _, error = _attempt(lambda: _complete(save, listings))
+            if error is not None:
+                shutil.rmtree(save.folder, ignore_errors=True)
+                error = _not_saved(save, error)
+        error = meeting.conclude(error)
+        if error is not None:
+            raise error
+        return save.final
+    finally:
+        save.drop()
+
+
+def _complete(save: Save, listings: list[Listing]) -> None:
+    """Write what is written once, give the folder its place, and remove old checkpoints."""
+    merged = merge_listings(listings)
+    manifest = Manifest(save.step, torch.__version__, merged.tensors)
+    write_manifest(save.folder, manifest, save.state, merged.sums)
+    sync_folder(save.folder)
+    _move_into_place(save.folder, save.final)
+    _rotate(save.final.parent, save.step, save.keep, save.keep_every)
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def _not_saved(save: Save, error: Exception) -> Exception:
+    """The error as the caller gets it: of the file system, it says what is safe."""
+    if not isinstance(error, OSError):
+        return error
+    told = OSError(
+        error.errno,
+        f"checkpoint of step {save.step} was not saved to {save.final}: {explain_os_error(error)}; "
+        "earlier checkpoints are intact",
+    )
+    told.__cause__ = error
+    return told
+
+
 def _check_input(
-    step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int, keep_every: int | None
+    step: int, tensors: Mapping[str, Tensor | Held], state: dict[str, Any], keep: int, keep_every: int | None
 ) -> None:
     if step < 0:
         raise ValueError(f"step={step} must be >= 0")
@@ -151,15 +257,19 @@ def _check_input(
         raise ValueError(f"keep={keep} would remove the checkpoint just saved; use keep >= 1")
     if keep_every is not None and keep_every < 1:
         raise ValueError(f"keep_every={keep_every} must be >= 1 steps, or None to keep only the newest")
-    for name, tensor in tensors.items():
+    for name, value in tensors.items():
+        tensor = value.tensor if isinstance(value, Held) else value
         if not isinstance(name, str) or not name or name == "__metadata__":
             raise ValueError(f"{name!r} cannot name a tensor; use a non-empty string other than '__metadata__'")
         if not isinstance(tensor, Tensor):
             raise ValueError(
                 f"tensor {name!r} is a {type(tensor).__name__}; put values that are not tensors into the state"
             )
-        if isinstance(tensor, DTensor):
-            raise ValueError(f"tensor {name!r} is sharded over a mesh; gather it with full_tensor() before saving")
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            raise ValueError(
+                f"tensor {name!r} is a {type(tensor).__name__}; give plain tensors, or what this process holds of one "
+                "as Held"
+            )
         if tensor.layout != torch.strided or tensor.device.type == "meta":
             raise ValueError(
                 f"tensor {name!r} ({tensor.layout}, {tensor.device}) has no plain data; only dense tensors are saved"

@@ -1,66 +1,39 @@
 """The files of one checkpoint: a manifest, the state, tensors in safetensors files, and the hashes of all of them.
 
-    manifest.json            format version, step, and where each chunk of each tensor lies
+    manifest.json            format version, step, and where each range of elements of each tensor lies
     state.json               the caller's state
-    tensors-00000.safetensors  one file for each writing process
+    tensors-00000.safetensors  one file for each process that writes, by its rank
     SHA256SUMS               written last; `sha256sum -c SHA256SUMS` checks it too
 
-Tensors go through the planners of torch.distributed.checkpoint, which know how to save from and load onto any mesh,
-with storage of our own below them: the library's own file storage keeps its metadata as a pickle, and whoever loads a
-pickle runs its author's code. Nothing here is ever unpickled.
+A tensor that one process holds whole is an entry of its own shape under its own name; a part of one is a flat entry
+`NAME@START:STOP`. Format 1 described a part by offsets and lengths along each dimension; it is read where those are a
+range. Nothing here is ever unpickled: whoever loads a pickle runs its author's code.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import CheckpointException, StorageReader, StorageWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch import Tensor
 
 from pithwood.checkpoint.files import DTYPE_CODES, DTYPES, TensorEntry, hash_file, write_file, write_safetensors
+from pithwood.checkpoint.ranges import Chunk, Held, Listing, StoredTensor, complete
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, STATE, SUMS = "manifest.json", "state.json", "SHA256SUMS"
 
 
 class DamagedCheckpoint(ValueError):
     """Files of a checkpoint are missing, cut short or altered, or the folder never was one."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A box of a tensor and the safetensors entry that holds it."""
-
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-    file: str
-    key: str
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Shape and dtype of a whole tensor, and the chunks that it was written in."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True)
@@ -70,6 +43,7 @@ class Manifest:
     step: int
     torch_version: str
     tensors: dict[str, StoredTensor]
+    format_version: int = FORMAT_VERSION
 
     @property
     def files(self) -> list[str]:
@@ -77,149 +51,83 @@ class Manifest:
         return sorted({chunk.file for tensor in self.tensors.values() for chunk in tensor.chunks})
 
 
-class CheckpointWriter(StorageWriter):
-    """Storage writer: one safetensors file for each rank; the coordinator sets `tensors` and `sums` at the end."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.tensors: dict[str, StoredTensor] = {}
-        self.sums: dict[str, str] = {}
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def storage_meta(self) -> StorageMeta | None:
-        return None
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [replace(plan, storage_data=f"tensors-{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        file = plan.storage_data
-        entries, results = [], []
-        for item in plan.items:
-            assert item.tensor_data is not None, f"{item.index.fqn} is no tensor"
-            data, offsets = item.tensor_data, tuple(item.tensor_data.chunk.offsets)
-            shape = tuple(data.chunk.sizes)
-            whole = shape == tuple(data.size)
-            key = item.index.fqn if whole else f"{item.index.fqn}@{','.join(map(str, offsets))}"
-
-            def fetch(item: Any = item) -> torch.Tensor:
-                tensor = planner.resolve_data(item)
-                assert isinstance(tensor, torch.Tensor)
-                return tensor
-
-            entries.append(TensorEntry(key, shape, data.properties.dtype, fetch))
-            results.append(WriteResult(item.index, entries[-1].num_bytes, Chunk(offsets, shape, file, key)))
-        done: Future[list[WriteResult]] = Future()
-        if entries:
-            digest = write_safetensors(self.folder / file, entries)
-            results = [replace(result, storage_data=(result.storage_data, digest)) for result in results]
-        done.set_result(results)
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        chunks: dict[str, list[Chunk]] = {}
-        for result in (r for rank in results for r in rank):
-            chunk, digest = result.storage_data
-            chunks.setdefault(result.index.fqn, []).append(chunk)
-            self.sums[chunk.file] = digest
-        for name, stored in metadata.state_dict_metadata.items():
-            assert isinstance(stored, TensorStorageMetadata)
-            self.tensors[name] = StoredTensor(stored.properties.dtype, tuple(stored.size), tuple(chunks[name]))
+def tensor_file(rank: int) -> str:
+    """Name of the file that a process writes."""
+    return f"tensors-{rank:05d}.safetensors"
 
 
-class CheckpointReader(StorageReader):
-    """Storage reader: reads the boxes that the planner asks for, which need not be those that were written."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
-        self.where = {
-            MetadataIndex(name, chunk.offsets): chunk
-            for name, tensor in manifest.tensors.items()
-            for chunk in tensor.chunks
-        }
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        tensors: dict[str, Any] = {
-            name: TensorStorageMetadata(
-                TensorProperties(dtype=tensor.dtype),
-                torch.Size(tensor.shape),
-                [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.shape)) for c in tensor.chunks],
-            )
-            for name, tensor in self.manifest.tensors.items()
-        }
-        return Metadata(tensors)
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        by_file: dict[str, list[Any]] = {}
-        for item in plan.items:
-            by_file.setdefault(self.where[item.storage_index].file, []).append(item)
-        for file, items in by_file.items():
-            try:
-                with safe_open(self.folder / file, framework="pt") as source:
-                    for item in items:
-                        chunk = self.where[item.storage_index]
-                        box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
-                        whole = tuple(item.lengths) == chunk.shape
-                        value = source.get_tensor(chunk.key) if whole else source.get_slice(chunk.key)[box]
-                        target = planner.resolve_tensor(item)
-                        target.detach().copy_(value)
-                        planner.commit_tensor(item, target)
-            except SafetensorError as error:
-                raise damaged(self.folder, file, str(error)) from error
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+def write_tensors(folder: Path, rank: int, tensors: Mapping[str, Held]) -> Listing:
+    """Write what a process is the writer of into its file, synced; a process that writes nothing makes no file."""
+    file = tensor_file(rank)
+    entries, stored = [], {}
+    for name, held in tensors.items():
+        piece, chunks = held.piece, tuple[Chunk, ...]()
+        if held.writes and (piece.numel or piece.is_whole):
+            key = name if piece.is_whole else f"{name}@{piece.start}:{piece.stop}"
+            shape = piece.shape if piece.is_whole else (piece.numel,)
+            entries.append(TensorEntry(key, shape, held.tensor.dtype, partial(held.tensor.detach().reshape, shape)))
+            chunks = (Chunk(piece.start, piece.stop, file, key),)
+        stored[name] = StoredTensor(held.tensor.dtype, piece.shape, chunks)
+    return Listing(stored, {file: write_safetensors(folder / file, entries)} if entries else {})
 
 
-def write_manifest(folder: Path, manifest: Manifest, state: dict[str, Any], tensor_sums: dict[str, str]) -> None:
-    """Write manifest, state and, last, the hashes of all files; each is synced."""
+def read_tensors(folder: Path, manifest: Manifest, into: Mapping[str, Held]) -> None:
+    """Fill pieces of tensors in place, reading nothing but their elements; the caller has checked names and shapes.
+
+    Raises DamagedCheckpoint if a file does not hold what the manifest says.
+    """
+    flat = {name: _flat(held.tensor.detach()) for name, held in into.items()}
+    by_file: dict[str, list[tuple[str, Chunk]]] = {}
+    for name, held in into.items():
+        for chunk in manifest.tensors[name].overlapping(held.piece):
+            by_file.setdefault(chunk.file, []).append((name, chunk))
+    for file, wanted in sorted(by_file.items()):
+        try:
+            with safe_open(folder / file, framework="pt") as source:
+                for name, chunk in wanted:
+                    # the file is mapped into memory: only the elements that are copied are read
+                    value = source.get_tensor(chunk.key).reshape(-1)
+                    if value.dtype != manifest.tensors[name].dtype or value.numel() != chunk.stop - chunk.start:
+                        raise damaged(folder, file, f"{chunk.key} is not what {MANIFEST} says")
+                    piece = into[name].piece
+                    start, stop = max(piece.start, chunk.start), min(piece.stop, chunk.stop)
+                    part = value[start - chunk.start : stop - chunk.start]
+                    flat[name][start - piece.start : stop - piece.start].copy_(part)
+        except SafetensorError as error:
+            raise damaged(folder, file, str(error)) from error
+    for name, held in into.items():
+        if not held.tensor.is_contiguous():
+            held.tensor.detach().copy_(flat[name].view(held.tensor.shape))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A flat view, or memory for as many elements where none is possible."""
+    return tensor.view(-1) if tensor.is_contiguous() else torch.empty(tensor.numel(), dtype=tensor.dtype)
+
+
+def write_manifest(folder: Path, manifest: Manifest, state: bytes, tensor_sums: dict[str, str]) -> None:
+    """Write manifest, state (JSON) and, last, the hashes of all files; each is synced."""
     tensors = {
         name: {
             "dtype": DTYPE_CODES[tensor.dtype],
             "shape": tensor.shape,
-            "chunks": [{"offsets": c.offsets, "shape": c.shape, "file": c.file, "key": c.key} for c in tensor.chunks],
+            "chunks": [{"start": c.start, "stop": c.stop, "file": c.file, "key": c.key} for c in tensor.chunks],
         }
         for name, tensor in manifest.tensors.items()
     }
     head = {"format_version": FORMAT_VERSION, "step": manifest.step, "torch_version": manifest.torch_version}
     sums = {
         MANIFEST: write_file(folder / MANIFEST, [json.dumps({**head, "tensors": tensors}).encode()]),
-        STATE: write_file(folder / STATE, [json.dumps(state).encode()]),
+        STATE: write_file(folder / STATE, [state]),
         **tensor_sums,
     }
     write_file(folder / SUMS, ["".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()])
 
 
-def read_manifest(folder: Path, *, hashes: bool = True) -> Manifest:
+def read_manifest(folder: Path, *, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> Manifest:
     """Read and check the manifest; with `hashes` every other file is checked against SHA256SUMS too.
+
+    share    (i, n): of the tensor files check only every n-th from the i-th on, for n processes that divide them
 
     Raises ValueError if there is no such folder or its format is newer, DamagedCheckpoint naming the file
     if it is damaged or no checkpoint of ours.
@@ -253,10 +161,11 @@ def read_manifest(folder: Path, *, hashes: bool = True) -> Manifest:
         manifest = _parse_manifest(data)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise damaged(folder, MANIFEST, f"not a manifest ({type(error).__name__}: {error})") from error
+    mine = {MANIFEST, STATE, *manifest.files[share[0] :: share[1]]} if hashes else {STATE}
     for name in (MANIFEST, STATE, *manifest.files):
         if name not in sums:
             raise damaged(folder, SUMS, f"has no hash of {name}")
-        if hashes or name == STATE:
+        if name in mine:
             _check_hash(folder, name, sums)
         elif not (folder / name).is_file():
             raise damaged(folder, name, "missing")
@@ -272,12 +181,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise damaged(folder, STATE, "not a JSON object")
     return state
-
-
-def reraise_first(wrapped: CheckpointException) -> NoReturn:
-    """Raise the exception that a rank met, which torch.distributed.checkpoint wraps into a BaseException of its own."""
-    error, _ = wrapped.failures[min(wrapped.failures)]
-    raise error from wrapped
 
 
 def damaged(folder: Path, file: str, why: str) -> DamagedCheckpoint:
@@ -314,16 +217,29 @@ def _check_hash(folder: Path, name: str, sums: dict[str, str]) -> None:
 
 
 def _parse_manifest(data: dict[str, Any]) -> Manifest:
-    def chunk(c: dict[str, Any]) -> Chunk:
+    version = int(data["format_version"])
+
+    def chunk(c: dict[str, Any], shape: tuple[int, ...]) -> Chunk:
         if re.fullmatch(r"tensors-\d+\.safetensors", c["file"]) is None:
             raise ValueError(f"{c['file']!r} is no tensor file")
-        return Chunk(_ints(c["offsets"]), _ints(c["shape"]), c["file"], c["key"])
+        start, stop = _range_of_box(c, shape) if version < 2 else (int(c["start"]), int(c["stop"]))
+        return Chunk(start, stop, c["file"], str(c["key"]))
 
-    tensors = {
-        name: StoredTensor(DTYPES[t["dtype"]], _ints(t["shape"]), tuple(chunk(c) for c in t["chunks"]))
-        for name, t in data["tensors"].items()
-    }
-    return Manifest(int(data["step"]), str(data["torch_version"]), tensors)
+    def tensor(name: str, t: dict[str, Any]) -> StoredTensor:
+        shape = _ints(t["shape"])
+        return complete(name, DTYPES[t["dtype"]], shape, [chunk(c, shape) for c in t["chunks"]])
+
+    tensors = {name: tensor(name, t) for name, t in data["tensors"].items()}
+    return Manifest(int(data["step"]), str(data["torch_version"]), tensors, version)
+
+
+def _range_of_box(chunk: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, int]:
+    """The elements of a box of format 1: whole rows of a tensor; ValueError if it is another part."""
+    offsets, lengths = _ints(chunk["offsets"]), _ints(chunk["shape"])
+    if any(offsets[1:]) or lengths[1:] != shape[1:] or len(lengths) != len(shape):
+        raise ValueError(f"a part at {offsets} of {lengths} is not a range of the elements of {shape}")
+    row = math.prod(shape[1:])
+    return (offsets[0] * row, (offsets[0] + lengths[0]) * row) if shape else (0, 1)
 
 
 def _ints(values: Sequence[int]) -> tuple[int, ...]:

@@ -61,7 +61,7 @@ def test_tensors_and_state_come_back_bitwise(tmp_path):
     assert path == tmp_path / "checkpoints" / "step-00001200"
     loaded, back = load_checkpoint(path)
     assert_bitwise(loaded, tensors)
-    assert back == {**state, "format_version": 1, "step": 1200, "torch_version": torch.__version__}
+    assert back == {**state, "format_version": 2, "step": 1200, "torch_version": torch.__version__}
 
 
 @pytest.mark.parametrize("code", DTYPES)
@@ -265,11 +265,11 @@ def test_a_newer_format_is_refused_and_never_passed_over(tmp_path):
     save_checkpoint(tmp_path, 1, {}, {})
     path = save_checkpoint(tmp_path, 2, {}, {})
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2, "tensors": "elsewhere"}))
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 3, "tensors": "elsewhere"}))
     sums = [line for line in (path / SUMS).read_text().splitlines() if "manifest" not in line]
     (path / SUMS).write_text("\n".join(sums) + "\n")
     for read in (verify_checkpoint, load_checkpoint):
-        with pytest.raises(ValueError, match=r"format 2, this version of Pithwood reads up to 1; upgrade"):
+        with pytest.raises(ValueError, match=r"format 3, this version of Pithwood reads up to 2; upgrade"):
             read(path)
     with pytest.raises(ValueError, match="upgrade"):
         latest_checkpoint(tmp_path)
