@@ -1,0 +1,319 @@
+"""Pipelines against one process: losses and raw gradients of a whole model, on every schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pithwood.attention.base import LayerContext
+from pithwood.attention.full import FullAttentionConfig
+from pithwood.attention.moba import MoBAConfig
+from pithwood.data.batches import Batch
+from pithwood.losses import LossLedger
+from pithwood.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
+from pithwood.models.recompute import ActivationPlan
+from pithwood.moe.config import MoEConfig
+from pithwood.moe.experts import GroupedExperts
+from pithwood.moe.layer import MoELayer
+from pithwood.objectives import NextToken
+from pithwood.ops.packing import Packing
+from pithwood.ops.rope import Rope
+from pithwood.parallel.config import MeshConfig, Schedule
+from pithwood.parallel.links import rounds
+from pithwood.parallel.mesh import Mesh
+from pithwood.parallel.pipeline import Outcome, PipelineExecutor, Travels
+from pithwood.train import forward_backward
+from tests.numerics import rel_error
+from tests.processes import run_on
+from tests.toy_mixer import ToyRecurrenceConfig
+
+TOKENS = 32
+MOBA = MoBAConfig(block_size=8, top_k=2)
+CFG = Qwen3MoEConfig(
+    vocab_size=61, model_dim=24, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8,
+    attention=(MOBA, FullAttentionConfig(), MOBA, MOBA, FullAttentionConfig()),
+    moe=MoEConfig(
+        num_experts=4, top_k=2, expert_dim=12, num_shared_experts=1, balance="micro_batch", balance_coef=0.1,
+        z_loss_coef=0.01,
+    ),
+    dense_layers=(1,), dense_dim=20, rope_theta=10_000.0, init_std=0.2,
+)  # fmt: skip
+CARRIED = dataclasses.replace(CFG, attention=(ToyRecurrenceConfig(), MOBA, MOBA, ToyRecurrenceConfig(), MOBA))
+
+
+def batches(count: int) -> list[Batch]:
+    """Micro-batches of uneven documents with uneven loss weights."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for micro in range(count):
+        tokens = torch.randint(0, 61, (TOKENS,), generator=generator)
+        weight = (torch.rand(TOKENS, generator=generator) > 0.2 + 0.05 * micro).float()
+        columns = {"tokens": tokens, "targets": tokens.roll(-1), "loss_weight": weight}
+        made.append(Batch(columns, Packing.from_lengths([5 + micro, 0, TOKENS - 5 - micro])))
+    return made
+
+
+@dataclasses.dataclass
+class Layers:
+    """Some layers of a model as a stage, with the embedding before the first and the loss after the last."""
+
+    model: Qwen3MoE
+    layers: range
+    given: list[Batch]
+    ledger: LossLedger
+
+    def __call__(self, micro: int, x_TD: Tensor | None, carry: dict[str, Tensor]) -> Outcome:
+        ctx = self.context(micro)
+        x_TD = self.begin(micro, x_TD)
+        for layer in self.layers:
+            block = self.model.blocks[layer]
+            x_TD, carry = self.model.activations.run(block, x_TD, dataclasses.replace(ctx, layer=layer, carry=carry))
+        return self.end(micro, x_TD, carry)
+
+    def context(self, micro: int) -> LayerContext:
+        packing = self.given[micro].packing
+        rope = Rope.from_positions(packing.position_T, self.model.cfg.head_dim, self.model.cfg.rope_theta)
+        return LayerContext(packing, rope, ledger=self.ledger)
+
+    def begin(self, micro: int, x_TD: Tensor | None) -> Tensor:
+        tokens_T = self.given[micro].columns["tokens"]
+        return self.model.model["embed_tokens"](tokens_T) if x_TD is None else x_TD
+
+    def end(self, micro: int, x_TD: Tensor, carry: dict[str, Tensor]) -> Outcome:
+        if self.layers.stop < self.model.cfg.num_layers:
+            return x_TD, carry
+        (term,) = NextToken().terms(self.model.model["norm"](x_TD), self.model, self.given[micro])
+        self.ledger.record(term)
+        return term.sum * (term.coef / self.ledger.total(term.name))
+
+
+class CutLayers(Layers):
+    """The same with cuts before and after the experts of each layer."""
+
+    def __call__(self, micro: int, x_TD: Tensor | None, carry: dict[str, Tensor]) -> Any:
+        return self.parts(micro, x_TD, carry)
+
+    def parts(self, micro: int, x_TD: Tensor | None, carry: dict[str, Tensor]) -> Iterator[Any]:
+        ctx = self.context(micro)
+        x_TD = self.begin(micro, x_TD)
+        for layer in self.layers:
+            block = self.model.blocks[layer]
+            routed = block.attend_and_route(x_TD, dataclasses.replace(ctx, layer=layer, carry=carry))
+            carry = routed.carry
+            out_TD = None
+            if isinstance(block.mlp, MoELayer):
+                names = list(carry)
+                routed.residual_TD, routed.ffn_in_TD, routed.weight_Tk, *rest = yield [
+                    routed.residual_TD, routed.ffn_in_TD, routed.weight_Tk, *carry.values()
+                ]  # fmt: skip
+                carry = dict(zip(names, rest, strict=True))
+                out_TD = block.mlp.mix(routed.ffn_in_TD, routed.ids_Tk, routed.weight_Tk, routed.residual_TD)
+            x_TD = block.merge(routed, out_TD)
+            if layer != self.layers[-1]:
+                x_TD, *rest = yield [x_TD, *carry.values()]
+                carry = dict(zip(carry, rest, strict=True))
+        return self.end(micro, x_TD, carry)
+
+
+def fresh(cfg: Qwen3MoEConfig, recompute: Sequence[Any]) -> Qwen3MoE:
+    model = Qwen3MoE(cfg)
+    model.init_weights(0)
+    model.keep_activations(ActivationPlan(tuple(recompute)))
+    return model
+
+
+def gradients(model: Qwen3MoE) -> dict[str, Tensor]:
+    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+
+def compared(
+    mesh: Mesh,
+    cfg: Qwen3MoEConfig = CFG,
+    counts: Sequence[int] = (),
+    cut: bool = False,
+    recompute: Sequence[Any] = ("none",) * 5,
+) -> list[tuple[float, set[str]]]:
+    """For each number of micro-batches: the largest relative error of the gradients of this process's layers and of the
+    losses, and the names of the parameters that have one.
+    """
+    model = fresh(cfg, recompute)
+    layers = mesh.cfg.layers_of_stages(cfg.num_layers)
+    carried = {"toy_gate": Travels((TOKENS, cfg.model_dim), torch.float32)} if cfg == CARRIED else {}
+    boundaries = [{"x": Travels((TOKENS, cfg.model_dim), torch.float32), **carried} for _ in layers[1:]]
+    stages = {
+        stage: (CutLayers if cut else Layers)(model, layers[stage], [], LossLedger({}))
+        for stage in mesh.cfg.stages_of_process(mesh.pp.rank)
+    }
+    executor = PipelineExecutor(mesh, stages, boundaries)
+    found = []
+    for count in counts:
+        given, totals = batches(count), {"tokens": float(TOKENS * count), **NextToken().totals(batches(count))}
+        whole, ledger = fresh(cfg, ("none",) * cfg.num_layers), LossLedger(totals)
+        for batch in given:
+            forward_backward(whole, NextToken(), batch, ledger, torch.float32)
+        model.zero_grad()
+        for stage in stages.values():
+            stage.given, stage.ledger = given, LossLedger(totals)
+        losses = executor.run(count)
+        wanted, made = gradients(whole), gradients(model)
+        errors = [rel_error(grad, wanted[name]) for name, grad in made.items()]
+        if mesh.cfg.num_stages - 1 in stages:
+            assert len(losses) == count
+            mine = torch.stack(losses).sum().float()
+            errors.append(rel_error(mine, ledger.sums["loss"] / totals["loss"]))
+        else:
+            assert not losses
+        found.append((max(errors), set(made)))
+    return found
+
+
+def assert_all(results: list[list[tuple[float, set[str]]]], cfg: Qwen3MoEConfig = CFG) -> None:
+    """All errors are small, and each parameter got its gradient in one process."""
+    names = [name for name, _ in Qwen3MoE(cfg).named_parameters()]
+    for each in zip(*results, strict=True):
+        assert max(error for error, _ in each) < 1e-6
+        assert sorted(name for _, some in each for name in some) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "counts"),
+    [("1f1b", (1, 2, 3, 8)), ("interleaved", (2, 3, 5, 8)), ("zero_bubble_v", (1, 2, 3, 8)), ("dualpipe_v", (4, 5, 8))],
+)
+@pytest.mark.parametrize("cut", [False, True])
+def test_losses_and_gradients_are_those_of_one_process(schedule: Schedule, counts: tuple[int, ...], cut: bool):
+    assert_all(run_on(MeshConfig(pp=2, schedule=schedule), compared, CFG, counts, cut))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble_v", "dualpipe_v"])
+def test_carry_between_stages_keeps_its_gradient(schedule: Schedule):
+    for cut in (False, True):
+        assert_all(run_on(MeshConfig(pp=2, schedule=schedule), compared, CARRIED, (4,), cut), CARRIED)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "layers"),
+    [("1f1b", (4, 1)), ("interleaved", (1, 2, 1, 1)), ("zero_bubble_v", (2, 1, 1, 1)), ("dualpipe_v", (1, 1, 2, 1))],
+)
+def test_uneven_stages_that_recompute_their_blocks_give_the_same(schedule: Schedule, layers: tuple[int, ...]):
+    cfg = MeshConfig(pp=2, schedule=schedule, layers_per_stage=layers)
+    recompute = ("block", "none", "selective", "block", "block")
+    assert_all(run_on(cfg, compared, CFG, (4,), False, recompute))
+
+
+def test_pipelines_of_three_and_of_copies():
+    ring = MeshConfig(pp=3, schedule="1f1b")
+    assert_all(run_on(ring, compared, CFG, (1, 4)))
+    # both copies run the same micro-batches here: what is tested are their links
+    results = run_on(MeshConfig(pp=2, dp_replicate=2, schedule="zero_bubble_v"), compared, CFG, (3,))
+    assert_all(results[::2])
+    assert_all(results[1::2])
+
+
+def test_one_process_runs_its_micro_batches_one_after_the_other():
+    assert_all([compared(Mesh.single(), CFG, (1, 3))])
+
+
+def written_down(stage: int, last: int, micro: int, x: Tensor | None, carry: dict[str, Tensor]) -> Any:
+    """x with the stage's digit behind it."""
+    y = (torch.tensor([float(micro)]) if x is None else x) * 10 + stage
+    assert not y.requires_grad
+    return {"passed": y} if stage == last else (y, {})
+
+
+def passed(mesh: Mesh) -> list[int]:
+    last = mesh.cfg.num_stages - 1
+    stages = {stage: partial(written_down, stage, last) for stage in mesh.cfg.stages_of_process(mesh.pp.rank)}
+    executor = PipelineExecutor(mesh, stages, [{"x": Travels((1,), torch.float32)}] * last)
+    return [int(result["passed"]) for result in executor.run_forward(3)]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "digits", "speaker"),
+    [
+        (MeshConfig(pp=3), "012", 2),
+        (MeshConfig(pp=3, schedule="interleaved"), "012345", 2),
+        (MeshConfig(pp=3, schedule="dualpipe_v"), "012345", 0),
+    ],
+)
+def test_forward_passes_alone_hand_back_what_the_last_stage_returns(cfg: MeshConfig, digits: str, speaker: int):
+    results = run_on(cfg, passed)
+    assert results[speaker] == [int(f"{micro}{digits}") for micro in range(3)]
+    assert [result for rank, result in enumerate(results) if rank != speaker] == [[], []]
+
+
+def two_weights(mesh: Mesh, schedule: Schedule) -> list[tuple[str, int, int, bool]]:
+    """What happened in a pipeline of experts, in order: which stage began a pass of which micro-batch and whether its
+    weights had a gradient by then, and when gradients were complete.
+    """
+    happened: list[tuple[str, int, int, bool]] = []
+    own = mesh.cfg.stages_of_process(mesh.pp.rank)
+    experts = {stage: GroupedExperts(1, 4, 4) for stage in own}
+    for each in experts.values():
+        for param in each.parameters():
+            torch.nn.init.constant_(param, 0.1)
+
+    def has_gradient(stage: int) -> bool:
+        return any(param.grad is not None for param in experts[stage].parameters())
+
+    def run(stage: int, micro: int, x: Tensor | None, carry: dict[str, Tensor]) -> Any:
+        x = torch.ones(3, 4, requires_grad=True) if x is None else x
+        x.register_hook(lambda grad: happened.append(("inputs", stage, micro, has_gradient(stage))))
+        y = experts[stage](x, torch.tensor([0, 3], dtype=torch.int32), torch.ones(3))
+        return y.sum() if stage == mesh.cfg.num_stages - 1 else (y, {})
+
+    executor = PipelineExecutor(
+        mesh,
+        {stage: partial(run, stage) for stage in own},
+        [{"x": Travels((3, 4), torch.float32)}] * (mesh.cfg.num_stages - 1),
+        lambda stage, micro: happened.append(("all", stage, micro, has_gradient(stage))),
+    )
+    executor.run(4)
+    return happened
+
+
+def test_the_experts_gradients_wait_for_their_turn_where_a_schedule_takes_them_apart():
+    for happened in run_on(MeshConfig(pp=2, schedule="zero_bubble_v"), two_weights, "zero_bubble_v"):
+        for stage in {stage for _, stage, _, _ in happened}:
+            own = [(what, micro, there) for what, at, micro, there in happened if at == stage]
+            assert own[0] == ("inputs", 0, False)
+            assert sorted(micro for what, micro, there in own if what == "all" and there) == [0, 1, 2, 3]
+
+
+def wrong_shape(mesh: Mesh) -> str:
+    stage = mesh.pp.rank
+    executor = PipelineExecutor(mesh, {stage: partial(written_down, stage, 1)}, [{"x": Travels((2,), torch.float32)}])
+    try:
+        executor.run_forward(1) if stage == 0 else None
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_an_output_that_is_not_what_was_declared_is_refused():
+    assert run_on(MeshConfig(pp=2), wrong_shape)[0] == (
+        "the input 'x' of stage 1, micro-batch 0, is [1] torch.float32, but was declared as [2] torch.float32"
+    )
+
+
+def test_stages_that_are_not_the_meshs_are_refused():
+    with pytest.raises(ValueError, match=r"runs stages \[0\] with 0 boundaries between all; given \[1\] and 0"):
+        PipelineExecutor(Mesh.single(), {1: partial(written_down, 1, 1)}, [])
+
+
+@pytest.mark.quick
+def test_rounds_hold_every_pair_of_neighbours_once_and_each_process_at_most_once_a_round():
+    for size in range(1, 9):
+        for ring in (False, True):
+            made = rounds(size, ring)
+            for pairs in made:
+                members = [place for pair in pairs for place in pair]
+                assert len(members) == len(set(members))
+            closing = {(0, size - 1)} if ring and size > 1 else set()
+            assert {pair for pairs in made for pair in pairs} == {(at, at + 1) for at in range(size - 1)} | closing
+            assert sum(map(len, made)) == len({pair for pairs in made for pair in pairs})
