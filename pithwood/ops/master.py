@@ -106,6 +106,16 @@ def add_gradient(weight: Tensor, add: Callable[[Tensor, bool], object]) -> bool:
     return True
 
 
+def when_added(call: Callable[[], None]) -> None:
+    """Call `call` when all products are added that the running backward pass has made for weights: at once, or under
+    `deferred_gradients` in its turn when the queue is run.
+    """
+    if _deferred is None:
+        call()
+    else:
+        _deferred.append(call)
+
+
 @contextmanager
 def deferred_gradients(queue: Deferred) -> Iterator[None]:
     """Backward passes in this context append to `queue` what would add to `.grad` of large weights: the products of

@@ -13,6 +13,7 @@ from pithwood.ops.master import (
     in_dtype,
     keep_copies,
     run_deferred,
+    when_added,
 )
 
 pytestmark = pytest.mark.quick
@@ -111,6 +112,18 @@ def test_a_deferred_product_is_added_when_the_queue_is_run():
     run_deferred(queue)
     assert weight.grad.eq(8.0).all()
     assert not queue
+
+
+def test_what_follows_the_products_follows_them_in_the_queue_too():
+    weight, queue, seen = torch.nn.Parameter(torch.randn(3, 4)), [], []
+    with deferred_gradients(queue):
+        add_gradient(weight, written(1.0))
+        when_added(lambda: seen.append(weight.grad.clone()))
+        add_gradient(weight, written(2.0))
+    assert not seen
+    run_deferred(queue)
+    when_added(lambda: seen.append(weight.grad.clone()))
+    assert [int(grad[0, 0]) for grad in seen] == [1, 3]
 
 
 def test_queues_within_each_other_take_their_own():

@@ -23,12 +23,11 @@ from pithwood.moe.experts import GroupedExperts
 from pithwood.moe.layer import MoELayer
 from pithwood.objectives import NextToken
 from pithwood.ops.packing import Packing
-from pithwood.ops.rope import Rope
 from pithwood.parallel.config import MeshConfig, Schedule
 from pithwood.parallel.links import rounds
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.pipeline import Outcome, PipelineExecutor, Travels
-from pithwood.train import forward_backward
+from pithwood.trainer import forward_backward
 from tests.numerics import rel_error
 from tests.processes import run_on
 from tests.toy_mixer import ToyRecurrenceConfig
@@ -69,26 +68,18 @@ class Layers:
     ledger: LossLedger
 
     def __call__(self, micro: int, x_TD: Tensor | None, carry: dict[str, Tensor]) -> Outcome:
-        ctx = self.context(micro)
-        x_TD = self.begin(micro, x_TD)
-        for layer in self.layers:
-            block = self.model.blocks[layer]
-            x_TD, carry = self.model.activations.run(block, x_TD, dataclasses.replace(ctx, layer=layer, carry=carry))
-        return self.end(micro, x_TD, carry)
+        return self.end(micro, *self.model.run_layers(self.layers, self.begin(micro, x_TD), self.context(micro), carry))
 
     def context(self, micro: int) -> LayerContext:
-        packing = self.given[micro].packing
-        rope = Rope.from_positions(packing.position_T, self.model.cfg.head_dim, self.model.cfg.rope_theta)
-        return LayerContext(packing, rope, ledger=self.ledger)
+        return self.model.context(self.given[micro].packing, ledger=self.ledger)
 
     def begin(self, micro: int, x_TD: Tensor | None) -> Tensor:
-        tokens_T = self.given[micro].columns["tokens"]
-        return self.model.model["embed_tokens"](tokens_T) if x_TD is None else x_TD
+        return self.model.embed(self.given[micro].columns["tokens"], torch.float32) if x_TD is None else x_TD
 
     def end(self, micro: int, x_TD: Tensor, carry: dict[str, Tensor]) -> Outcome:
         if self.layers.stop < self.model.cfg.num_layers:
             return x_TD, carry
-        (term,) = NextToken().terms(self.model.model["norm"](x_TD), self.model, self.given[micro])
+        (term,) = NextToken().terms(self.model.final_norm(x_TD), self.model, self.given[micro])
         self.ledger.record(term)
         return term.sum * (term.coef / self.ledger.total(term.name))
 
