@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pithwood.attention.base import LayerContext
 from pithwood.attention.full import FullAttentionConfig
 from pithwood.attention.moba import MoBAConfig
 from pithwood.data.batches import Batch
 from pithwood.losses import LossLedger
+from pithwood.models.pipelined import MicroBatch, ModelPipeline, carried_names
 from pithwood.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
 from pithwood.models.recompute import ActivationPlan
 from pithwood.moe.config import MoEConfig
@@ -24,9 +24,10 @@ from pithwood.moe.layer import MoELayer
 from pithwood.objectives import NextToken
 from pithwood.ops.packing import Packing
 from pithwood.parallel.config import MeshConfig, Schedule
+from pithwood.parallel.expert import ExpertExchange
 from pithwood.parallel.links import rounds
 from pithwood.parallel.mesh import Mesh
-from pithwood.parallel.pipeline import Outcome, PipelineExecutor, Travels
+from pithwood.parallel.pipeline import PipelineExecutor, Travels
 from pithwood.trainer import forward_backward
 from tests.numerics import rel_error
 from tests.processes import run_on
@@ -46,121 +47,99 @@ CFG = Qwen3MoEConfig(
 CARRIED = dataclasses.replace(CFG, attention=(ToyRecurrenceConfig(), MOBA, MOBA, ToyRecurrenceConfig(), MOBA))
 
 
-def batches(count: int) -> list[Batch]:
-    """Micro-batches of uneven documents with uneven loss weights."""
+def batches(count: int, rank: int = 0, size: int = 1) -> list[Batch]:
+    """Micro-batches of two samples, of which this process has its share, of uneven documents and loss weights."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for micro in range(count):
         tokens = torch.randint(0, 61, (TOKENS,), generator=generator)
         weight = (torch.rand(TOKENS, generator=generator) > 0.2 + 0.05 * micro).float()
-        columns = {"tokens": tokens, "targets": tokens.roll(-1), "loss_weight": weight}
-        made.append(Batch(columns, Packing.from_lengths([5 + micro, 0, TOKENS - 5 - micro])))
+        mine = slice(rank * TOKENS // size, (rank + 1) * TOKENS // size)
+        columns = {"tokens": tokens[mine], "targets": tokens.roll(-1)[mine], "loss_weight": weight[mine]}
+        lengths = [5 + micro % 8, 0, 11 - micro % 8, 16, 0, 0][3 * rank : 3 * rank + 6 // size]
+        made.append(Batch(columns, Packing.from_lengths(lengths)))
     return made
 
 
-@dataclasses.dataclass
-class Layers:
-    """Some layers of a model as a stage, with the embedding before the first and the loss after the last."""
-
-    model: Qwen3MoE
-    layers: range
-    given: list[Batch]
-    ledger: LossLedger
-
-    def __call__(self, micro: int, x_TD: Tensor | None, carry: dict[str, Tensor]) -> Outcome:
-        return self.end(micro, *self.model.run_layers(self.layers, self.begin(micro, x_TD), self.context(micro), carry))
-
-    def context(self, micro: int) -> LayerContext:
-        return self.model.context(self.given[micro].packing, ledger=self.ledger)
-
-    def begin(self, micro: int, x_TD: Tensor | None) -> Tensor:
-        return self.model.embed(self.given[micro].columns["tokens"], torch.float32) if x_TD is None else x_TD
-
-    def end(self, micro: int, x_TD: Tensor, carry: dict[str, Tensor]) -> Outcome:
-        if self.layers.stop < self.model.cfg.num_layers:
-            return x_TD, carry
-        (term,) = NextToken().terms(self.model.final_norm(x_TD), self.model, self.given[micro])
-        self.ledger.record(term)
-        return term.sum * (term.coef / self.ledger.total(term.name))
-
-
-class CutLayers(Layers):
-    """The same with cuts before and after the experts of each layer."""
-
-    def __call__(self, micro: int, x_TD: Tensor | None, carry: dict[str, Tensor]) -> Any:
-        return self.parts(micro, x_TD, carry)
-
-    def parts(self, micro: int, x_TD: Tensor | None, carry: dict[str, Tensor]) -> Iterator[Any]:
-        ctx = self.context(micro)
-        x_TD = self.begin(micro, x_TD)
-        for layer in self.layers:
-            block = self.model.blocks[layer]
-            routed = block.attend_and_route(x_TD, dataclasses.replace(ctx, layer=layer, carry=carry))
-            carry = routed.carry
-            out_TD = None
-            if isinstance(block.mlp, MoELayer):
-                names = list(carry)
-                routed.residual_TD, routed.ffn_in_TD, routed.weight_Tk, *rest = yield [
-                    routed.residual_TD, routed.ffn_in_TD, routed.weight_Tk, *carry.values()
-                ]  # fmt: skip
-                carry = dict(zip(names, rest, strict=True))
-                out_TD = block.mlp.mix(routed.ffn_in_TD, routed.ids_Tk, routed.weight_Tk, routed.residual_TD)
-            x_TD = block.merge(routed, out_TD)
-            if layer != self.layers[-1]:
-                x_TD, *rest = yield [x_TD, *carry.values()]
-                carry = dict(zip(carry, rest, strict=True))
-        return self.end(micro, x_TD, carry)
-
-
-def fresh(cfg: Qwen3MoEConfig, recompute: Sequence[Any]) -> Qwen3MoE:
+def fresh(cfg: Qwen3MoEConfig, recompute: Sequence[Any] = ("none",) * 5) -> Qwen3MoE:
     model = Qwen3MoE(cfg)
     model.init_weights(0)
     model.keep_activations(ActivationPlan(tuple(recompute)))
     return model
 
 
-def gradients(model: Qwen3MoE) -> dict[str, Tensor]:
-    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+def divide_experts(model: Qwen3MoE, mesh: Mesh) -> None:
+    """Let a whole model keep this process's experts alone."""
+    for block in model.blocks:
+        mlp = block.mlp
+        if isinstance(mlp, MoELayer):
+            mlp.exchange = ExpertExchange(mesh.ep, mlp.cfg.num_experts)
+            mlp.gate.tokens_group = mesh.tokens
+            for param in mlp.experts.parameters():
+                param.data = param.detach().chunk(mesh.ep.size)[mesh.ep.rank].clone()
+
+
+def scaled_loss(batch: Batch, model: Qwen3MoE, ledger: LossLedger, hidden_TD: Tensor) -> Tensor:
+    (term,) = NextToken().terms(hidden_TD, model, batch)
+    ledger.record(term)
+    return term.sum * (term.coef / ledger.total(term.name))
 
 
 def compared(
     mesh: Mesh,
     cfg: Qwen3MoEConfig = CFG,
     counts: Sequence[int] = (),
-    cut: bool = False,
+    pauses: bool = False,
     recompute: Sequence[Any] = ("none",) * 5,
 ) -> list[tuple[float, set[str]]]:
     """For each number of micro-batches: the largest relative error of the gradients of this process's layers and of the
     losses, and the names of the parameters that have one.
     """
     model = fresh(cfg, recompute)
-    layers = mesh.cfg.layers_of_stages(cfg.num_layers)
-    carried = {"toy_gate": Travels((TOKENS, cfg.model_dim), torch.float32)} if cfg == CARRIED else {}
-    boundaries = [{"x": Travels((TOKENS, cfg.model_dim), torch.float32), **carried} for _ in layers[1:]]
-    stages = {
-        stage: (CutLayers if cut else Layers)(model, layers[stage], [], LossLedger({}))
-        for stage in mesh.cfg.stages_of_process(mesh.pp.rank)
-    }
-    executor = PipelineExecutor(mesh, stages, boundaries)
+    if pauses or mesh.tokens.size > 1:
+        divide_experts(model, mesh)
+    pipeline = ModelPipeline(model, model, mesh, torch.float32)
+    for stage in pipeline.stages.values():
+        stage.pauses = pauses
     found = []
     for count in counts:
-        given, totals = batches(count), {"tokens": float(TOKENS * count), **NextToken().totals(batches(count))}
-        whole, ledger = fresh(cfg, ("none",) * cfg.num_layers), LossLedger(totals)
-        for batch in given:
+        totals = {"tokens": float(TOKENS * count), **NextToken().totals(batches(count))}
+        whole, ledger = fresh(cfg), LossLedger(totals)
+        for batch in batches(count):
             forward_backward(whole, NextToken(), batch, ledger, torch.float32)
         model.zero_grad()
-        for stage in stages.values():
-            stage.given, stage.ledger = given, LossLedger(totals)
-        losses = executor.run(count)
-        wanted, made = gradients(whole), gradients(model)
-        errors = [rel_error(grad, wanted[name]) for name, grad in made.items()]
-        if mesh.cfg.num_stages - 1 in stages:
+        mine = LossLedger(totals)
+        losses = pipeline.run(
+            [
+                MicroBatch(
+                    batch.columns["tokens"],
+                    model.context(batch.packing, ledger=mine),
+                    partial(scaled_loss, batch, model, mine),
+                )
+                for batch in batches(count, mesh.data.rank, mesh.data.size)
+            ]
+        )
+        names, errors = set(), []
+        for (name, param), wanted in zip(model.named_parameters(), whole.parameters(), strict=True):
+            if param.grad is not None:
+                grad, reference = param.grad, wanted.grad
+                assert reference is not None
+                if ".experts." in name:
+                    reference = reference.chunk(mesh.ep.size)[mesh.ep.rank]
+                    mesh.expert_shard.all_reduce(grad)
+                    mesh.replicate.all_reduce(grad)
+                else:
+                    mesh.tokens.all_reduce(grad)
+                names.add(name)
+                errors.append(rel_error(grad, reference))
+        if mesh.cfg.num_stages - 1 in pipeline.stages:
             assert len(losses) == count
-            mine = torch.stack(losses).sum().float()
-            errors.append(rel_error(mine, ledger.sums["loss"] / totals["loss"]))
+            loss = torch.stack(losses).sum().float()
+            mesh.tokens.all_reduce(loss)
+            errors.append(rel_error(loss, ledger.sums["loss"] / totals["loss"]))
         else:
             assert not losses
-        found.append((max(errors), set(made)))
+        found.append((max(errors), names))
     return found
 
 
@@ -176,15 +155,15 @@ def assert_all(results: list[list[tuple[float, set[str]]]], cfg: Qwen3MoEConfig 
     ("schedule", "counts"),
     [("1f1b", (1, 2, 3, 8)), ("interleaved", (2, 3, 5, 8)), ("zero_bubble_v", (1, 2, 3, 8)), ("dualpipe_v", (4, 5, 8))],
 )
-@pytest.mark.parametrize("cut", [False, True])
-def test_losses_and_gradients_are_those_of_one_process(schedule: Schedule, counts: tuple[int, ...], cut: bool):
-    assert_all(run_on(MeshConfig(pp=2, schedule=schedule), compared, CFG, counts, cut))
+@pytest.mark.parametrize("pauses", [False, True])
+def test_losses_and_gradients_are_those_of_one_process(schedule: Schedule, counts: tuple[int, ...], pauses: bool):
+    assert_all(run_on(MeshConfig(pp=2, schedule=schedule), compared, CFG, counts, pauses))
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble_v", "dualpipe_v"])
 def test_carry_between_stages_keeps_its_gradient(schedule: Schedule):
-    for cut in (False, True):
-        assert_all(run_on(MeshConfig(pp=2, schedule=schedule), compared, CARRIED, (4,), cut), CARRIED)
+    for pauses in (False, True):
+        assert_all(run_on(MeshConfig(pp=2, schedule=schedule), compared, CARRIED, (4,), pauses), CARRIED)
 
 
 @pytest.mark.parametrize(
@@ -193,14 +172,21 @@ def test_carry_between_stages_keeps_its_gradient(schedule: Schedule):
 )
 def test_uneven_stages_that_recompute_their_blocks_give_the_same(schedule: Schedule, layers: tuple[int, ...]):
     cfg = MeshConfig(pp=2, schedule=schedule, layers_per_stage=layers)
-    recompute = ("block", "none", "selective", "block", "block")
-    assert_all(run_on(cfg, compared, CFG, (4,), False, recompute))
+    recompute = ("block", "none", "selective", "block", "selective")
+    for pauses in (False, True):
+        assert_all(run_on(cfg, compared, CFG, (4,), pauses, recompute))
+
+
+@pytest.mark.parametrize("schedule", ["zero_bubble_v", "dualpipe_v"])
+def test_experts_of_other_processes_are_reached_from_every_stage(schedule: Schedule):
+    results = run_on(MeshConfig(pp=2, dp_shard=2, ep=2, schedule=schedule), compared, CFG, (4, 5), True)
+    assert_all(results[::2])
+    assert_all(results[1::2])
 
 
 def test_pipelines_of_three_and_of_copies():
     ring = MeshConfig(pp=3, schedule="1f1b")
     assert_all(run_on(ring, compared, CFG, (1, 4)))
-    # both copies run the same micro-batches here: what is tested are their links
     results = run_on(MeshConfig(pp=2, dp_replicate=2, schedule="zero_bubble_v"), compared, CFG, (3,))
     assert_all(results[::2])
     assert_all(results[1::2])
@@ -208,6 +194,16 @@ def test_pipelines_of_three_and_of_copies():
 
 def test_one_process_runs_its_micro_batches_one_after_the_other():
     assert_all([compared(Mesh.single(), CFG, (1, 3))])
+
+
+@pytest.mark.quick
+def test_only_the_carry_that_a_later_stage_reads_travels():
+    model = fresh(CARRIED)
+    names = []
+    for layers in ((1, 1, 1, 2), (1, 2, 1, 1)):
+        cfg = MeshConfig(pp=2, schedule="interleaved", layers_per_stage=layers)
+        names.append(carried_names(model, cfg.layers_of_stages(5)))
+    assert names == [[["toy_gate"], ["toy_gate"], ["toy_gate"]], [["toy_gate"], ["toy_gate"], []]]
 
 
 def written_down(stage: int, last: int, micro: int, x: Tensor | None, carry: dict[str, Tensor]) -> Any:
