@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pithwood.ops.grouped_mm import grouped_grad_weight, grouped_mm
 from pithwood.ops.linear import linear
-from pithwood.ops.master import gradient_sink, in_dtype
+from pithwood.ops.master import add_gradient, in_dtype
 from pithwood.ops.permute import RowPlan, gather_rows
 from pithwood.ops.swiglu import swiglu, swiglu_backward
 
@@ -91,25 +91,31 @@ class _Experts(torch.autograd.Function):
         # w^T in place of w: the product of `grouped_mm` is with its transpose.
         grad_hidden_RF = grouped_mm(grad_RD, in_dtype(down, dtype).transpose(1, 2), offsets)
         hidden_RF, grad_gate_up_RF, grad_weight_R = swiglu_backward(grad_hidden_RF, gate_up_RF, weight_R, offsets)
-        grad_down = _weight_gradient(down, grad_RD, hidden_RF, offsets) if needs_down else None
+        grad_down = _weight_gradient(down, grad_RD, hidden_RF, None, offsets) if needs_down else None
         del grad_hidden_RF, hidden_RF
         grad_gate_up = grad_rows_RD = None
         if needs_gate_up:
-            rows_RD = kept if ctx.plan is None else gather_rows(kept, ctx.plan)
-            grad_gate_up = _weight_gradient(gate_up, grad_gate_up_RF, rows_RD, offsets)
-            del rows_RD
+            grad_gate_up = _weight_gradient(gate_up, grad_gate_up_RF, kept, ctx.plan, offsets)
         if needs_rows:
             grad_rows_RD = grouped_mm(grad_gate_up_RF, in_dtype(gate_up, dtype).transpose(1, 2), offsets)
         return grad_rows_RD, grad_weight_R, grad_gate_up, grad_down, None, None, None
 
 
-def _weight_gradient(weight: Tensor, grad_RX: Tensor, rows_RD: Tensor, offsets: Tensor) -> Tensor | None:
-    """The gradient of a stacked weight, or None where it was added to `weight.grad`."""
-    sink = gradient_sink(weight) if _accumulates(weight) else None
-    if sink is None:
-        return grouped_grad_weight(grad_RX, rows_RD, offsets, torch.empty_like(weight), add=False)
-    grouped_grad_weight(grad_RX, rows_RD, offsets, sink[0], add=sink[1])
-    return None
+def _weight_gradient(
+    weight: Tensor, grad_RX: Tensor, kept: Tensor, plan: RowPlan | None, offsets: Tensor
+) -> Tensor | None:
+    """The gradient of a stacked weight, or None where it was added to `weight.grad` or will be.
+
+    kept  the rows [R, D] themselves, or with a plan the tokens [T, D] that they are gathered from for the product
+    """
+
+    def product(total: Tensor, add: bool) -> Tensor:
+        rows_RD = kept if plan is None else gather_rows(kept, plan)
+        return grouped_grad_weight(grad_RX, rows_RD, offsets, total, add=add)
+
+    if _accumulates(weight) and add_gradient(weight, product):
+        return None
+    return product(torch.empty_like(weight), False)
 
 
 def _accumulates(weight: Tensor) -> bool:

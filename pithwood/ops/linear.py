@@ -2,7 +2,7 @@
 
 On a GPU, for half-precision input and an fp32 weight, the copies that a trainer keeps are used (`in_dtype`), and the
 weight's gradient is computed in fp32 straight from half-precision operands and added to `weight.grad` by the product
-itself (`gradient_sink`): nothing rounds it to half precision, and nothing but the product moves it.
+itself (`add_gradient`): nothing rounds it to half precision, and nothing but the product moves it.
 
 Legend: T rows, C inputs, O outputs of a map.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pithwood.ops.master import gradient_sink, in_dtype
+from pithwood.ops.master import add_gradient, in_dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,15 +83,14 @@ class _Linears(torch.autograd.Function):
 
 @torch.no_grad()
 def add_weight_gradient(weight: Tensor, grad_TO: Tensor, x_TC: Tensor) -> Tensor | None:
-    """None after adding grad^T x to the weight's gradient in place, in fp32; the product itself if it has no sink.
+    """None after adding grad^T x to the weight's gradient in place, in fp32 (or putting that off, under
+    `deferred_gradients`); the product itself if it has no sink.
 
     grad_TO, x_TC  of one half-precision dtype, on CUDA; any strides that a product takes
     """
-    sink = gradient_sink(weight)
-    if sink is None:
-        return add_product(torch.empty(weight.shape, dtype=torch.float32, device=x_TC.device), grad_TO, x_TC, False)
-    add_product(sink[0], grad_TO, x_TC, sink[1])
-    return None
+    if add_gradient(weight, lambda total_OC, add: add_product(total_OC, grad_TO, x_TC, add)):
+        return None
+    return add_product(torch.empty(weight.shape, dtype=torch.float32, device=x_TC.device), grad_TO, x_TC, False)
 
 
 def add_product(total_OC: Tensor, grad_TO: Tensor, x_TC: Tensor, add: bool) -> Tensor:

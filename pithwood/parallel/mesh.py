@@ -74,6 +74,14 @@ class Group:
             return None
         return dist.all_to_all_single(out, given, out_sizes, given_sizes, group=self.handle, async_op=not wait)
 
+    def send(self, x: Tensor, to: int, number: int = 0) -> Any:
+        """The work of sending x to the to-th process; x stays as it is until the work is waited for."""
+        return dist.isend(x, self.ranks[to], group=self.handle, tag=number)
+
+    def receive(self, x: Tensor, source: int, number: int = 0) -> Any:
+        """The work of filling x with what the source-th process sends under this number."""
+        return dist.irecv(x, self.ranks[source], group=self.handle, tag=number)
+
     def all_gather_objects(self, value: Any) -> list[Any]:
         """What every process gives, in order; for small things outside a step."""
         if self.handle is None:

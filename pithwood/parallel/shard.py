@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pithwood.ops.master import keep_copies
+from pithwood.ops.master import keep_copies, when_added
 from pithwood.parallel.mesh import Group, Mesh
 from pithwood.parallel.pieces import Piece
 
@@ -150,13 +150,27 @@ class Shards:
     def run(self, key: str, call: Callable[..., Any], *inputs: Any) -> Any:
         """`call(*inputs)` with the unit's weights there, in the backward pass too; tensors among inputs and outputs
         (a tensor, or a tuple of a tensor and a dictionary of tensors) carry its gradients."""
+        return self.leave(key, call(*self.enter(key, *inputs)))
+
+    def enter(self, key: str, *inputs: Any) -> tuple[Any, ...]:
+        """The first half of `run`, for a call that pauses: wait for the unit's weights; the inputs to go on with."""
         unit = self.units[key]
         if not unit.cut and not self._reduces:
-            return call(*inputs)
+            return inputs
         self._gather(unit)
         self._prefetch(key, 1)
-        inputs = tuple(_gate(x, lambda: self._after_backward(unit)) if isinstance(x, Tensor) else x for x in inputs)
-        out = call(*inputs)
+
+        def after_backward() -> None:
+            # a pipeline may make the products of the unit's weights later
+            when_added(lambda: self._after_backward(unit))
+
+        return tuple(_gate(x, after_backward) if isinstance(x, Tensor) else x for x in inputs)
+
+    def leave(self, key: str, out: Any) -> Any:
+        """The second half of `run`: the output to hand on."""
+        unit = self.units[key]
+        if not unit.cut and not self._reduces:
+            return out
         if not torch.is_grad_enabled():
             self._drop_after_forward(unit)
             return out

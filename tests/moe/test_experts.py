@@ -15,7 +15,7 @@ from pithwood.moe import MoELayer
 from pithwood.moe.balance import balance_loss
 from pithwood.moe.dispatch import combine_tokens, dispatch_tokens
 from pithwood.ops.grouped_mm import grouped_mm
-from pithwood.ops.master import keep_copies
+from pithwood.ops.master import Deferred, deferred_gradients, keep_copies, run_deferred
 from pithwood.ops.permute import gather_rows, plan_rows, row_weights, sum_rows
 from pithwood.ops.route import expert_weights, select_experts
 from pithwood.ops.swiglu import swiglu
@@ -53,6 +53,25 @@ def test_backward_adds_to_gradients_what_grad_returns() -> None:
         for parameter, grad in zip(parameters, returned, strict=True):
             assert parameter.grad is not None
             assert_close(parameter.grad, times * grad)
+
+
+@pytest.mark.parametrize("save_rows", [False, True])
+def test_gradients_of_the_stacked_weights_can_wait_until_after_the_backward_pass(save_rows: bool) -> None:
+    layer, x_TD = layer_and_input(save_rows=save_rows)
+    _, want = gradients(layer, x_TD)
+    x_TD = x_TD.clone().requires_grad_()
+    layer.zero_grad()
+    layer.reset_step()
+    queue: Deferred = []
+    with deferred_gradients(queue):
+        layer(x_TD, context([23], tokens=23)).square().sum().backward()
+    assert x_TD.grad is not None
+    assert_close(x_TD.grad, want[0])
+    assert all(p.grad is None for p in layer.experts.parameters())
+    run_deferred(queue)
+    for grad, expected in zip((p.grad for p in layer.parameters()), want[1:], strict=True):
+        assert grad is not None
+        assert_close(grad, expected)
 
 
 def test_a_gradient_is_added_to_the_memory_that_is_there() -> None:

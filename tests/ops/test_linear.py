@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pithwood.ops.linear import _Linears, add_product, add_weight_gradient, linear, linears, product_adds_fp32
-from pithwood.ops.master import keep_copies
+from pithwood.ops.master import deferred_gradients, keep_copies, run_deferred
 from tests.numerics import assert_close
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("poison")]
@@ -32,8 +32,8 @@ def exact(x, weights, biases, upstream):
     return outs, torch.autograd.grad(outs, leaves, [g.double() for g in upstream])
 
 
-def check_fast_path(device, bias=True):
-    """The fast path's values and gradients, added to what `.grad` held."""
+def check_fast_path(device, bias=True, defer=False):
+    """The fast path's values and gradients, added to what `.grad` held; at once, or after the backward pass."""
     x, weights, biases = make(bias=bias, device=device)
     outs = _Linears.apply(x, 3, *weights, *biases)
     upstream = [torch.randn(out.shape, device=device).to(BF16) for out in outs]
@@ -43,7 +43,15 @@ def check_fast_path(device, bias=True):
         assert_close(out, want)
     before = torch.randn(40, 24, device=device)
     weights[0].grad = before.clone()
-    torch.autograd.backward(outs, upstream)
+    if defer:
+        queue = []
+        with deferred_gradients(queue):
+            torch.autograd.backward(outs, upstream)
+        assert torch.equal(weights[0].grad, before)
+        assert weights[1].grad is None
+        run_deferred(queue)
+    else:
+        torch.autograd.backward(outs, upstream)
     assert_close(x.grad, grads[0])
     found = [weights[0].grad - before, *(p.grad for p in (*weights[1:], *(b for b in biases if b is not None)))]
     for grad, want in zip(found, grads[1:], strict=True):
@@ -55,6 +63,15 @@ def check_fast_path(device, bias=True):
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_fast_path_adds_fp32_gradients_to_the_weights(bias):
     check_fast_path("cpu", bias)
+
+
+def test_gradients_of_the_weights_can_wait_until_after_the_backward_pass():
+    check_fast_path("cpu", defer=True)
+
+
+@pytest.mark.gpu
+def test_they_wait_on_a_gpu_too_whose_backward_pass_runs_in_a_thread_of_its_own():
+    check_fast_path("cuda", defer=True)
 
 
 def test_on_a_cpu_master_weights_are_cast_and_their_gradients_returned():

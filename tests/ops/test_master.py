@@ -1,9 +1,20 @@
 """Copies of master weights and the place where their gradients are added up."""
 
+import weakref
+
 import pytest
 import torch
 
-from pithwood.ops.master import drop_copies, gradient_sink, in_dtype, keep_copies
+from pithwood.ops.master import (
+    add_gradient,
+    deferred_gradients,
+    drop_copies,
+    gradient_sink,
+    in_dtype,
+    keep_copies,
+    run_deferred,
+    when_added,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -83,3 +94,69 @@ def test_the_sink_is_the_parameters_where_hooks_hand_back_another_tensor():
         first, second = _Product.apply(x, weight), _Product.apply(x, weight)
     (first.sum() + second.sum()).backward()
     assert torch.allclose(weight.grad, 2 * x.sum(0).expand(3, 4))
+
+
+def written(value):
+    """A product that is this number everywhere."""
+    return lambda total, add: total.copy_(total + value if add else torch.full_like(total, value))
+
+
+def test_a_deferred_product_is_added_when_the_queue_is_run():
+    weight, queue = torch.nn.Parameter(torch.randn(3, 4)), []
+    with deferred_gradients(queue):
+        assert add_gradient(weight, written(1.0))
+        assert add_gradient(weight, written(2.0))
+    assert weight.grad is None
+    assert add_gradient(weight, written(5.0))
+    assert weight.grad.eq(5.0).all()
+    run_deferred(queue)
+    assert weight.grad.eq(8.0).all()
+    assert not queue
+
+
+def test_what_follows_the_products_follows_them_in_the_queue_too():
+    weight, queue, seen = torch.nn.Parameter(torch.randn(3, 4)), [], []
+    with deferred_gradients(queue):
+        add_gradient(weight, written(1.0))
+        when_added(lambda: seen.append(weight.grad.clone()))
+        add_gradient(weight, written(2.0))
+    assert not seen
+    run_deferred(queue)
+    when_added(lambda: seen.append(weight.grad.clone()))
+    assert [int(grad[0, 0]) for grad in seen] == [1, 3]
+
+
+def test_queues_within_each_other_take_their_own():
+    weight, outer, inner = torch.nn.Parameter(torch.randn(3, 4)), [], []
+    with deferred_gradients(outer):
+        with deferred_gradients(inner):
+            add_gradient(weight, written(1.0))
+        add_gradient(weight, written(2.0))
+    assert (len(outer), len(inner)) == (1, 1)
+
+
+def test_what_has_no_sink_cannot_be_deferred_and_a_weight_frozen_meanwhile_gets_nothing():
+    weight, queue = torch.nn.Parameter(torch.randn(3, 4)), []
+    with deferred_gradients(queue):
+        assert not add_gradient(weight * 2, written(1.0))
+        assert add_gradient(weight, written(1.0))
+    weight.requires_grad_(False)
+    run_deferred(queue)
+    assert weight.grad is None
+
+
+def test_products_are_let_go_with_their_operands_one_by_one():
+    weight, queue, alive = torch.nn.Parameter(torch.randn(3, 4)), [], []
+
+    def adding(operand):
+        return lambda total, add: (alive.append([ref() is not None for ref in refs]), total.add_(operand.sum()))
+
+    operands = [torch.ones(2), torch.ones(2)]
+    refs = [weakref.ref(operand) for operand in operands]
+    with deferred_gradients(queue):
+        for operand in operands:
+            add_gradient(weight, adding(operand))
+    operands.clear()
+    del operand
+    run_deferred(queue)
+    assert alive == [[True, True], [False, True]]
