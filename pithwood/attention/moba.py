@@ -20,7 +20,7 @@ from pithwood.ops.attend import attend
 from pithwood.ops.packing import Packing, Selection
 from pithwood.ops.select import select
 from pithwood.ops.summarise import summarise
-from pithwood.parallel.context import ContextGroup, attend_in_context, gather_block_means
+from pithwood.parallel.context import ContextGroup, all_sets, gather_block_means, gather_tokens, sets_of
 
 Tie = Literal["later", "earlier"]
 MeanDtype = Literal["input", "fp32", "centered"]
@@ -146,20 +146,29 @@ class MoBA(HeadsMixer):
     def _attend_in_context(
         self, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, ctx: LayerContext, cp: ContextGroup
     ) -> Tensor:
-        """o [T, H, K] of this process's tokens. Where keys are gathered, the block means travel before them."""
-        size = self.config.block_size
-        blocks: Selection | None = None
-        if cp.exchange(k_TGK.shape[1]) == "gather":
-            packing = cp.selections(k_TGK.shape[1])
+        """o [T, H, K] of this process's tokens; `packing` is what its choices refer to."""
+        size, exchange, packing = self.config.block_size, cp.exchange(k_TGK.shape[1]), cp.selections(k_TGK.shape[1])
+
+        def attend_blocks(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, blocks: Selection) -> Tensor:
+            return attend(q_THK, k_TGK, v_TGV, packing, blocks, scale=self.softmax_scale)[0]
+
+        if exchange == "none":
+            blocks = ctx.decide("blocks", lambda: self._select(q_THK, summarise(k_TGK, packing, size), packing))
+            return attend_blocks(q_THK, k_TGK, v_TGV, blocks)
+        if exchange == "gather":
             blocks = ctx.decide("blocks", lambda: self._select(q_THK, gather_block_means(cp, k_TGK, size), packing))
+            k_TGK, v_TGV = gather_tokens(cp.group, k_TGK, v_TGV)
+            stop = cp.first + cp.num_tokens
+            return attend_blocks(q_THK, k_TGK[:stop], v_TGV[:stop], blocks)
+        heads = cp.exchange_heads(q_THK, k_TGK, v_TGV, chooses=True)
 
-        def attend_blocks(q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, packing: Packing) -> Tensor:
-            chosen = blocks or ctx.decide(
-                "blocks", lambda: self._select(q_THK, summarise(k_TGK, packing, size), packing)
+        def choose() -> Selection:
+            return all_sets(
+                [self._select(q, summarise(k, packing, size), packing) for q, k in heads.queries_and_keys()]
             )
-            return attend(q_THK, k_TGK, v_TGV, packing, chosen, scale=self.softmax_scale)[0]
 
-        return attend_in_context(cp, q_THK, k_TGK, v_TGV, attend_blocks, balance=False)
+        blocks = ctx.decide("blocks", choose)
+        return heads.attend(lambda group, q, k, v: attend_blocks(q, k, v, sets_of(blocks, group, heads.chunks)))
 
     def cache_fields(self) -> tuple[CacheField, ...]:
         """What every attention mixer keeps, and fp32 means of finished blocks."""

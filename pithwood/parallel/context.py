@@ -30,12 +30,17 @@ from pithwood.ops.packing import Packing, Selection
 from pithwood.ops.summarise import summarise
 from pithwood.ops.units import unit_table
 from pithwood.parallel.config import ContextExchange
+from pithwood.parallel.heads import HeadExchange
 from pithwood.parallel.mesh import Group
 
 Attend = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 """(q [T_q, H, K], k [T_k, G, K], v [T_k, G, V], packing) -> o [T_q, H, V]"""
 State = tuple[Tensor, ...]
 """What a recurrence hands on from one run of tokens to the next."""
+CHUNKS = 2
+"""Groups of heads that a large exchange is cut into."""
+CHUNK_BYTES = 2**26
+"""Least bytes of a group's queries: below, an exchange takes no longer than the launches of another group's kernels."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,9 @@ class ContextGroup:
     """Whether some document lies on more than one process; the same on all of them."""
     local: Packing
     """Of this process's tokens, as `local_packing` cuts it; without documents that have none where all are alike."""
+    chunks: int | None = None
+    """Into how many groups an exchange of heads is cut, if KV heads allow it: one travels while another is worked on.
+    None: by the size of what travels."""
 
     @staticmethod
     def of(group: Group, whole: Packing, how: ContextExchange = "auto") -> ContextGroup | None:
@@ -104,6 +112,19 @@ class ContextGroup:
             return self.part(self.first, self.first + self.num_tokens)
         return self.whole if exchange == "heads" else self.local
 
+    def exchange_heads(self, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, *, chooses: bool = False) -> HeadExchange:
+        """All tokens of this process's heads, in `chunks` groups if KV heads allow it; `chooses`: queries and keys are
+        needed before values.
+        """
+        chunks = self.groups_of_heads(k_TGK.shape[1], q_THK.numel() * q_THK.element_size())
+        return HeadExchange(self.group, chunks, q_THK, k_TGK, v_TGV, chooses)
+
+    def groups_of_heads(self, num_kv_heads: int, query_bytes: int) -> int:
+        """Groups that an exchange of all KV heads, with so many bytes of queries on each process, is cut into."""
+        wanted = min(CHUNKS, query_bytes // CHUNK_BYTES) if self.chunks is None else self.chunks
+        heads = num_kv_heads // self.group.size
+        return next(count for count in range(max(min(wanted, heads), 1), 0, -1) if heads % count == 0)
+
     def part(self, start: int, stop: int, low: int = 0) -> Packing:
         """The packing of queries start:stop of all tokens against keys low:stop: bottom-right aligned, as the last
         queries of each document stand at its last keys.
@@ -153,22 +174,14 @@ def local_packing(whole: Packing, rank: int, size: int) -> Packing:
 
 
 def attend_in_context(
-    cp: ContextGroup,
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGV: Tensor,
-    attend: Attend,
-    *,
-    window: int | None = None,
-    balance: bool = True,
+    cp: ContextGroup, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, attend: Attend, window: int | None = None
 ) -> Tensor:
     """o [T, H, V] of this process's queries over the keys of all, each document by itself.
 
     attend   attention of one process; it is given all tokens of some heads, or some queries and all keys before them,
-             with the packing of that; called twice where queries are balanced
+             with the packing of that; called for each group of heads, and twice where queries are balanced
     window   keys that a query sees, its own included, if there is a bound: where it is within T, only the keys that
              stand so near are fetched, unless heads are asked for
-    balance  whether later queries cost more, as in full attention
     """
     exchange = cp.exchange(k_TGK.shape[1])
     if exchange == "none":
@@ -179,29 +192,15 @@ def attend_in_context(
         k_TGK, v_TGV = (torch.cat([halo(cp, x, window - 1)[window - 1 - (start - low) :], x]) for x in (k_TGK, v_TGV))
         return attend(q_THK, k_TGK, v_TGV, cp.part(start, stop, low))
     if exchange == "heads":
-        q_THK, k_TGK, v_TGV = heads_to_tokens(cp.group, q_THK, k_TGK, v_TGV)
-        return tokens_to_heads(cp.group, attend(q_THK, k_TGK, v_TGV, cp.whole))
+        return cp.exchange_heads(q_THK, k_TGK, v_TGV).attend(lambda _, q, k, v: attend(q, k, v, cp.whole))
     k_TGK, v_TGV = gather_tokens(cp.group, k_TGK, v_TGV)
-    if not balance or window is not None or cp.num_tokens % 2:
+    if window is not None or cp.num_tokens % 2:
         return attend(q_THK, k_TGK[:stop], v_TGV[:stop], cp.part(start, stop))
     half, parts = cp.num_tokens // 2, []
     for chunk, q in zip(_zigzag(cp.group.rank, cp.group.size), to_zigzag(cp.group, q_THK).split(half), strict=True):
         stop = (chunk + 1) * half
         parts.append(attend(q, k_TGK[:stop], v_TGV[:stop], cp.part(stop - half, stop)))
     return from_zigzag(cp.group, torch.cat(parts))
-
-
-def heads_to_tokens(group: Group, *heads: Tensor) -> tuple[Tensor, ...]:
-    """Of each [T, H, K] of this process's tokens and all heads: [P * T, H / P, K], all tokens of this process's heads.
-
-    Heads are divided in order, so that query heads keep their KV head; P divides each H.
-    """
-    return tuple(_HeadsToTokens.apply(group, *heads))
-
-
-def tokens_to_heads(group: Group, o_THV: Tensor) -> Tensor:
-    """The way back of `heads_to_tokens`: [P * T, H / P, V] to [T, H, V]."""
-    return _TokensToHeads.apply(group, o_THV)
 
 
 def gather_tokens(group: Group, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -306,58 +305,29 @@ def decisions_in_context(decisions: Mapping[str, Any], cp: ContextGroup, num_kv_
     mine = decisions_of_rows(decisions, cp.first, cp.num_tokens, cp.whole.num_queries)
     if cp.exchange(num_kv_heads) != "heads":
         return mine
-    for name, value in decisions.items():
-        if isinstance(value, Selection):
-            sets = value.ids.shape[1]
-            own = slice(0, 1)
-            if sets > 1:
-                own = slice(cp.group.rank * sets // cp.group.size, (cp.group.rank + 1) * sets // cp.group.size)
-            mine[name] = replace(value, ids=value.ids[:, own], count=value.count[:, own])
-    return mine
+    own = {
+        name: sets_of(value, cp.group.rank, cp.group.size)
+        for name, value in decisions.items()
+        if isinstance(value, Selection)
+    }
+    return mine | own
 
 
-class _HeadsToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: Group, *heads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.group = group
-        return _scatter_heads(group, heads)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
-        return None, *_collect_heads(ctx.group, grads)
+def all_sets(parts: Sequence[Selection]) -> Selection:
+    """The selection of all heads, from those of equal parts of them in order."""
+    if len(parts) == 1:
+        return parts[0]
+    ids, count = torch.cat([part.ids for part in parts], 1), torch.cat([part.count for part in parts], 1)
+    return replace(parts[0], ids=ids, count=count)
 
 
-class _TokensToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: Group, o: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        return _collect_heads(group, (o,))[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        return None, _scatter_heads(ctx.group, (grad,))[0]
-
-
-def _scatter_heads(group: Group, heads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """[T, H, K] each -> [P * T, H / P, K]: tokens arrive in order, so nothing is copied where they arrive."""
-    sent = (x.unflatten(1, (group.size, -1)).transpose(0, 1).contiguous() for x in heads)
-    return tuple(got.flatten(0, 1) for got in _all_to_all(group, sent))
-
-
-def _collect_heads(group: Group, tokens: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """[P * T, H / P, K] each -> [T, H, K]."""
-    sent = (x.contiguous().unflatten(0, (group.size, -1)) for x in tokens)
-    return tuple(got.transpose(0, 1).flatten(1, 2) for got in _all_to_all(group, sent))
-
-
-def _all_to_all(group: Group, sent: Any) -> list[Tensor]:
-    """The i-th of each tensor's leading entries to the i-th process; one travels while the next is laid out."""
-    travelling = []
-    for x in sent:
-        got = torch.empty_like(x)
-        travelling.append((got, x, group.all_to_all(got, x, None, None, wait=False)))
-    _wait([work for _, _, work in travelling])
-    return [got for got, _, _ in travelling]
+def sets_of(selection: Selection, index: int, parts: int) -> Selection:
+    """The selection of the index-th of equal parts of the heads; one set of ids serves all heads."""
+    sets = selection.ids.shape[1]
+    if sets == 1 or parts == 1:
+        return selection
+    own = slice(index * sets // parts, (index + 1) * sets // parts)
+    return replace(selection, ids=selection.ids[:, own], count=selection.count[:, own])
 
 
 class _GatherTokens(torch.autograd.Function):

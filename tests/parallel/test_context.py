@@ -19,6 +19,8 @@ from pithwood.ops.packing import Packing
 from pithwood.ops.summarise import summarise
 from pithwood.parallel.config import MeshConfig
 from pithwood.parallel.context import (
+    CHUNK_BYTES,
+    CHUNKS,
     ContextGroup,
     decisions_in_context,
     decisions_of_rows,
@@ -27,6 +29,7 @@ from pithwood.parallel.context import (
     halo,
     to_zigzag,
 )
+from pithwood.parallel.heads import heads_to_tokens, tokens_to_heads
 from pithwood.parallel.mesh import Group, Mesh
 from tests.attention.builders import SHAPE, context, hidden, make_mixer
 from tests.numerics import assert_close
@@ -46,6 +49,9 @@ MIXERS: dict[str, MixerConfig] = {
 }
 
 
+WAYS = ["heads", "heads in turn", "gather"]
+
+
 def of_one(config: MixerConfig, lengths: list[int]) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
     """Output, gradients and decisions of one process."""
     mixer, x_TD = make_mixer(config, shape=GQA), hidden(sum(lengths)).requires_grad_()
@@ -57,15 +63,21 @@ def of_one(config: MixerConfig, lengths: list[int]) -> tuple[Tensor, dict[str, T
     return y_TD.detach(), {"x": x_TD.grad, **grads}, decisions
 
 
+def spread(mesh: Mesh, whole: Packing, how: str) -> ContextGroup:
+    """The context of a batch; "heads in turn" exchanges one KV head after another."""
+    cp = ContextGroup.of(mesh.cp, whole, how.split()[0])  # type: ignore[arg-type]
+    assert cp is not None
+    return replace(cp, chunks=4) if "turn" in how else cp
+
+
 def of_a_part(
-    mesh: Mesh, config: MixerConfig, lengths: list[int], how: Any, decisions: dict[str, Any] | None
+    mesh: Mesh, config: MixerConfig, lengths: list[int], how: str, decisions: dict[str, Any] | None
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
     """The same of this process's tokens."""
     whole = Packing.from_lengths(lengths)
     columns = {"x": hidden(sum(lengths)), "grad": hidden(sum(lengths), seed=99)}
     batch, _ = cut_batch(Batch(columns, whole), mesh.cp.rank, mesh.cp.size)
-    cp = ContextGroup.of(mesh.cp, whole, how)
-    assert cp is not None
+    cp = spread(mesh, whole, how)
     mixer, x_TD = make_mixer(config, shape=GQA), batch.columns["x"].clone().requires_grad_()
     probe: dict[str, Any] = {}
     replay = None if decisions is None else decisions_in_context(decisions, cp, GQA.num_kv_heads)
@@ -87,7 +99,7 @@ def assert_equals_one_process(size: int, config: MixerConfig, lengths: list[int]
         assert_close(torch.stack([found[name] for _, found, _ in parts]).sum(0), grad, 1e-5, name)
 
 
-@pytest.mark.parametrize("how", ["heads", "gather"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("name", MIXERS)
 def test_two_processes_equal_one(name, how):
     assert_equals_one_process(2, MIXERS[name], CROSSING, how, replay=True)
@@ -111,7 +123,7 @@ def test_a_recurrence_goes_on_across_processes(size, lengths):
     assert_equals_one_process(size, ToyRecurrenceConfig(), lengths, "auto", replay=False)
 
 
-@pytest.mark.parametrize(("how", "dim"), [("heads", 1), ("gather", 0)])
+@pytest.mark.parametrize(("how", "dim"), [("heads", 1), ("heads in turn", 1), ("gather", 0)])
 def test_blocks_are_chosen_as_by_one_process(how, dim):
     config = MIXERS["moba"]
     _, _, decisions = of_one(config, CROSSING)
@@ -127,13 +139,12 @@ def changed_elsewhere(mesh: Mesh, config: MixerConfig, how: str) -> list[bool]:
     spoiled = hidden(80)
     spoiled[22:62] = float("nan")
     other, _ = cut_batch(Batch({"x": spoiled}, whole), mesh.cp.rank, mesh.cp.size)
-    cp = ContextGroup.of(mesh.cp, whole, how)
-    mixer = make_mixer(config, shape=GQA)
+    cp, mixer = spread(mesh, whole, how), make_mixer(config, shape=GQA)
     before, after = (mixer(part.columns["x"], context(batch.packing, cp=cp)).y_TD for part in (batch, other))
     return (before == after).all(-1).tolist()
 
 
-@pytest.mark.parametrize("how", ["heads", "gather"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("name", ["full, keys convolved", "window", "moba"])
 def test_nothing_of_other_documents_gets_through(name, how):
     first, second = run_on(MeshConfig(cp=2), changed_elsewhere, MIXERS[name], how)
@@ -152,7 +163,7 @@ class OneMixer(nn.Module):
 def computed_again(mesh: Mesh, config: MixerConfig, how: str) -> list[tuple[Tensor, ...]]:
     whole, found = Packing.from_lengths(CROSSING), []
     batch, _ = cut_batch(Batch({"x": hidden(80)}, whole), mesh.cp.rank, mesh.cp.size)
-    ctx = context(batch.packing, cp=ContextGroup.of(mesh.cp, whole, how))
+    ctx = context(batch.packing, cp=spread(mesh, whole, how))
     for again in (False, True):
         block, x_TD = OneMixer(make_mixer(config, shape=GQA)), batch.columns["x"].clone().requires_grad_()
         y_TD, _ = recomputed(block, x_TD, ctx) if again else block(x_TD, ctx)
@@ -162,7 +173,7 @@ def computed_again(mesh: Mesh, config: MixerConfig, how: str) -> list[tuple[Tens
     return found
 
 
-@pytest.mark.parametrize("how", ["heads", "gather"])
+@pytest.mark.parametrize("how", WAYS)
 def test_exchanges_are_repeated_where_a_block_is_computed_again(how):
     for kept, again in run_on(MeshConfig(cp=2), computed_again, MIXERS["moba"], how):
         for a, b in zip(again, kept, strict=True):
@@ -186,6 +197,24 @@ def test_a_halo_holds_the_rows_before_and_sends_their_gradients_home():
     assert [rows for rows, _ in reaching] == [[0, 0, 0, 0, 0], [0, 0, 1, 2, 3], [2, 3, 4, 5, 6]]
     # token 3 is the last row of the second process's halo and the second of the third's
     assert [grad for _, grad in reaching] == [[3, 4 + 1, 5 + 2], [3, 4, 5], [0, 0, 0]]
+
+
+def heads_there_and_back(mesh: Mesh) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_THK = (torch.arange(24.0).view(3, 4, 2) + 100 * mesh.cp.rank).requires_grad_()
+    (whole,) = heads_to_tokens(mesh.cp, x_THK)
+    back = tokens_to_heads(mesh.cp, 2 * whole)
+    back.backward(x_THK.detach())
+    assert x_THK.grad is not None
+    return x_THK.detach(), whole.detach(), back.detach(), x_THK.grad
+
+
+def test_heads_go_to_all_tokens_and_come_back():
+    results = run_on(MeshConfig(cp=2), heads_there_and_back)
+    tokens = torch.cat([x for x, _, _, _ in results])
+    for rank, (x, whole, back, grad) in enumerate(results):
+        assert torch.equal(whole, tokens[:, 2 * rank : 2 * rank + 2])
+        assert torch.equal(back, 2 * x)
+        assert torch.equal(grad, 2 * x)
 
 
 def there_and_back(mesh: Mesh) -> tuple[list[float], list[float], list[float]]:
@@ -276,6 +305,14 @@ def test_heads_that_cannot_be_divided_are_gathered_or_refused():
     assert chosen[1] is not None
     with pytest.raises(ValueError, match=r"mesh\.cp=3 to divide num_kv_heads=4; set mesh\.context=gather"):
         chosen[1].exchange(4)
+
+
+@pytest.mark.quick
+def test_heads_travel_in_groups_that_divide_a_processs_kv_heads():
+    cp = ContextGroup.of(pair(0), Packing.from_lengths([80]))
+    assert cp is not None
+    assert [replace(cp, chunks=wanted).groups_of_heads(12, 100) for wanted in (1, 2, 4, 9)] == [1, 2, 3, 6]
+    assert [cp.groups_of_heads(12, size) for size in (100, CHUNK_BYTES, 9 * CHUNK_BYTES)] == [1, 1, CHUNKS]
 
 
 @pytest.mark.quick

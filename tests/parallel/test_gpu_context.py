@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ MIXERS: dict[str, MixerConfig] = {
     "moba": MoBAConfig(block_size=128, top_k=3, key_conv=3),
     "moba in small blocks": MoBAConfig(block_size=32, top_k=4),
 }
+WAYS = ["heads", "heads in turn", "gather"]
 Result = tuple[Tensor, dict[str, Tensor], dict[str, Any]]
 
 
@@ -63,18 +65,23 @@ def whole_batch() -> Batch:
     return Batch(columns, Packing.from_lengths(CROSSING))
 
 
-def compared(mesh: Mesh, config: MixerConfig, how: Any) -> tuple[Result, Result | None]:
+def spread(mesh: Mesh, whole: Packing, how: str) -> ContextGroup:
+    """The context of a batch; "heads in turn" exchanges one KV head after another."""
+    cp = ContextGroup.of(mesh.cp, whole, how.split()[0])  # type: ignore[arg-type]
+    assert cp is not None
+    return replace(cp, chunks=4 if "turn" in how else 1).to(mesh.device)
+
+
+def compared(mesh: Mesh, config: MixerConfig, how: str) -> tuple[Result, Result | None]:
     """What this process makes of its part, and on the first one what it makes of all of it alone."""
     one = run(mesh.device, config, whole_batch(), None, None)
     batch, whole = cut_batch(whole_batch(), mesh.cp.rank, mesh.cp.size)
-    cp = ContextGroup.of(mesh.cp, whole, how)
-    assert cp is not None
-    cp = cp.to(mesh.device)
+    cp = spread(mesh, whole, how)
     y_TD, grads, _ = run(mesh.device, config, batch, cp, decisions_in_context(one[2], cp, SHAPE.num_kv_heads))
     return (y_TD, grads, {}), (one[0], one[1], {}) if mesh.is_first else None
 
 
-@pytest.mark.parametrize("how", ["heads", "gather"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("name", MIXERS)
 def test_two_gpus_equal_one(name, how):
     (first, one), (second, _) = run_on(MeshConfig(cp=2), compared, MIXERS[name], how, device="cuda")
@@ -86,12 +93,10 @@ def test_two_gpus_equal_one(name, how):
         assert_close(first[1][part] + second[1][part], grad, 2e-2, part)
 
 
-def without_waiting(mesh: Mesh, config: MixerConfig, how: Any) -> None:
+def without_waiting(mesh: Mesh, config: MixerConfig, how: str) -> None:
     """Fails if a second pass waits for the device anywhere."""
     batch, whole = cut_batch(whole_batch(), mesh.cp.rank, mesh.cp.size)
-    cp = ContextGroup.of(mesh.cp, whole, how)
-    assert cp is not None
-    cp, batch = cp.to(mesh.device), batch.to(mesh.device)
+    cp, batch = spread(mesh, whole, how), batch.to(mesh.device)
     mixer = make_mixer(config, shape=SHAPE).to(mesh.device)
     rope = Rope.from_positions(batch.packing.position_T, SHAPE.head_dim, 10_000.0)
     for turn in range(2):
@@ -105,7 +110,7 @@ def without_waiting(mesh: Mesh, config: MixerConfig, how: Any) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("how", ["heads", "gather"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("name", MIXERS)
 def test_the_host_waits_for_nothing(name, how):
     run_on(MeshConfig(cp=2), without_waiting, MIXERS[name], how, device="cuda")
