@@ -14,8 +14,9 @@ from pithwood.models.recompute import recomputed
 from pithwood.moe import MoEConfig, MoELayer
 from pithwood.moe.layer import step_counts
 from pithwood.ops.packing import Packing
+from pithwood.ops.permute import owner_ids
 from pithwood.parallel.config import MeshConfig
-from pithwood.parallel.expert import ExpertExchange, owners
+from pithwood.parallel.expert import ExpertExchange
 from pithwood.parallel.mesh import Group, Mesh
 from tests.moe.helpers import filled
 from tests.numerics import assert_close
@@ -114,7 +115,7 @@ def job(
 ) -> tuple[dict[str, Tensor], list[float]]:
     exchange = ExpertExchange(mesh.ep, cfg.num_experts, how, room=room, balanced=cfg.routing == "balanced")
     found = run_layer(cfg, mesh, exchange, case, sizes, again)
-    fullness = exchange.fullness.clone()
+    fullness = exchange.fullness()
     mesh.world.all_reduce(fullness, "max")
     return found, fullness.tolist()
 
@@ -204,8 +205,9 @@ def crowded(mesh: Mesh, cfg: MoEConfig, case: str) -> list[tuple[list[float], di
     steps = []
     while not steps or max(steps[-1][0]) > 1:
         found = run_layer(cfg, mesh, exchange, case, (16, 16), again=False)
-        mesh.world.all_reduce(exchange.fullness, "max")
-        steps.append((exchange.fullness.tolist(), found))
+        full = exchange.fullness()
+        mesh.world.all_reduce(full, "max")
+        steps.append((full.tolist(), found))
         exchange.grow(steps[-1][0])
     return steps
 
@@ -262,15 +264,21 @@ def test_a_token_travels_once_to_each_process_of_its_experts() -> None:
     assert run_on(TWO, traffic, ids_Tk) == [[4, 4], [4, 4]]
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("size", [2, 4, 8])
-def test_a_tokens_processes_are_named_once(size: int) -> None:
-    ids_Tk = tokens_of("some_none", 0)[2]
-    owner_Tm = owners(ids_Tk, EXPERTS // size, size)
-    assert owner_Tm.shape == (32, min(size, SLOTS))
-    for ids, named in zip(ids_Tk.tolist(), owner_Tm.tolist(), strict=True):
-        found = [owner for owner in named if owner >= 0]
-        assert sorted(found) == sorted({e // (EXPERTS // size) for e in ids if e >= 0})
+def outside_a_step(mesh: Mesh) -> tuple[Tensor, float]:
+    """All tokens to one process by buffers without that room."""
+    exchange = ExpertExchange(mesh.ep, EXPERTS, "bounded")
+    exchange.rooms = [0.1, 0.1]
+    ids_Tk = torch.zeros(8, 1, dtype=torch.int64)
+    with exchange.exactly():
+        arrived = exchange.dispatch(torch.ones(8, 4), ids_Tk, torch.ones(8, 1))
+        out_TD = exchange.combine(arrived.x_SD, arrived.handle)
+    return out_TD, float(exchange.fullness().max())
+
+
+def test_passes_outside_a_step_need_no_room() -> None:
+    for out_TD, full in run_on(TWO, outside_a_step):
+        assert out_TD.eq(1).all()
+        assert full == 0
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -287,7 +295,7 @@ def test_a_group_of_one_changes_no_digit(how: Any) -> None:
 def test_room_is_what_even_spreading_needs(experts: int, size: int, k: int, tokens: int) -> None:
     group = Group(tuple(range(size)), 0)
     ids_Tk = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).topk(k).indices
-    most = max(int((owners(ids_Tk, experts // size, size) == p).sum()) for p in range(size))
+    most = max(int((owner_ids(ids_Tk, experts // size, size) == p).sum()) for p in range(size))
     exchange = ExpertExchange(group, experts, "bounded", room=1.1)
     assert 0.9 * most <= exchange.capacity(tokens, k) <= 1.15 * most + 1.1 * experts
     assert tokens * k <= exchange.max_rows(tokens, k, size * tokens) <= 1.1 * (tokens * k + experts) + 1
@@ -296,7 +304,7 @@ def test_room_is_what_even_spreading_needs(experts: int, size: int, k: int, toke
     for first in (0, 1, tokens, 3 * tokens + 5):
         ids_Tk = (torch.arange(first * k, (first + tokens) * k) % experts).view(tokens, k)
         for p in range(size):
-            assert int((owners(ids_Tk, experts // size, size) == p).sum()) <= balanced.capacity(tokens, k)
+            assert int((owner_ids(ids_Tk, experts // size, size) == p).sum()) <= balanced.capacity(tokens, k)
 
 
 @pytest.mark.quick
