@@ -118,6 +118,7 @@ class ExpertExchange:
         """Forget how full buffers were; call before each optimizer step's first forward."""
         self._most.clear()
 
+    @property
     def fullness(self) -> Tensor:
         """[2] fp64, of this process since `reset_step`: the fullest buffer between two processes, and the experts'
         rows, relative to their room; on the device. Its maximum over all processes decides (`grow`).

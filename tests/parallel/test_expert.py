@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from pithwood.attention.base import LayerContext
 from pithwood.losses import LossLedger
+from pithwood.models.qwen3_moe import Block, Qwen3MoEConfig
 from pithwood.models.recompute import recomputed
 from pithwood.moe import MoEConfig, MoELayer
 from pithwood.moe.layer import step_counts
 from pithwood.ops.packing import Packing
 from pithwood.ops.permute import owner_ids
+from pithwood.ops.rope import Rope
 from pithwood.parallel.config import MeshConfig
 from pithwood.parallel.expert import ExpertExchange
 from pithwood.parallel.mesh import Group, Mesh
@@ -115,7 +117,7 @@ def job(
 ) -> tuple[dict[str, Tensor], list[float]]:
     exchange = ExpertExchange(mesh.ep, cfg.num_experts, how, room=room, balanced=cfg.routing == "balanced")
     found = run_layer(cfg, mesh, exchange, case, sizes, again)
-    fullness = exchange.fullness()
+    fullness = exchange.fullness
     mesh.world.all_reduce(fullness, "max")
     return found, fullness.tolist()
 
@@ -205,7 +207,7 @@ def crowded(mesh: Mesh, cfg: MoEConfig, case: str) -> list[tuple[list[float], di
     steps = []
     while not steps or max(steps[-1][0]) > 1:
         found = run_layer(cfg, mesh, exchange, case, (16, 16), again=False)
-        full = exchange.fullness()
+        full = exchange.fullness
         mesh.world.all_reduce(full, "max")
         steps.append((full.tolist(), found))
         exchange.grow(steps[-1][0])
@@ -272,7 +274,7 @@ def outside_a_step(mesh: Mesh) -> tuple[Tensor, float]:
     with exchange.exactly():
         arrived = exchange.dispatch(torch.ones(8, 4), ids_Tk, torch.ones(8, 1))
         out_TD = exchange.combine(arrived.x_SD, arrived.handle)
-    return out_TD, float(exchange.fullness().max())
+    return out_TD, float(exchange.fullness.max())
 
 
 def test_passes_outside_a_step_need_no_room() -> None:
@@ -320,3 +322,47 @@ def test_the_optimizer_sees_all_experts() -> None:
     layer = MoELayer(MoEConfig(**BASE), DIM, ExpertExchange(Group((0, 1), 1), EXPERTS))
     assert layer.experts.down_proj.shape == (EXPERTS // 2, DIM, WIDTH)
     assert layer.optimizer_shapes() == MoELayer(MoEConfig(**BASE), DIM).optimizer_shapes()
+
+
+def block_pass(exchange: ExpertExchange | None, x_TD: Tensor) -> tuple[dict[str, Tensor], int]:
+    """A block's output and gradients, and how often its shared experts ran."""
+    moe = MoEConfig(EXPERTS, SLOTS, WIDTH, num_shared_experts=1)
+    cfg = Qwen3MoEConfig(model_dim=DIM, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, moe=moe)
+    block = filled(Block(cfg, 0))
+    assert isinstance(block, Block)
+    if exchange is not None:
+        state = block.mlp.state_dict()
+        some = slice(exchange.first_expert, exchange.first_expert + exchange.experts_here)
+        block.mlp = MoELayer(moe, DIM, exchange)
+        block.mlp.load_state_dict(
+            {name: value[some] if name.startswith("experts.") else value for name, value in state.items()}
+        )
+    assert isinstance(block.mlp, MoELayer)
+    assert block.mlp.shared_experts is not None
+    runs: list[None] = []
+    block.mlp.shared_experts.register_forward_hook(lambda *_: runs.append(None))
+    packing = Packing.from_lengths([x_TD.shape[0] // 2] * 2) if exchange is None else Packing.from_lengths([16])
+    x_TD.requires_grad_()
+    out_TD, _ = block(x_TD, LayerContext(packing, Rope.from_positions(packing.position_T, 8, 1e4)))
+    out_TD.square().sum().backward()
+    assert x_TD.grad is not None
+    grads = {name: parameter.grad for name, parameter in block.named_parameters() if parameter.grad is not None}
+    return {"out": out_TD.detach(), "x.grad": x_TD.grad, **grads}, len(runs)
+
+
+def block_job(mesh: Mesh) -> tuple[dict[str, Tensor], int]:
+    exchange = ExpertExchange(mesh.ep, EXPERTS)
+    found, runs = block_pass(exchange, tokens_of("live", 0)[0][mesh.rank * 16 : mesh.rank * 16 + 16].clone())
+    for name, grad in found.items():
+        if name not in ("out", "x.grad") and ".experts." not in name:
+            mesh.shard.all_reduce(grad)
+    return found, runs
+
+
+def test_a_blocks_shared_experts_run_once_while_tokens_travel() -> None:
+    wants, _ = block_pass(None, tokens_of("live", 0)[0].clone())
+    (here, runs), (there, _) = run_on(TWO, block_job)
+    assert runs == 1
+    for name, want in wants.items():
+        together = name in ("out", "x.grad") or ".experts." in name
+        assert_close(torch.cat([here[name], there[name]]) if together else here[name], want, 1e-5, name)

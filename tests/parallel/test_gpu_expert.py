@@ -87,7 +87,7 @@ def job(mesh: Mesh, how: Any, case: str, cfg: MoEConfig, watched: bool) -> tuple
         if "grad" not in name and not name.startswith(("out", "experts.")):
             mesh.tokens.all_reduce(value)
     found["counts"] = step_counts([layer])[0]
-    return {name: value.cpu() for name, value in found.items()}, exchange.fullness().tolist()
+    return {name: value.cpu() for name, value in found.items()}, exchange.fullness.tolist()
 
 
 def moe_pass(layer: MoELayer, x_TD: Tensor, pull_TD: Tensor, ids_Tk: Tensor) -> None:
@@ -130,7 +130,7 @@ def overflowing(mesh: Mesh) -> tuple[list[float], list[float], bool]:
         exchange.reset_step()
         layer.zero_grad()
         moe_pass(layer, *given)
-        full = exchange.fullness()
+        full = exchange.fullness
         mesh.world.all_reduce(full, "max")
         found.append(full.tolist())
         exchange.grow(found[-1])
