@@ -144,6 +144,8 @@ class Routed:
     """Expert ids, -1 for none; None in a dense layer, whose tokens stay where they are."""
     weight_Tk: Tensor | None
     carry: dict[str, Tensor]
+    shared_TD: Tensor | None = None
+    """What the shared experts make of ffn_in_TD, where that was computed while tokens travelled."""
 
 
 class RMSNorm(nn.Module):
@@ -221,21 +223,25 @@ class Block(nn.Module):
         if isinstance(self.mlp, DenseMLP):
             return routed.residual_TD + self.mlp(routed.ffn_in_TD)
         assert out_TD is not None
-        shared_TD = self.mlp.shared(routed.ffn_in_TD)
+        shared_TD = self.mlp.shared(routed.ffn_in_TD) if routed.shared_TD is None else routed.shared_TD
         return out_TD if shared_TD is None else out_TD + shared_TD
 
+    def _share(self, routed: Routed) -> None:
+        """Compute the shared experts' part ahead of `merge`."""
+        assert isinstance(self.mlp, MoELayer)
+        routed.shared_TD = self.mlp.shared(routed.ffn_in_TD)
+
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """The three stages with the one-process exchange between them; returns the output and the carry for the next
-        layer.
-        """
+        """The three stages with the exchange between them; returns the output and the carry for the next layer."""
         stages = self if self.compiled is None or ctx.ledger is None else self.compiled.of(self)
         routed = stages.attend_and_route(x_TD, ctx)
         out_TD = None
         if routed.ids_Tk is not None:
             assert isinstance(self.mlp, MoELayer)
             assert routed.weight_Tk is not None
+            travelling = None if self.mlp.exchange is None else partial(self._share, routed)
             out_TD = self.mlp.mix(
-                routed.ffn_in_TD, routed.ids_Tk, routed.weight_Tk, routed.residual_TD, experts=stages.experts
+                routed.ffn_in_TD, routed.ids_Tk, routed.weight_Tk, routed.residual_TD, stages.experts, travelling
             )
         return stages.merge(routed, out_TD), routed.carry
 

@@ -22,7 +22,7 @@ from pithwood.moe.dispatch import combine_tokens, dispatch_tokens, planned_rows
 from pithwood.moe.experts import DenseMLP, GroupedExperts
 from pithwood.moe.router import Router
 from pithwood.ops.permute import RowPlan
-from pithwood.parallel.expert import Combining, Dispatching, ExpertExchange
+from pithwood.parallel.expert import Combining, ExpertExchange
 
 
 class MoELayer(nn.Module):
@@ -105,40 +105,35 @@ class MoELayer(nn.Module):
         the last one go; a chunk whose experts are computed again keeps the tokens that arrived.
         """
         cfg = self.cfg
-        size = x_TD.shape[0] if cfg.chunk_tokens == 0 else cfg.chunk_tokens
-        chunks = [slice(first, first + size) for first in range(0, max(x_TD.shape[0], 1), max(size, 1))]
+        size = cfg.chunk_tokens or max(x_TD.shape[0], 1)
+        chunks = list(zip(x_TD.split(size), ids_Tk.split(size), weight_Tk.split(size), strict=True))
+        residuals = [None] * len(chunks) if residual_TD is None else residual_TD.split(size)
         again = len(chunks) > 1 and cfg.chunk_recompute and torch.is_grad_enabled()
-
-        def begin(some: slice) -> Dispatching:
-            return exchange.begin_dispatch(x_TD[some], ids_Tk[some], weight_Tk[some])
 
         def compute(x_SD: Tensor, weight_Sk: Tensor, plan: RowPlan) -> Tensor:
             rows_RD, weight_R, _ = planned_rows(x_SD, weight_Sk, plan)
             rows_RD = run(rows_RD, plan.offsets, weight_R, None if self.save_rows else (x_SD, plan))
             return combine_tokens(rows_RD, plan)
 
-        def finish(some: slice, combining: Combining) -> Tensor:
-            return combining.wait(None if residual_TD is None else residual_TD[some])
-
         outs: list[Tensor] = []
-        coming = begin(chunks[0])
+        coming = exchange.begin_dispatch(*chunks[0])
         if meanwhile is not None:
             meanwhile()
-        going: tuple[slice, Combining] | None = None
-        for index, some in enumerate(chunks):
+        going: Combining | None = None
+        for index in range(len(chunks)):
             arrived = coming.wait()
             if index + 1 < len(chunks):
-                coming = begin(chunks[index + 1])
+                coming = exchange.begin_dispatch(*chunks[index + 1])
             inputs = arrived.x_SD, arrived.weight_Sk, arrived.plan
             if again:
                 part_SD = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 part_SD = compute(*inputs)
             if going is not None:
-                outs.append(finish(*going))
-            going = some, exchange.begin_combine(part_SD, arrived.handle)
+                outs.append(going.wait(residuals[index - 1]))
+            going = exchange.begin_combine(part_SD, arrived.handle)
         assert going is not None
-        outs.append(finish(*going))
+        outs.append(going.wait(residuals[-1]))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def forward(self, x_TD: Tensor, ctx: LayerContext) -> Tensor:

@@ -20,14 +20,26 @@ tokens, R rows of the experts.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pithwood.ops.permute import RowPlan, count_pairs, gather_rows, plan_rows, plan_slots, sum_rows
+from pithwood.ops.permute import (
+    RowPlan,
+    count_pairs,
+    gather_ids,
+    gather_rows,
+    owner_ids,
+    plan_rows,
+    plan_slots,
+    sum_rows,
+)
 from pithwood.parallel.mesh import Group
 
 How = Literal["exact", "bounded"]
@@ -67,7 +79,7 @@ class ExpertExchange:
     how           "exact" or "bounded"; with "bounded" all processes must bring equally many tokens
     balanced      that ids are (token * k + slot) mod num_experts, whose need of room is known beforehand
     room          bounded buffers hold this many times what tokens spread evenly over the experts need
-    device        where `fullness` lies
+    device        where tokens lie
 
     Every process of the group makes the same calls in the same order, backward passes and recomputations included.
     """
@@ -93,9 +105,9 @@ class ExpertExchange:
         self.first_expert = group.rank * self.experts_here
         self.rooms = [1.0, 1.0] if balanced else [room, room]
         """Room of a pair of processes and of the experts' rows, relative to even spreading."""
-        self.fullness = torch.zeros(2, dtype=torch.float64, device=device)
-        """[2] since `reset_step`: the fullest buffer between two processes and the experts' rows, relative to their
-        room. On the device; its maximum over all processes is what decides."""
+        self.device = device
+        self._most: dict[tuple[int, int], Tensor] = {}
+        """Rows that were asked for at most, by place and room; usually one entry for each place."""
 
     @property
     def may_overflow(self) -> bool:
@@ -104,7 +116,27 @@ class ExpertExchange:
 
     def reset_step(self) -> None:
         """Forget how full buffers were; call before each optimizer step's first forward."""
-        self.fullness.zero_()
+        self._most.clear()
+
+    @property
+    def fullness(self) -> Tensor:
+        """[2] fp64, of this process since `reset_step`: the fullest buffer between two processes, and the experts'
+        rows, relative to their room; on the device. Its maximum over all processes decides (`grow`).
+        """
+        full = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for (place, room), most in self._most.items():
+            # fp64 holds both counts exactly, so that one row too many is more than 1
+            torch.maximum(full[place], most.max().to(torch.float64) / room, out=full[place])
+        return full
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Context in which sizes are exact: for passes outside a step, where nobody asks how full buffers were."""
+        how, self.how = self.how, "exact"
+        try:
+            yield
+        finally:
+            self.how = how
 
     def grow(self, fullness: list[float]) -> None:
         """Make room for what a step needed; `fullness` is the maximum over all processes, above 1 in some place."""
@@ -137,16 +169,18 @@ class ExpertExchange:
         """
         size, here = self.group.size, self.experts_here
         num_tokens, k = ids_Tk.shape
-        owner_Tm = owners(ids_Tk, here, size)
+        owner_Tm = owner_ids(ids_Tk, here, size)
         if self.how == "exact":
             route, max_rows = self._exact_route(owner_Tm, ids_Tk)
         else:
-            plan, count_P = plan_slots(owner_Tm, size, self.capacity(num_tokens, k))
-            num_arrived = plan.num_rows
-            route, max_rows = Route(plan, None, None, num_arrived), self.max_rows(num_tokens, k, num_arrived)
-            self._note(0, count_P.max(), plan.num_rows // size)
+            capacity = self.capacity(num_tokens, k)
+            plan = plan_slots(owner_Tm, size, capacity)
+            route = Route(plan, None, None, plan.num_rows)
+            max_rows = self.max_rows(num_tokens, k, plan.num_rows)
+            assert plan.count is not None
+            self._note(0, plan.count, capacity)
         ids = _Flight(self.group, route)
-        ids_Sk = ids.leave(_rows_of_ids(ids_Tk, route.plan))
+        ids_Sk = ids.leave(gather_ids(ids_Tk, route.plan))
         flights = _Flight(self.group, route), _Flight(self.group, route)
         # one row per (token, process) of either kind; what a process does not use of the weights gets no gradient there
         weight_Sk = _Leave.apply(gather_rows(weight_Tk, route.plan), flights[0])
@@ -180,13 +214,13 @@ class ExpertExchange:
         given_sizes, _ = given.t().tolist()
         out_sizes, pairs = out.t().tolist()
         sent = sum(given_sizes)
-        whole = plan.all_routed
-        plan = RowPlan(plan.offsets, plan.row_Tk, plan.pair_R[:sent], plan.token_R[:sent], all_routed=whole)
+        plan = replace(plan, pair_R=plan.pair_R[:sent], token_R=plan.token_R[:sent])
         return Route(plan, given_sizes, out_sizes, sum(out_sizes)), sum(pairs)
 
     def _note(self, place: int, used: Tensor, room: int) -> None:
-        # fp64 holds both counts exactly, so that one row too many is more than 1
-        torch.maximum(self.fullness[place], used.to(torch.float64) / max(room, 1), out=self.fullness[place])
+        key = place, max(room, 1)
+        most = self._most.get(key)
+        self._most[key] = used.clone() if most is None else torch.maximum(most, used, out=most)
 
 
 @dataclass
@@ -206,11 +240,10 @@ class Dispatching:
         """What arrived, once it has; the experts' rows are planned while the tokens still travel."""
         exchange = self.exchange
         self.ids_flight.land()
-        local_Sk = self.ids_Sk - exchange.first_expert
-        local_Sk = torch.where((local_Sk >= 0) & (local_Sk < exchange.experts_here), local_Sk, -1)
-        plan = plan_rows(local_Sk, exchange.experts_here, max_rows=self.max_rows)
-        if exchange.how == "bounded":
-            exchange._note(1, (local_Sk >= 0).sum(), self.max_rows)
+        plan = plan_rows(self.ids_Sk, exchange.experts_here, first=exchange.first_expert, max_rows=self.max_rows)
+        if self.route.out_sizes is None:
+            assert plan.count is not None
+            exchange._note(1, plan.count.sum(dtype=torch.int32), self.max_rows)
         weight_Sk, x_SD = _Land.apply(self.weight_Sk, self.x_SD, *self.flights)
         return Arrived(x_SD, weight_Sk, plan, self.route)
 
@@ -229,30 +262,14 @@ class Combining:
         return sum_rows(rows_ND, self.route.plan, residual_TD)
 
 
-def owners(ids_Tk: Tensor, experts_each: int, size: int) -> Tensor:
-    """[T, min(k, size)] int32: the processes that hold a token's experts, each once, -1 for the rest."""
-    owner_Tk = ids_Tk.div(experts_each, rounding_mode="floor").to(torch.int32)
-    if size <= ids_Tk.shape[1]:
-        every = torch.arange(size, dtype=torch.int32, device=ids_Tk.device)
-        return torch.where((owner_Tk[:, :, None] == every).any(1), every, -1)
-    again = (owner_Tk[:, :, None] == owner_Tk[:, None, :]).tril(-1).any(-1)
-    return owner_Tk.masked_fill(again, -1)
-
-
+@functools.cache
 def _balanced_share(num_experts: int, experts_each: int, k: int) -> float:
     """The largest share of tokens that one process gets of, with ids (token * k + slot) mod num_experts."""
     period = num_experts // math.gcd(num_experts, k)
     ids = (torch.arange(period * k, device="cpu") % num_experts).view(period, k)
-    owner = owners(ids, experts_each, num_experts // experts_each)
-    return float(count_pairs(owner, num_experts // experts_each, impl="ref").max()) / period
-
-
-def _rows_of_ids(ids_Tk: Tensor, plan: RowPlan) -> Tensor:
-    """[N, k] int32: the ids of each row's token, -1 in rows without one."""
-    if plan.num_tokens == 0:
-        return torch.full((plan.num_rows, ids_Tk.shape[1]), -1, dtype=torch.int32, device=ids_Tk.device)
-    ids_Nk = ids_Tk.to(torch.int32).index_select(0, plan.token_R.clamp(min=0))
-    return ids_Nk.masked_fill_(plan.token_R[:, None] < 0, -1)
+    size = num_experts // experts_each
+    owner = owner_ids(ids, experts_each, size, impl="ref")
+    return float(count_pairs(owner, size, impl="ref").max()) / period
 
 
 class _Flight:

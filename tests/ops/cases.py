@@ -215,6 +215,19 @@ def plan_slots() -> Iterator[dict[str, Any]]:
             yield {"ids_Tk": ids_Tk, "num_parts": parts, "capacity": capacity}
 
 
+def owner_ids() -> Iterator[dict[str, Any]]:
+    """Owners with a column each, and a column for each slot."""
+    for ids_Tk, experts in _routed():
+        for each in (1, 3):
+            yield {"ids_Tk": ids_Tk, "experts_each": each, "num_owners": -(-experts // each)}
+
+
+def gather_ids() -> Iterator[dict[str, Any]]:
+    """Rows of tokens, and rows of none."""
+    for ids_Tk, parts in _routed():
+        yield {"ids_Tk": ids_Tk, "plan": permute.plan_slots(ids_Tk, parts, 40, impl="ref")}
+
+
 def gather_rows() -> Iterator[dict[str, Any]]:
     """Widths that no tile divides."""
     for ids_Tk, experts in _routed():

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from pithwood.ops.permute import RowPlan, count_pairs, gather_rows, plan_rows, plan_slots, row_weights, sum_rows
+from pithwood.ops.permute import (
+    RowPlan,
+    count_pairs,
+    gather_ids,
+    gather_rows,
+    owner_ids,
+    plan_rows,
+    plan_slots,
+    row_weights,
+    sum_rows,
+)
 from tests.numerics import assert_close
 from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS
 
@@ -85,6 +95,46 @@ def test_pairs_beyond_a_bound_have_no_row(impl: str, case: str, share: float) ->
     assert torch.equal(plan.row_Tk, whole.row_Tk)
     assert torch.equal(plan.pair_R, whole.pair_R[:rows])
     assert torch.equal(plan.token_R, whole.token_R[:rows])
+    assert plan.count is not None
+    assert plan.count.tolist() == [len(group) for group in by_loop(ids_Tk, num_experts)[:-1]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", ["mixed", "some_none"])
+def test_experts_elsewhere_have_no_rows(impl: str, case: str) -> None:
+    ids_Tk, _ = some_ids(case)
+    plan = plan_rows(ids_Tk, 2, first=1, impl=impl)
+    want = plan_rows(torch.where((ids_Tk == 1) | (ids_Tk == 2), ids_Tk - 1, -1), 2, impl="ref")
+    for name in ("offsets", "row_Tk", "pair_R", "token_R"):
+        assert torch.equal(getattr(plan, name), getattr(want, name)), name
+    assert not plan.all_routed
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("experts", "each", "k"), [(8, 4, 3), (8, 2, 3), (8, 1, 3), (6, 6, 1), (40, 5, 8)])
+def test_the_owners_of_a_tokens_experts_are_named_once(
+    impl: str, dtype: torch.dtype, experts: int, each: int, k: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids_Tk = torch.rand(300, experts, generator=generator).topk(k).indices.to(dtype)
+    ids_Tk[torch.rand(300, k, generator=generator) < 0.3] = -1
+    owner_Tm = owner_ids(ids_Tk.to(DEVICE), each, experts // each, impl=impl)
+    assert owner_Tm.dtype == torch.int32
+    assert owner_Tm.shape == (300, min(k, experts // each))
+    for ids, named in zip(ids_Tk.tolist(), owner_Tm.tolist(), strict=True):
+        assert sorted(owner for owner in named if owner >= 0) == sorted({e // each for e in ids if e >= 0})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", ["no_tokens", "mixed", "some_none"])
+def test_ids_go_with_their_tokens(impl: str, case: str) -> None:
+    ids_Tk, num_experts = some_ids(case)
+    plan = plan_slots(ids_Tk, num_experts, 37, impl="ref")
+    found = gather_ids(ids_Tk, plan, impl=impl)
+    assert found.dtype == torch.int32
+    rows = ids_Tk.tolist()
+    assert found.tolist() == [rows[token] if token >= 0 else [-1] * ids_Tk.shape[1] for token in plan.token_R.tolist()]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -92,10 +142,11 @@ def test_pairs_beyond_a_bound_have_no_row(impl: str, case: str, share: float) ->
 @pytest.mark.parametrize("case", ["no_tokens", "mixed", "some_none", "no_expert_at_all"])
 def test_equal_parts_hold_their_pairs_in_order(impl: str, case: str, capacity: int) -> None:
     ids_Tk, parts = some_ids(case)
-    plan, count = plan_slots(ids_Tk, parts, capacity, impl=impl)
+    plan = plan_slots(ids_Tk, parts, capacity, impl=impl)
     groups = by_loop(ids_Tk, parts)[:-1]
     padded = [(group + [-1] * capacity)[:capacity] for group in groups]
-    assert count.tolist() == [len(group) for group in groups]
+    assert plan.count is not None
+    assert plan.count.tolist() == [len(group) for group in groups]
     assert plan.offsets.tolist() == [part * capacity for part in range(parts + 1)]
     assert plan.pair_R.tolist() == [pair for group in padded for pair in group]
     assert plan.token_R.tolist() == [pair // ids_Tk.shape[1] for group in padded for pair in group]
@@ -113,7 +164,7 @@ def incomplete_plans() -> list[RowPlan]:
     return [
         plan_rows(ids_Tk, num_experts, max_rows=170, impl="ref"),
         plan_rows(ids_Tk, num_experts, max_rows=0, impl="ref"),
-        plan_slots(ids_Tk, num_experts, 60, impl="ref")[0],
+        plan_slots(ids_Tk, num_experts, 60, impl="ref"),
     ]
 
 
@@ -229,6 +280,10 @@ def test_bad_input_is_refused() -> None:
         plan_rows(torch.zeros(3, 2), 2)
     with pytest.raises(ValueError, match="num_experts=0 must be at least 1"):
         plan_rows(torch.zeros(3, 2, dtype=torch.int64), 0)
+    with pytest.raises(ValueError, match="experts_each=0 must be at least 1"):
+        owner_ids(torch.zeros(3, 2, dtype=torch.int64), 0, 2)
+    with pytest.raises(ValueError, match="of the plan's 3 tokens"):
+        gather_ids(torch.zeros(4, 2, dtype=torch.int64), plan_rows(torch.zeros(3, 2, dtype=torch.int64), 2))
     with pytest.raises(ValueError, match="max_rows=-2 must be at least 0"):
         plan_rows(torch.zeros(3, 2, dtype=torch.int64), 2, max_rows=-2)
     with pytest.raises(ValueError, match="capacity=0 must be at least 1"):
@@ -253,13 +308,15 @@ def test_bad_input_is_refused() -> None:
 
 @pytest.mark.parametrize("impl", [pytest.param("triton", marks=KERNEL_MARKS)])
 def test_the_operators_are_known_to_the_compiler(impl: str) -> None:
-    from pithwood.ops.permute import plan_triton, triton
+    from pithwood.ops.permute import owners_triton, plan_triton, triton
 
     ids_Tk, num_experts = some_ids("some_none")
     plan = plan_rows(ids_Tk, num_experts, impl=impl)
     x_TD = torch.randn(plan.num_tokens, 8, device=DEVICE)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(plan_triton.plan_rows, (ids_Tk, num_experts, 100), test_utils=tests)
+    torch.library.opcheck(plan_triton.plan_rows, (ids_Tk, num_experts, 1, 100), test_utils=tests)
+    torch.library.opcheck(owners_triton.owner_ids, (ids_Tk, 2, 3), test_utils=tests)
+    torch.library.opcheck(owners_triton.gather_ids, (ids_Tk, plan.token_R), test_utils=tests)
     torch.library.opcheck(plan_triton.plan_slots, (ids_Tk, num_experts, 20), test_utils=tests)
     torch.library.opcheck(triton.sum_rows, (x_TD[plan.token_R], plan.row_Tk, plan.offsets, x_TD), test_utils=tests)
     assert torch.compile(lambda x: gather_rows(x, plan, impl=impl), fullgraph=True, backend="aot_eager")(x_TD).shape

@@ -18,21 +18,35 @@ from pithwood.ops.checks import check_impl, check_positive
 from pithwood.ops.permute.plan import RowPlan
 from pithwood.ops.permute.ref import (
     count_pairs_ref,
+    gather_ids_ref,
     gather_rows_ref,
+    owner_ids_ref,
     plan_rows_ref,
     plan_slots_ref,
     sum_rows_ref,
 )
 from pithwood.ops.triton_support import triton_misfit
 
-__all__ = ["RowPlan", "count_pairs", "gather_rows", "plan_rows", "plan_slots", "row_weights", "sum_rows"]
+__all__ = [
+    "RowPlan",
+    "count_pairs",
+    "gather_ids",
+    "gather_rows",
+    "owner_ids",
+    "plan_rows",
+    "plan_slots",
+    "row_weights",
+    "sum_rows",
+]
 
 
 @torch.no_grad()
-def plan_rows(ids_Tk: Tensor, num_experts: int, *, max_rows: int | None = None, impl: str | None = None) -> RowPlan:
+def plan_rows(
+    ids_Tk: Tensor, num_experts: int, *, first: int = 0, max_rows: int | None = None, impl: str | None = None
+) -> RowPlan:
     """Where each (token, slot) pair stands among rows sorted by (expert, token, slot).
 
-    ids_Tk    [T, k] int     0 <= id < num_experts, or -1 for none: such pairs come last
+    ids_Tk    [T, k] int     first <= id < first + num_experts; with any other a pair has no expert here and comes last
     max_rows  rows that there are at most; pairs whose row would lie beyond have none, and count no more. None: T * k
     impl      "ref": a stable sort. "triton": a counting sort of four small launches, without host sync; int32 and
               int64 ids. None: "triton" on CUDA, "ref" elsewhere.
@@ -47,22 +61,22 @@ def plan_rows(ids_Tk: Tensor, num_experts: int, *, max_rows: int | None = None, 
     if _use_triton_for_ids(impl, ids_Tk):
         from pithwood.ops.permute import plan_triton  # noqa: F401  (registers the operator)
 
-        return RowPlan(*torch.ops.pithwood.plan_rows(ids_Tk, num_experts, -1 if max_rows is None else max_rows))
+        bound = -1 if max_rows is None else max_rows
+        return RowPlan(*torch.ops.pithwood.plan_rows(ids_Tk, num_experts, first, bound))
     # On the CPU looking is free, and without -1 ids masks can be left out; on a device it would be a sync.
-    enough = max_rows is None or max_rows >= ids_Tk.numel()
-    all_routed = enough and ids_Tk.device.type == "cpu" and not bool((ids_Tk < 0).any())
-    return RowPlan(*plan_rows_ref(ids_Tk, num_experts, max_rows), all_routed=all_routed)
+    plan = plan_rows_ref(ids_Tk, num_experts, first, max_rows)
+    all_routed = ids_Tk.device.type == "cpu" and int(plan[0][-1]) == ids_Tk.numel()
+    return RowPlan(*plan, all_routed=all_routed)
 
 
 @torch.no_grad()
-def plan_slots(ids_Tk: Tensor, num_parts: int, capacity: int, *, impl: str | None = None) -> tuple[RowPlan, Tensor]:
+def plan_slots(ids_Tk: Tensor, num_parts: int, capacity: int, *, impl: str | None = None) -> RowPlan:
     """Where each (token, slot) pair stands among equal parts of rows, in each part in the order of the pairs.
 
     ids_Tk    [T, k] int     0 <= part < num_parts, or -1 for none
     capacity  rows of each part; pairs beyond it have none
     impl      as of `plan_rows`
-    returns   a RowPlan of num_parts * capacity rows, whose offsets are those of the parts, used or not, and the
-              [num_parts] int32 pairs of each part, those without a row included; no host sync
+    returns   a RowPlan of num_parts * capacity rows, whose offsets are those of the parts, used or not; no host sync
     raises    ValueError as `plan_rows`, and if num_parts * capacity >= 2**31
     """
     check_impl(impl, ("ref", "triton"))
@@ -76,10 +90,47 @@ def plan_slots(ids_Tk: Tensor, num_parts: int, capacity: int, *, impl: str | Non
     if _use_triton_for_ids(impl, ids_Tk):
         from pithwood.ops.permute import plan_triton  # noqa: F401  (registers the operator)
 
-        *plan, count = torch.ops.pithwood.plan_slots(ids_Tk, num_parts, capacity)
-    else:
-        *plan, count = plan_slots_ref(ids_Tk, num_parts, capacity)
-    return RowPlan(*plan), count
+        return RowPlan(*torch.ops.pithwood.plan_slots(ids_Tk, num_parts, capacity))
+    return RowPlan(*plan_slots_ref(ids_Tk, num_parts, capacity))
+
+
+@torch.no_grad()
+def owner_ids(ids_Tk: Tensor, experts_each: int, num_owners: int, *, impl: str | None = None) -> Tensor:
+    """The owners of each token's experts, where owner p has experts p * experts_each to (p + 1) * experts_each - 1.
+
+    ids_Tk    [T, k] int     0 <= id < num_owners * experts_each, or -1 for none
+    impl      as of `plan_rows`, in one launch
+    returns   [T, min(k, num_owners)] int32: every owner once, and -1
+    raises    ValueError on ids that are no [T, k] integers, or an impl that does not fit
+    """
+    check_impl(impl, ("ref", "triton"))
+    check_positive("experts_each", experts_each)
+    _check_ids(ids_Tk)
+    if _use_triton_for_ids(impl, ids_Tk):
+        from pithwood.ops.permute import owners_triton  # noqa: F401  (registers the operator)
+
+        return torch.ops.pithwood.owner_ids(ids_Tk, experts_each, num_owners)
+    return owner_ids_ref(ids_Tk, experts_each, num_owners)
+
+
+@torch.no_grad()
+def gather_ids(ids_Tk: Tensor, plan: RowPlan, *, impl: str | None = None) -> Tensor:
+    """Copy each token's expert ids to its rows.
+
+    ids_Tk    [T, k] int     with k the model's, whatever the plan's
+    impl      as of `plan_rows`, in one launch
+    returns   [R, k] int32; -1 in rows without a pair
+    raises    ValueError if the plan is of another number of tokens, or an impl does not fit
+    """
+    check_impl(impl, ("ref", "triton"))
+    _check_ids(ids_Tk)
+    if ids_Tk.shape[0] != plan.num_tokens:
+        raise ValueError(f"ids {tuple(ids_Tk.shape)} must be [T, k] of the plan's {plan.num_tokens} tokens")
+    if _use_triton_for_ids(impl, ids_Tk):
+        from pithwood.ops.permute import owners_triton  # noqa: F401  (registers the operator)
+
+        return torch.ops.pithwood.gather_ids(ids_Tk, plan.token_R)
+    return gather_ids_ref(ids_Tk, plan.token_R)
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ class RowPlan:
     """[R]: token * k + slot of each row; -1 for one without a pair."""
     token_R: Tensor
     """[R]: the token of each row; -1 for one without a pair."""
+    count: Tensor | None = None
+    """[E]: the pairs of each expert, those without a row included; None where nobody asked."""
     all_routed: bool = False
     """True where it is known that every pair has a row; False says nothing."""
 
