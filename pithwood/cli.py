@@ -2,7 +2,7 @@
 
 Nothing heavy is imported before a command needs it, so that `--help` and errors in the arguments answer at once. Exit
 codes: 0 done, 2 bad input (one line on stderr says what to change), 3 memory or disk space ran out (the line says what
-to lower or free), 128 + signal for a run that was stopped and saved.
+to lower or free), 4 another process of the run failed and said why, 128 + signal for a run that was stopped and saved.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Buffers of many sizes come and go in a step; segments that cannot grow leave up to a sixth of a GPU unused.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault(ALLOCATOR, "expandable_segments:True")
+    # One of several processes: when another dies, torch's network code would tell it in every one, with its stack.
+    if {"WORLD_SIZE", "SLURM_NTASKS"} & os.environ.keys():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parse(arguments)

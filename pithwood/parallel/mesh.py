@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pithwood.parallel.config import MeshConfig
+from pithwood.parallel.places import torchrun_store
 
 STARTUP_SECONDS = 600
 """How long processes wait for each other before the first step."""
@@ -217,7 +218,8 @@ def start_mesh(cfg: MeshConfig, device: torch.device, *, store: dist.Store | Non
     raises  ValueError if the environment's number of processes is not the mesh's
     """
     rank, size, _ = world_from_environment()
-    return join_mesh(cfg, device, rank, size, store)
+    check_world(cfg, size)
+    return join_mesh(cfg, device, rank, size, store or torchrun_store(size))
 
 
 def join_mesh(cfg: MeshConfig, device: torch.device, rank: int, size: int, store: dist.Store | None = None) -> Mesh:

@@ -1,0 +1,33 @@
+"""Where a thread is, told from outside: the line at work, and whether it waits for other processes."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+_EXCHANGES = str(Path(dist.__path__[0]))
+_LIBRARIES = (sysconfig.get_paths()["stdlib"], str(Path(torch.__file__).parent), "<frozen")
+_WAITING = re.compile(r"\b(wait|barrier|all_reduce|all_gather\w*|reduce_scatter\w*|all_to_all\w*)\(")
+
+
+def place_and_waiting(thread: int | None) -> tuple[str, bool]:
+    """("folder/file.py:line (function)", whether that thread waits for other processes), from its innermost frames.
+
+    It waits if its innermost Python frame is inside torch.distributed, or stands at a call that waits for an exchange.
+    The place is the innermost line outside torch and the standard library. A wait for a device is not seen.
+    """
+    frame = sys._current_frames().get(thread) if thread is not None else None
+    if frame is None:
+        return "unknown", False
+    name, line = frame.f_code.co_filename, frame.f_lineno
+    waits = name.startswith(_EXCHANGES) or _WAITING.search(linecache.getline(name, line)) is not None
+    while frame.f_code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
+        frame = frame.f_back
+    path = Path(frame.f_code.co_filename)
+    return f"{path.parent.name}/{path.name}:{frame.f_lineno} ({frame.f_code.co_name})", waits
