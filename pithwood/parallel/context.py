@@ -189,10 +189,16 @@ def attend_in_context(
     start, stop = cp.first, cp.first + cp.num_tokens
     if window is not None and window <= cp.num_tokens and cp.how != "heads":
         low = max(start - window + 1, 0)
-        k_TGK, v_TGV = (torch.cat([halo(cp, x, window - 1)[window - 1 - (start - low) :], x]) for x in (k_TGK, v_TGV))
+        if window > 1:
+            unused = window - 1 - (start - low)
+            k_TGK, v_TGV = (torch.cat([halo(cp, x, window - 1)[unused:], x]) for x in (k_TGK, v_TGV))
         return attend(q_THK, k_TGK, v_TGV, cp.part(start, stop, low))
     if exchange == "heads":
         return cp.exchange_heads(q_THK, k_TGK, v_TGV).attend(lambda _, q, k, v: attend(q, k, v, cp.whole))
+    if not cp.whole.causal:
+        raise ValueError(
+            "keys after the queries are not gathered: attention in both directions needs mesh.context=heads"
+        )
     k_TGK, v_TGV = gather_tokens(cp.group, k_TGK, v_TGV)
     if window is not None or cp.num_tokens % 2:
         return attend(q_THK, k_TGK[:stop], v_TGV[:stop], cp.part(start, stop))
@@ -212,18 +218,17 @@ def halo(cp: ContextGroup, x: Tensor, rows: int) -> Tensor:
     """[rows, ...]: the rows of x [T, ...] that stand before this process's on the processes before it, the nearest
     last; zeros where there are none. Rows of other documents are among them: the caller leaves them out.
     """
-    tokens, first = cp.num_tokens, cp.first
+    tokens, me = cp.num_tokens, cp.group.rank
 
-    def reach(rank: int, taker: int) -> range:
-        """Rows of `rank`, in its own numbering, that lie in what stands before `taker`."""
-        stop = min(taker * tokens - rank * tokens, tokens)
-        return range(min(max(taker * tokens - rows - rank * tokens, 0), max(stop, 0)), max(stop, 0))
+    def given(giver: int, taker: int) -> range:
+        """The giver's rows, by its own numbers, of those that stand before the taker's."""
+        start = max(taker * tokens - rows, giver * tokens)
+        stop = min(taker, giver + 1) * tokens
+        return range(start - giver * tokens, max(start, stop) - giver * tokens)
 
     ranks = range(cp.group.size)
-    sends = [reach(cp.group.rank, taker) if taker > cp.group.rank else range(0) for taker in ranks]
-    takes = [len(reach(rank, cp.group.rank)) if rank < cp.group.rank else 0 for rank in ranks]
-    got = exchange_rows(cp.group, x, sends, takes)
-    return torch.cat([x.new_zeros(rows - min(rows, first), *x.shape[1:]), got])
+    got = exchange_rows(cp.group, x, [given(me, taker) for taker in ranks], [len(given(rank, me)) for rank in ranks])
+    return torch.cat([x.new_zeros(rows - len(got), *x.shape[1:]), got])
 
 
 def exchange_rows(group: Group, x: Tensor, sends: list[range], takes: list[int]) -> Tensor:
@@ -334,24 +339,23 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, *rows: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.group = group
-        wholes, works = [], []
-        for x in rows:
-            whole = x.new_empty(group.size * x.shape[0], *x.shape[1:])
-            works.append(group.all_gather(whole.view(-1), x.contiguous().view(-1), wait=False))
-            wholes.append(whole)
-        _wait(works)
+        # what is sent must stay until it has arrived
+        sent = [x.contiguous() for x in rows]
+        wholes = [x.new_empty(group.size * x.shape[0], *x.shape[1:]) for x in rows]
+        _wait([group.all_gather(whole.view(-1), x.view(-1), wait=False) for whole, x in zip(wholes, sent, strict=True)])
         return tuple(wholes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
-        parts, works, kept = [], [], []
-        for grad in grads:
-            grad = grad.contiguous()
-            part = grad.new_empty(grad.shape[0] // ctx.group.size, *grad.shape[1:])
-            works.append(ctx.group.reduce_scatter(part.view(-1), grad.view(-1), wait=False))
-            parts.append(part)
-            kept.append(grad)
-        _wait(works)
+        group: Group = ctx.group
+        sent = [grad.contiguous() for grad in grads]
+        parts = [grad.new_empty(grad.shape[0] // group.size, *grad.shape[1:]) for grad in grads]
+        _wait(
+            [
+                group.reduce_scatter(part.view(-1), grad.view(-1), wait=False)
+                for part, grad in zip(parts, sent, strict=True)
+            ]
+        )
         return None, *parts
 
 

@@ -15,6 +15,7 @@ from pithwood.attention.moba import MoBAConfig
 from pithwood.attention.window import SlidingWindowConfig
 from pithwood.data.batches import Batch, cut_batch
 from pithwood.models.recompute import recomputed
+from pithwood.ops.dense_attention import dense_attention
 from pithwood.ops.packing import Packing
 from pithwood.ops.summarise import summarise
 from pithwood.parallel.config import MeshConfig
@@ -22,6 +23,7 @@ from pithwood.parallel.context import (
     CHUNK_BYTES,
     CHUNKS,
     ContextGroup,
+    attend_in_context,
     decisions_in_context,
     decisions_of_rows,
     from_zigzag,
@@ -43,6 +45,7 @@ MIXERS: dict[str, MixerConfig] = {
     "full": FullAttentionConfig(),
     "full, keys convolved": FullAttentionConfig(key_conv=3),
     "window": SlidingWindowConfig(window=7),
+    "window of one": SlidingWindowConfig(window=1),
     "window beyond a process": SlidingWindowConfig(window=50, key_conv=5),
     "moba": MoBAConfig(block_size=6, top_k=3, key_conv=3),
     "moba per KV head": MoBAConfig(block_size=16, top_k=2, route_per="kv_group", mean_dtype="fp32"),
@@ -305,6 +308,14 @@ def test_heads_that_cannot_be_divided_are_gathered_or_refused():
     assert chosen[1] is not None
     with pytest.raises(ValueError, match=r"mesh\.cp=3 to divide num_kv_heads=4; set mesh\.context=gather"):
         chosen[1].exchange(4)
+
+
+@pytest.mark.quick
+def test_attention_in_both_directions_is_not_gathered():
+    cp, q = ContextGroup.of(pair(0), Packing.from_lengths([8], causal=False), "gather"), torch.zeros(4, 2, 8)
+    assert cp is not None
+    with pytest.raises(ValueError, match=r"both directions needs mesh\.context=heads"):
+        attend_in_context(cp, q, q, q, lambda q, k, v, packing: dense_attention(q, k, v, packing)[0])
 
 
 @pytest.mark.quick
