@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pithwood.attention.base import check_context_parallel
 from pithwood.data.mixture import find_data
 from pithwood.data.usage import data_plan, training_batches
 from pithwood.memory import memory_by_kind, memory_limit
@@ -31,6 +32,7 @@ def check_phases(run: Run) -> None:
         where, active = f"phases.{index}" if run.phases else "model", run.phase(step)
         with torch.device("meta"):
             model = Qwen3MoE(dataclasses.replace(run.model, attention=active.attention))
+        check_context_parallel((block.self_attn for block in model.blocks), run.mesh.cp)
         parameters = dict(model.named_parameters())
         for name, param in parameters.items():
             if shapes.setdefault(name, param.shape) != param.shape:

@@ -13,17 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from pithwood.attention.base import Mixer, MixerShape
 from pithwood.attention.moba import MoBAConfig
 from pithwood.generate.sample import generate
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.observe.events import read_events
 from pithwood.ops.packing import Packing
+from pithwood.parallel.config import MeshConfig
+from pithwood.plan import check_phases
 from pithwood.recipes.demo import debug
-from pithwood.run import Run
+from pithwood.run import Phase, Run
 from pithwood.train import train
 from pithwood.trainer import Trainer
 from tests.test_train import small_corpus
-from tests.toy_mixer import ToyRecurrenceConfig
+from tests.toy_mixer import ToyRecurrence, ToyRecurrenceConfig
 
 
 def toy_run(corpus: Path, steps: int = 6) -> Run:
@@ -100,7 +103,7 @@ import dataclasses
 from pathlib import Path
 from pithwood.run import Run
 from tests.test_train import small_run
-from tests.toy_mixer import ToyRecurrenceConfig
+from tests.toy_mixer import ToyRecurrence, ToyRecurrenceConfig
 
 @dataclasses.dataclass(frozen=True)
 class OwnMixerConfig(ToyRecurrenceConfig):
@@ -129,3 +132,26 @@ def test_the_command_line_trains_and_samples_a_mixer_from_a_file(tmp_path):
     sampled = pithwood("generate", "own", "--max-tokens", "3", "--import", "own_mixer_file.py", "--json")
     assert sampled.returncode == 0, sampled.stderr
     assert json.loads(sampled.stdout)["tokens"] >= 1
+
+
+class Blind(ToyRecurrence):
+    """Sees its own process's tokens only."""
+
+    context_parallel = False
+
+
+@dataclasses.dataclass(frozen=True)
+class BlindConfig(ToyRecurrenceConfig):
+    def build(self, shape: MixerShape) -> Mixer:
+        return Blind(self, shape)
+
+
+@pytest.mark.quick
+def test_a_mixer_that_does_not_see_other_processes_is_refused_before_a_run_on_them(tmp_path):
+    run = dataclasses.replace(toy_run(tmp_path / "text"), mesh=MeshConfig(cp=2))
+    check_phases(run)
+    later = (Phase(until_step=2), Phase(until_step=run.steps, attention=(BlindConfig(),) * 3))
+    blind = dataclasses.replace(run, phases=later)
+    with pytest.raises(ValueError, match=r"Blind cannot run with mesh\.cp=2"):
+        check_phases(blind)
+    check_phases(dataclasses.replace(blind, mesh=MeshConfig()))
