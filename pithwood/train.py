@@ -108,8 +108,8 @@ def train(
         trainer = Trainer(run, device, corpus, mesh)
         start = trainer.resume(folder, origin)
         sinks: list[Sink] = []
+        check_can_save(folder, trainer.checkpoint_bytes(), mesh)
         if mesh.is_first:
-            check_can_save(folder, trainer.checkpoint_bytes())
             write_config(folder, run, command, branch_from or begun_from)
             write_atomically(folder / "tokenizer.json", corpus.tokenizer.to_json().encode())
             for line in (*trainer.describe(folder, start, epochs), *crowded, *idle_end(run.optim.schedule, run.steps)):
@@ -133,6 +133,7 @@ def train(
         try:
             events.emit("resume" if start else "run", start, **trainer.origin_fields(corpus), epochs=epochs)
             _loop(trainer, source, corpus, folder, events, start, stop)
+            trainer.wait_for_save()
             if trainer.step < run.steps:
                 return _interrupted(run, folder, trainer.step, trainer.tokens, stop, command)
             return finish(trainer, corpus, folder, events, source.curriculum)
@@ -191,7 +192,7 @@ def _loop(
             # The log up to here is on disk before the checkpoint exists: a run resumed from it misses no line.
             started = time.perf_counter()
             watch(events.sync())
-            path = trainer.save(folder)
+            path = trainer.save(folder, wait=last or stopping)
             events.emit("checkpoint", done, path=path.name, seconds=time.perf_counter() - started)
         if stopping:
             return

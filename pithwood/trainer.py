@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ import torch
 from torch import Tensor
 
 from pithwood.attention.base import Cost
-from pithwood.checkpoint.load import latest_checkpoint, load_checkpoint
+from pithwood.checkpoint.background import Saving, begin_save
+from pithwood.checkpoint.load import checkpoints_folder, latest_checkpoint, load_checkpoint
+from pithwood.checkpoint.ranges import Held
 from pithwood.checkpoint.rng import capture_rng, restore_rng
 from pithwood.checkpoint.save import save_checkpoint
+from pithwood.checkpoint.storage import read_manifest, read_state
 from pithwood.config import config_hash
 from pithwood.data.batches import Batch, cut_batch
 from pithwood.data.corpus import Corpus
@@ -29,6 +34,7 @@ from pithwood.evaluate.parts import evaluate_data, losses
 from pithwood.losses import LossLedger
 from pithwood.memory import activation_plan, keeps_copies, memory_line
 from pithwood.models.part import ModelPart
+from pithwood.models.pipelined import MicroBatch, ModelPipeline
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.moe.balance import load_stats
 from pithwood.moe.layer import MoELayer, step_counts
@@ -41,6 +47,7 @@ from pithwood.observe.metrics import (
 )
 from pithwood.observe.spikes import SpikeWatch
 from pithwood.ops.master import keep_copies
+from pithwood.ops.packing import Selection
 from pithwood.optim.groups import ParamRole
 from pithwood.optim.optimizer import Optimizer
 from pithwood.parallel.context import ContextGroup
@@ -117,6 +124,12 @@ class Trainer:
             with torch.device("meta"):
                 self.whole = Qwen3MoE(cfg)
             self.whole.keep_activations(activation_plan(run))
+        self.pipeline: ModelPipeline | None = None
+        """Runs the stages of the model; None if this process has all layers."""
+        if self.mesh.pp.size > 1:
+            self.pipeline = ModelPipeline(self.model, self.whole, self.mesh, self.dtype)
+        self.saving: Saving | None = None
+        """The checkpoint that is being written beside the training."""
         self.model.init_weights(run.seed)
         self.model.keep_activations(activation_plan(run))
         if run.compile:
@@ -216,7 +229,8 @@ class Trainer:
             parts: dict[str, Tensor | float] = {f"sum/{name}": value for name, value in ledger.sums.items()}
             parts |= {f"count/{name}": count for name, count in ledger.counts.items()}
             shares = [ledger.coefs[name] * value / ledger.total(name) for name, value in ledger.sums.items()]
-            parts["all"] = torch.stack(shares).sum()
+            if shares:
+                parts["all"] = torch.stack(shares).sum()
             if num_bytes is not None:
                 parts["bytes"] = num_bytes
             everywhere = self.totals.add_up(parts)
@@ -242,16 +256,14 @@ class Trainer:
         peak = peak_memory_gb(self.device)
         if self.part is None:
             return {"peak_memory_gb": peak, **values}
-        # means over the processes, each with its tokens and its layers
-        here = {**values, **{f"count/{name}": 1.0 for name in values}}
-        everywhere = self.totals.add_up(here)
+        # means over layers, and over the processes that have their tokens
+        selecting = sum(isinstance(value, Selection) for value in probe.values())
+        layers = {name: float(selecting if name.startswith("block_") else len(loads)) for name in values}
+        sums: dict[str, Tensor | float] = {name: value * layers[name] for name, value in values.items()}
+        everywhere = self.totals.add_up(sums | {f"layers/{name}": count for name, count in layers.items()})
         most = scalar(peak, self.device, torch.float32)
         self.mesh.world.all_reduce(most, "max")
-        means = {
-            name: total / everywhere[f"count/{name}"]
-            for name, total in everywhere.items()
-            if not name.startswith("count/")
-        }
+        means = {name: everywhere[name] / everywhere[f"layers/{name}"] for name in everywhere if "/" not in name}
         return {"peak_memory_gb": most, **means}
 
     def gradients(
@@ -287,15 +299,26 @@ class Trainer:
             layer.reset_step()
         if self.part is not None:
             self.part.begin_step(len(here))
-        for number, local in enumerate(here):
-            watched = probe if number == len(here) - 1 else None
-            given = None if replay is None else replay[number]
-            forward_backward(
-                self.model, objective, local.batch, ledger, self.dtype, replay=given, probe=watched, cp=local.cp
+        probes = [None] * (len(here) - 1) + [probe]
+        replays = [None] * len(here) if replay is None else replay
+        if self.pipeline is not None:
+            self.pipeline.run(
+                [
+                    self._micro_batch(local, partial(loss_of, self.model, objective, local.batch, ledger), fields)
+                    for local, fields in zip(here, _fields(ledger, replays, probes), strict=True)
+                ]
             )
+        else:
+            for local, fields in zip(here, _fields(ledger, replays, probes), strict=True):
+                forward_backward(self.model, objective, local.batch, dtype=self.dtype, cp=local.cp, **fields)
         if self.part is not None:
             self.part.shards.finish_step()
         return ledger
+
+    def _micro_batch(self, local: Local, loss: Callable[[Tensor], Any], fields: dict[str, Any]) -> MicroBatch:
+        """What the stages of a pipeline take of a micro-batch; fields: of the context, besides its packing."""
+        ctx = self.model.context(local.batch.packing, cp=local.cp, **fields)
+        return MicroBatch(local.batch.columns["tokens"], ctx, loss)
 
     def _everywhere(self, totals: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
         """Counts added up over all tokens of the step."""
@@ -383,19 +406,33 @@ class Trainer:
         """Context in which the model holds the averaged weights (its own if no average is kept)."""
         return nullcontext() if self.optimizer.average is None else self.optimizer.averaged_weights()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint must hold, by name."""
-        return {
+    def tensors(self) -> dict[str, Tensor | Held]:
+        """Everything that a checkpoint must hold, by name; on a mesh what this process holds of it."""
+        named = {
             **{f"model.{name}": value for name, value in self.model.state_dict().items()},
             **{f"parked.{name}": value for name, value in self.parked.items()},
             **{f"optim.{name}": value for name, value in self.optimizer.state_dict().items()},
         }
+        if self.part is None:
+            return dict(named)
+        # buffers and counters are the same in all processes of a stage
+        held = {name: Held.whole(value, writes=self.mesh.tokens.rank == 0) for name, value in named.items()
+                if name.startswith("model.") and name.removeprefix("model.") not in self.optimizer.params}  # fmt: skip
+        for weight in self.part.shards.weights():
+            held[f"model.{weight.name}"] = Held(
+                weight.kept.detach(), weight.piece, weight.writes and self.mesh.replicate.rank == 0
+            )
+        for key, (piece, writes) in self.optimizer.state_pieces().items():
+            held[f"optim.{key}"] = Held(named[f"optim.{key}"], piece, writes)
+        return dict(held)
 
     def checkpoint_bytes(self) -> float:
-        """Of a whole checkpoint, all processes' parts together."""
-        return float(sum(value.nbytes for value in self.tensors().values()))
+        """What this process writes of a checkpoint."""
+        found = self.tensors().values()
+        return float(sum(value.num_bytes if isinstance(value, Held) else value.nbytes for value in found))
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path, *, wait: bool = True) -> Path:
+        """Save a checkpoint; with wait=False a spread run goes on while it is written, until `wait_for_save`."""
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -410,19 +447,44 @@ class Trainer:
             "config_hash": config_hash(self.run),
             "rng": capture_rng(),
         }
-        return save_checkpoint(folder, self.step, self.tensors(), state, keep=self.run.keep_checkpoints)
+        keep = self.run.keep_checkpoints
+        if self.part is None:
+            return save_checkpoint(folder, self.step, self.tensors(), state, keep=keep)
+        self.saving = begin_save(folder, self.step, self.tensors(), state, keep, mesh=self.mesh, after=self.saving)
+        if wait:
+            return self.saving.wait()
+        return checkpoints_folder(folder) / f"step-{self.step:08d}"
+
+    def wait_for_save(self) -> None:
+        """Until the last checkpoint is complete; raises what went wrong with it."""
+        if self.saving is not None:
+            self.saving.wait()
 
     def resume(self, folder: Path, origin: Path | None) -> int:
         """Load the folder's newest checkpoint, else the one to branch from; returns the number of steps done."""
-        path = latest_checkpoint(folder) or origin
+        mesh = None if self.part is None else self.mesh
+        path = latest_checkpoint(folder, mesh) or origin
         if path is None:
             return 0
-        tensors, state = load_checkpoint(path, device=self.device)
+        # every hash was checked above, but those of a checkpoint to branch from
+        state = read_state(path) | {"step": read_manifest(path, hashes=False).step}
         check_origin(self.run, path, state, branch=path == origin)
         check_same_corpus(path, state, self.corpus_fingerprint)
         # through every phase in turn, so that state of parameters that only an earlier one used has its place
         for begin in (phase.until_step for phase in self.run.phases if phase.until_step < int(state["step"])):
             self.enter_phase(begin)
+        if self.part is None:
+            self._load(path)
+        else:
+            load_checkpoint(path, self.tensors(), mesh=self.mesh, verify=path == origin)
+        self.renew_copies()
+        self.step, self.tokens = int(state["step"]), int(state["tokens"])
+        restore_rng(state["rng"])
+        return self.step
+
+    def _load(self, path: Path) -> None:
+        """A checkpoint's tensors into a model that is whole in this process."""
+        tensors, _ = load_checkpoint(path, device=self.device)
         model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
         check_fits(path, model, self.model)
         self.model.load_state_dict(model)
@@ -432,10 +494,6 @@ class Trainer:
         self.optimizer.load_state_dict(
             {name.removeprefix("optim."): value for name, value in tensors.items() if name.startswith("optim.")}
         )
-        self.renew_copies()
-        self.step, self.tokens = int(state["step"]), int(state["tokens"])
-        restore_rng(state["rng"])
-        return self.step
 
     def describe(self, folder: Path, start: int, epochs: dict[str, float]) -> list[str]:
         """What is about to run, a line each: model, data, back ends, where it starts."""
@@ -487,13 +545,24 @@ def forward_backward(
     hidden_TD = model.hidden(
         batch.columns["tokens"], batch.packing, dtype=dtype, ledger=ledger, replay=replay, probe=probe, cp=cp
     )
+    loss_of(model, objective, batch, ledger, hidden_TD).backward()
+
+
+def loss_of(model: Qwen3MoE, objective: Objective, batch: Batch, ledger: LossLedger, hidden_TD: Tensor) -> Tensor:
+    """The scalar whose gradient a micro-batch adds: the objective's terms, over the step's global counts; they are
+    recorded in the ledger."""
     loss: Tensor | None = None
     for term in objective.terms(hidden_TD, model, batch):
         ledger.record(term)
         part = term.sum * (term.coef / ledger.total(term.name))
         loss = part if loss is None else loss + part
     assert loss is not None
-    loss.backward()
+    return loss
+
+
+def _fields(ledger: LossLedger, replays: Sequence[Any], probes: Sequence[Any]) -> list[dict[str, Any]]:
+    """Of each micro-batch's context."""
+    return [{"ledger": ledger, "replay": replay, "probe": probe} for replay, probe in zip(replays, probes, strict=True)]
 
 
 def attention_backend(device: torch.device) -> str:

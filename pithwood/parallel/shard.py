@@ -45,6 +45,8 @@ class Weight:
             self.release()
         self.holders = [] if self.cut or group.size == 1 else [group]
         """Who holds the same piece besides its replicas."""
+        self.writes = not self.holders or group.rank == 0
+        """Whether this process saves it, if it is the first of its replicas."""
 
     def gather(self) -> Any:
         """Begin to fill the parameter; returns the work to wait for, None if there is nothing to wait for."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +31,17 @@ MESHES = {
     "shard2-bounded": MeshConfig(dp_shard=2, ep=2, exchange="bounded"),
     "anew": MeshConfig(dp_shard=2, ep=2, gather="forward", reduce="micro_batch"),
     "all8": MeshConfig(dp_replicate=2, dp_shard=2, cp=2, ep=4),
+    "pp2": MeshConfig(pp=2),
+    "pp2-uneven": MeshConfig(pp=2, layers_per_stage=(1, 3)),
+    "pp2-interleaved": MeshConfig(pp=2, schedule="interleaved"),
+    "pp2-zero-bubble": MeshConfig(pp=2, schedule="zero_bubble_v"),
+    "pp2-dualpipe": MeshConfig(pp=2, schedule="dualpipe_v"),
+    "pp4": MeshConfig(pp=4),
+    "pp2-shard2-ep2": MeshConfig(pp=2, dp_shard=2, ep=2),
+    "pp2-shard2-ep2-dualpipe": MeshConfig(pp=2, dp_shard=2, ep=2, schedule="dualpipe_v"),
+    "pp2-cp2": MeshConfig(pp=2, cp=2),
+    "pp2-replicate2-cp2": MeshConfig(pp=2, dp_replicate=2, cp=2),
+    "pp2-shard2-cp2-ep4": MeshConfig(pp=2, dp_shard=2, cp=2, ep=4, schedule="zero_bubble_v"),
 }
 
 
@@ -42,9 +52,14 @@ def run_of(attention: str, balance: str, **changes: Any) -> Run:
     return tiny_run({"attention": mixers[attention]}, moe, **changes)
 
 
+def samples_per_micro_batch(cfg: MeshConfig) -> int:
+    """Two micro-batches, four where the schedule asks for them."""
+    return 2 if cfg.schedule == "dualpipe_v" else 4
+
+
 @functools.cache
-def alone(attention: str, balance: str, update: str) -> dict[str, Any]:
-    return steps_on(Mesh.single(), run_of(attention, balance), 3, update)
+def alone(attention: str, balance: str, update: str, samples: int) -> dict[str, Any]:
+    return steps_on(Mesh.single(), run_of(attention, balance, samples_per_micro_batch=samples), 3, update)
 
 
 @pytest.mark.parametrize("update", ["run", "sgd"])
@@ -54,8 +69,9 @@ def alone(attention: str, balance: str, update: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", MESHES)
 def test_three_steps_are_those_of_one_process(name, attention, balance, update):
     cfg = MESHES[name]
-    wanted = alone(attention, balance, update)
-    run = replace(run_of(attention, balance), mesh=cfg)
+    samples = samples_per_micro_batch(cfg)
+    wanted = alone(attention, balance, update, samples)
+    run = run_of(attention, balance, samples_per_micro_batch=samples, mesh=cfg)
     spread = run_on(cfg, steps_on, run, 3, update)
     for kind in ("initial", "gradients", "last"):
         assert_same(spread, wanted, kind)
