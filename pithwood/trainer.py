@@ -216,7 +216,8 @@ class Trainer:
             parts: dict[str, Tensor | float] = {f"sum/{name}": value for name, value in ledger.sums.items()}
             parts |= {f"count/{name}": count for name, count in ledger.counts.items()}
             shares = [ledger.coefs[name] * value / ledger.total(name) for name, value in ledger.sums.items()]
-            parts["all"] = torch.stack(shares).sum()
+            # a stage of a pipeline may have none
+            parts["all"] = torch.stack(shares).sum() if shares else 0.0
             if num_bytes is not None:
                 parts["bytes"] = num_bytes
             everywhere = self.totals.add_up(parts)
@@ -242,8 +243,10 @@ class Trainer:
         peak = peak_memory_gb(self.device)
         if self.part is None:
             return {"peak_memory_gb": peak, **values}
-        # means over the processes, each with its tokens and its layers
-        here = {**values, **{f"count/{name}": 1.0 for name in values}}
+        # means over the processes, each with its tokens and its layers; stages have more or fewer layers with experts
+        weights = {name: float(len(loads)) if name.startswith("expert_load") else 1.0 for name in values}
+        here = {name: value * weights[name] for name, value in values.items()}
+        here |= {f"count/{name}": weight for name, weight in weights.items()}
         everywhere = self.totals.add_up(here)
         most = scalar(peak, self.device, torch.float32)
         self.mesh.world.all_reduce(most, "max")

@@ -14,6 +14,7 @@ from torch import Tensor
 from pithwood.attention.full import FullAttentionConfig
 from pithwood.attention.moba import MoBAConfig
 from pithwood.data.batches import Batch
+from pithwood.evaluate.loss import token_losses
 from pithwood.losses import LossLedger
 from pithwood.models.pipelined import MicroBatch, ModelPipeline, carried_names
 from pithwood.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
@@ -79,7 +80,7 @@ def divide_experts(model: Qwen3MoE, mesh: Mesh) -> None:
                 param.data = param.detach().chunk(mesh.ep.size)[mesh.ep.rank].clone()
 
 
-def scaled_loss(batch: Batch, model: Qwen3MoE, ledger: LossLedger, hidden_TD: Tensor) -> Tensor:
+def scaled_loss(model: Qwen3MoE, batch: Batch, ledger: LossLedger, hidden_TD: Tensor) -> Tensor:
     (term,) = NextToken().terms(hidden_TD, model, batch)
     ledger.record(term)
     return term.sum * (term.coef / ledger.total(term.name))
@@ -114,7 +115,7 @@ def compared(
                 MicroBatch(
                     batch.columns["tokens"],
                     model.context(batch.packing, ledger=mine),
-                    partial(scaled_loss, batch, model, mine),
+                    partial(scaled_loss, model, batch, mine),
                 )
                 for batch in batches(count, mesh.data.rank, mesh.data.size)
             ]
@@ -204,6 +205,22 @@ def test_only_the_carry_that_a_later_stage_reads_travels():
         cfg = MeshConfig(pp=2, schedule="interleaved", layers_per_stage=layers)
         names.append(carried_names(model, cfg.layers_of_stages(5)))
     assert names == [[["toy_gate"], ["toy_gate"], ["toy_gate"]], [["toy_gate"], ["toy_gate"], []]]
+
+
+def scored(mesh: Mesh, cfg: Qwen3MoEConfig) -> float:
+    """Largest error of the losses of tokens in batches of two sizes, more than pass the stages at a time."""
+    model = fresh(cfg)
+    pipeline = ModelPipeline(model, model, mesh, torch.float32)
+    given = [*batches(9), *batches(2, 0, 2)]
+    wanted = [nll_T for _, nll_T in token_losses(model, given)]
+    found = [nll_T for _, nll_T in token_losses(model, given, pipeline=pipeline)]
+    return max(rel_error(nll_T, expected) for nll_T, expected in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble_v"])
+def test_losses_of_tokens_are_those_of_one_process_in_every_process(schedule: Schedule):
+    for cfg in (CFG, CARRIED):
+        assert max(run_on(MeshConfig(pp=2, schedule=schedule), scored, cfg)) < 1e-6
 
 
 def written_down(stage: int, last: int, micro: int, x: Tensor | None, carry: dict[str, Tensor]) -> Any:
