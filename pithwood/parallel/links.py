@@ -7,6 +7,7 @@ takes everything in the order in which it was sent, so the line never waits for 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,12 @@ class Links:
         """ring: whether the last process and the first are neighbours. All processes of the mesh make their links
         together.
         """
+        # one hardware queue would put compute behind an exchange that waits for it
+        if mesh.device.type == "cuda" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+            raise ValueError(
+                "CUDA_DEVICE_MAX_CONNECTIONS=1 lets the processes of a pipeline wait for each other forever; "
+                "unset it, or set it to 32"
+            )
         self._group = mesh.pp
         self._lines: dict[tuple[int, int], Group] = {}
         """By (sender, receiver), places in `mesh.pp`."""

@@ -26,7 +26,7 @@ from pithwood.objectives import NextToken
 from pithwood.ops.packing import Packing
 from pithwood.parallel.config import MeshConfig, Schedule
 from pithwood.parallel.expert import ExpertExchange
-from pithwood.parallel.links import rounds
+from pithwood.parallel.links import Links, rounds
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.pipeline import PipelineExecutor, Travels
 from pithwood.trainer import forward_backward
@@ -308,6 +308,12 @@ def test_an_output_that_is_not_what_was_declared_is_refused():
 def test_stages_that_are_not_the_meshs_are_refused():
     with pytest.raises(ValueError, match=r"runs stages \[0\] with 0 boundaries between all; given \[1\] and 0"):
         PipelineExecutor(Mesh.single(), {1: partial(written_down, 1, 1)}, [])
+
+
+def test_one_hardware_queue_is_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with pytest.raises(ValueError, match="unset it, or set it to 32"):
+        Links(Mesh.single("cuda"), ring=False)
 
 
 @pytest.mark.quick
