@@ -146,7 +146,8 @@ class PipelineExecutor:
                 self._post(plan, near)
             parts = parts_of(step)
             self._due.extend(message for part in parts if (message := self._made_by(part)) is not None)
-            _in_turns([self._forward(part) if part.kind == "forward" else self._backward(part) for part in parts])
+            with torch.profiler.record_function(" + ".join(f"{part.kind} {part.stage}.{part.micro}" for part in parts)):
+                _in_turns([self._forward(part) if part.kind == "forward" else self._backward(part) for part in parts])
         self._links.flush()
         return self._results
 
