@@ -29,6 +29,7 @@ from pithwood.parallel.expert import ExpertExchange
 from pithwood.parallel.links import Links, rounds
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.pipeline import PipelineExecutor, Travels
+from pithwood.parallel.schedule import parts_of, pipeline_actions
 from pithwood.trainer import forward_backward
 from tests.numerics import rel_error
 from tests.processes import run_on
@@ -251,7 +252,7 @@ def test_forward_passes_alone_hand_back_what_the_last_stage_returns(cfg: MeshCon
     assert [result for rank, result in enumerate(results) if rank != speaker] == [[], []]
 
 
-def two_weights(mesh: Mesh, schedule: Schedule) -> list[tuple[str, int, int, bool]]:
+def two_weights(mesh: Mesh) -> list[tuple[str, int, int, bool]]:
     """What happened in a pipeline of experts, in order: which stage began a pass of which micro-batch and whether its
     weights had a gradient by then, and when gradients were complete.
     """
@@ -282,11 +283,46 @@ def two_weights(mesh: Mesh, schedule: Schedule) -> list[tuple[str, int, int, boo
 
 
 def test_the_experts_gradients_wait_for_their_turn_where_a_schedule_takes_them_apart():
-    for happened in run_on(MeshConfig(pp=2, schedule="zero_bubble_v"), two_weights, "zero_bubble_v"):
+    for happened in run_on(MeshConfig(pp=2, schedule="zero_bubble_v"), two_weights):
         for stage in {stage for _, stage, _, _ in happened}:
             own = [(what, micro, there) for what, at, micro, there in happened if at == stage]
             assert own[0] == ("inputs", 0, False)
             assert sorted(micro for what, micro, there in own if what == "all" and there) == [0, 1, 2, 3]
+
+
+def in_three_parts(mesh: Mesh) -> list[tuple[str, int, int, int]]:
+    """(direction, stage, micro-batch, part) in the order in which a process ran them."""
+    ran: list[tuple[str, int, int, int]] = []
+
+    def parts(stage: int, micro: int, x: Tensor | None, carry: dict[str, Tensor]) -> Any:
+        x = torch.ones(1, requires_grad=True) if x is None else x
+        for part in range(3):
+            ran.append(("forward", stage, micro, part))
+            x = x * 2
+            x.register_hook(lambda grad, part=part: ran.append(("backward", stage, micro, part)))
+            if part < 2:
+                (x,) = yield [x]
+        return x.sum() if stage == mesh.cfg.num_stages - 1 else (x, {})
+
+    own = mesh.cfg.stages_of_process(mesh.pp.rank)
+    boundaries = [{"x": Travels((1,), torch.float32)}] * (mesh.cfg.num_stages - 1)
+    PipelineExecutor(mesh, {stage: partial(parts, stage) for stage in own}, boundaries).run(5)
+    return ran
+
+
+def test_the_passes_of_a_pair_take_turns_at_their_pauses():
+    cfg = MeshConfig(pp=2, schedule="dualpipe_v")
+    for rank, ran in enumerate(run_on(cfg, in_three_parts)):
+        expected = []
+        for step in pipeline_actions(cfg, rank, 5):
+            names = {"forward": "forward", "backward": "backward", "inputs": "backward"}
+            turns = [
+                [(names[kind], stage, micro, part) for part in ((0, 1, 2) if kind == "forward" else (2, 1, 0))]
+                for kind, stage, micro in parts_of(step)
+                if kind in names
+            ]
+            expected += [each for turn in zip(*turns, strict=True) for each in turn]
+        assert ran == expected
 
 
 def wrong_shape(mesh: Mesh) -> str:
