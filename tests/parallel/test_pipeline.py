@@ -252,42 +252,39 @@ def test_forward_passes_alone_hand_back_what_the_last_stage_returns(cfg: MeshCon
     assert [result for rank, result in enumerate(results) if rank != speaker] == [[], []]
 
 
-def two_weights(mesh: Mesh) -> list[tuple[str, int, int, bool]]:
-    """What happened in a pipeline of experts, in order: which stage began a pass of which micro-batch and whether its
-    weights had a gradient by then, and when gradients were complete.
+def gradients_there(mesh: Mesh) -> list[tuple[int, int, bool]]:
+    """(stage, micro-batch, whether the stage's experts had a gradient by then) for each end of an inputs' pass, in
+    order; and one more entry per stage, of micro-batch -1, at the end.
     """
-    happened: list[tuple[str, int, int, bool]] = []
-    own = mesh.cfg.stages_of_process(mesh.pp.rank)
-    experts = {stage: GroupedExperts(1, 4, 4) for stage in own}
+    seen: list[tuple[int, int, bool]] = []
+    experts = {stage: GroupedExperts(1, 4, 4) for stage in mesh.cfg.stages_of_process(mesh.pp.rank)}
     for each in experts.values():
         for param in each.parameters():
             torch.nn.init.constant_(param, 0.1)
 
-    def has_gradient(stage: int) -> bool:
-        return any(param.grad is not None for param in experts[stage].parameters())
+    def look(stage: int, micro: int) -> None:
+        seen.append((stage, micro, any(param.grad is not None for param in experts[stage].parameters())))
 
     def run(stage: int, micro: int, x: Tensor | None, carry: dict[str, Tensor]) -> Any:
         x = torch.ones(3, 4, requires_grad=True) if x is None else x
-        x.register_hook(lambda grad: happened.append(("inputs", stage, micro, has_gradient(stage))))
+        x.register_hook(lambda grad: look(stage, micro))
         y = experts[stage](x, torch.tensor([0, 3], dtype=torch.int32), torch.ones(3))
         return y.sum() if stage == mesh.cfg.num_stages - 1 else (y, {})
 
-    executor = PipelineExecutor(
-        mesh,
-        {stage: partial(run, stage) for stage in own},
-        [{"x": Travels((3, 4), torch.float32)}] * (mesh.cfg.num_stages - 1),
-        lambda stage, micro: happened.append(("all", stage, micro, has_gradient(stage))),
-    )
-    executor.run(4)
-    return happened
+    boundaries = [{"x": Travels((3, 4), torch.float32)}] * (mesh.cfg.num_stages - 1)
+    PipelineExecutor(mesh, {stage: partial(run, stage) for stage in experts}, boundaries).run(4)
+    for stage in experts:
+        look(stage, -1)
+    return seen
 
 
 def test_the_experts_gradients_wait_for_their_turn_where_a_schedule_takes_them_apart():
-    for happened in run_on(MeshConfig(pp=2, schedule="zero_bubble_v"), two_weights):
-        for stage in {stage for _, stage, _, _ in happened}:
-            own = [(what, micro, there) for what, at, micro, there in happened if at == stage]
-            assert own[0] == ("inputs", 0, False)
-            assert sorted(micro for what, micro, there in own if what == "all" and there) == [0, 1, 2, 3]
+    for schedule, apart in (("zero_bubble_v", True), ("interleaved", False)):
+        for seen in run_on(MeshConfig(pp=2, schedule=schedule), gradients_there):
+            for stage in {stage for stage, _, _ in seen}:
+                own = [(micro, there) for at, micro, there in seen if at == stage]
+                assert own[0] == (0, not apart)
+                assert own[-1] == (-1, True)
 
 
 def in_three_parts(mesh: Mesh) -> list[tuple[str, int, int, int]]:
