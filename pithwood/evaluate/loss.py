@@ -12,19 +12,26 @@ import torch
 from torch import Tensor
 
 from pithwood.data.batches import Batch
+from pithwood.models.pipelined import ModelPipeline
 from pithwood.models.qwen3_moe import Qwen3MoE
 
 
-def evaluate_loss(model: Qwen3MoE, batches: Iterable[Batch], dtype: torch.dtype = torch.float32) -> dict[str, float]:
+def evaluate_loss(
+    model: Qwen3MoE,
+    batches: Iterable[Batch],
+    dtype: torch.dtype = torch.float32,
+    pipeline: ModelPipeline | None = None,
+) -> dict[str, float]:
     """Mean loss over the weighted tokens of all batches.
 
+    pipeline  of a model whose layers are divided: all its processes call this, and get the same
     returns  loss (nats per token), bits_per_byte (all nats over ln 2 and the bytes that the targets stand for),
              tokens, bytes
     raises   ValueError if a mixer's selection can see the future (perplexity would be too low), or there are no batches
     """
     check_strictly_causal(model)
     sums = torch.zeros(3, dtype=torch.float64, device=model.device)
-    for batch, nll_T in token_losses(model, batches, dtype):
+    for batch, nll_T in token_losses(model, batches, dtype, pipeline):
         weight_T = batch.columns["loss_weight"].double()
         num_bytes = (batch.columns["target_bytes"] * weight_T).sum()
         sums += torch.stack([(nll_T * weight_T).sum(), weight_T.sum(), num_bytes])
@@ -41,13 +48,19 @@ def evaluate_loss(model: Qwen3MoE, batches: Iterable[Batch], dtype: torch.dtype 
 
 @torch.no_grad()
 def token_losses(
-    model: Qwen3MoE, batches: Iterable[Batch], dtype: torch.dtype = torch.float32
+    model: Qwen3MoE,
+    batches: Iterable[Batch],
+    dtype: torch.dtype = torch.float32,
+    pipeline: ModelPipeline | None = None,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Each batch on the model's device, with its losses [T] fp64 in nats; the model's mode is put back at the end."""
     device = model.device
     was_training = model.training
     model.eval()
     try:
+        if pipeline is not None:
+            yield from pipeline.token_losses(batches)
+            return
         for batch in batches:
             batch = batch.to(device)
             hidden_TD = model.hidden(batch.columns["tokens"], batch.packing, dtype=dtype)

@@ -10,6 +10,7 @@ from pithwood.data.batches import sequential_batches
 from pithwood.data.corpus import Corpus
 from pithwood.data.mixture import Mixture, corpora_of
 from pithwood.evaluate.loss import evaluate_loss
+from pithwood.models.pipelined import ModelPipeline
 from pithwood.models.qwen3_moe import Qwen3MoE
 
 
@@ -21,6 +22,7 @@ def evaluate_data(
     samples_per_batch: int,
     max_samples: int | None = None,
     dtype: torch.dtype = torch.float32,
+    pipeline: ModelPipeline | None = None,
 ) -> dict[str, float]:
     """Loss on the validation split; of a mixture on each part's, at most max_samples samples of each.
 
@@ -37,6 +39,7 @@ def evaluate_data(
                 corpus, "validation", seq_len=seq_len, samples_per_batch=samples_per_batch, max_samples=max_samples
             ),
             dtype,
+            pipeline,
         )
         for name, corpus in corpora_of(data).items()
     }

@@ -7,10 +7,12 @@ takes everything in the order in which it was sent, so the line never waits for 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,6 +29,12 @@ class Links:
         """ring: whether the last process and the first are neighbours. All processes of the mesh make their links
         together.
         """
+        # one hardware queue would put compute behind an exchange that waits for it
+        if mesh.device.type == "cuda" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+            raise ValueError(
+                "CUDA_DEVICE_MAX_CONNECTIONS=1 lets the processes of a pipeline wait for each other forever; "
+                "unset it, or set it to 32"
+            )
         self._group = mesh.pp
         self._lines: dict[tuple[int, int], Group] = {}
         """By (sender, receiver), places in `mesh.pp`."""
@@ -42,9 +50,12 @@ class Links:
                     source, to = mine[0][::turn]
                     ranks = (mesh.pp.ranks[source], mesh.pp.ranks[to])
                     self._lines[source, to] = Group(ranks, int(to == mesh.pp.rank), handle)
+                    self._connect(source, to, mesh.device)
 
     def send(self, to: int, tensors: Sequence[Tensor]) -> None:
-        """Send tensors to a neighbour; returns at once, and they are held until they are gone."""
+        """Send tensors to a neighbour; returns at once, and they are held until they are gone (gloo does not tell when
+        that is: until `flush`).
+        """
         line = self._group.rank, to
         for tensor in tensors:
             work = self._lines[line].send(tensor, 1, self._number(line))
@@ -61,6 +72,16 @@ class Links:
         """Wait until all that was sent is gone: on a GPU the stream waits, on a CPU the process."""
         while self._sent:
             self._sent.popleft()[0].wait()
+
+    def _connect(self, source: int, to: int, device: torch.device) -> None:
+        """Send a first number over a line: NCCL connects the ends then, and the host waits for the other end."""
+        number = [torch.zeros(1, device=device)]
+        if source == self._group.rank:
+            self.send(to, number)
+            self.flush()
+        else:
+            for work in self.receive(source, number):
+                work.wait()
 
     def _number(self, line: tuple[int, int]) -> int:
         """The next message's number on a line, the same at both of its ends."""

@@ -88,20 +88,13 @@ class _Plan(NamedTuple):
 class PipelineExecutor:
     """Runs optimizer steps' forward and backward passes over `mesh.pp`; made by all processes of the mesh together."""
 
-    def __init__(
-        self,
-        mesh: Mesh,
-        stages: Mapping[int, Stage],
-        boundaries: Sequence[Mapping[str, Travels]],
-        after_gradients: Callable[[int, int], None] | None = None,
-    ) -> None:
+    def __init__(self, mesh: Mesh, stages: Mapping[int, Stage], boundaries: Sequence[Mapping[str, Travels]]) -> None:
         """Links to the neighbours are made here.
 
-        stages           this process's, by their place in the pipeline: `mesh.cfg.stages_of_process(mesh.pp.rank)`
-        boundaries       what travels from each stage to the next, one entry less than stages: "x", and the names of the
-                         carry that any later stage reads. Gradients of those of a floating dtype travel back
-        after_gradients  called with (stage, micro) when all gradients of that pass's weights are added or under way
-        raises           ValueError if these are not the mesh's stages
+        stages      this process's, by their place in the pipeline: `mesh.cfg.stages_of_process(mesh.pp.rank)`
+        boundaries  what travels from each stage to the next, one entry less than stages: "x", and the names of the
+                    carry that any later stage reads. Gradients of those of a floating dtype travel back
+        raises      ValueError if these are not the mesh's stages
         """
         cfg = mesh.cfg
         own = cfg.stages_of_process(mesh.pp.rank)
@@ -111,7 +104,6 @@ class PipelineExecutor:
                 f"with {cfg.num_stages - 1} boundaries between all; given {sorted(stages)} and {len(boundaries)}"
             )
         self.mesh, self.stages, self.boundaries = mesh, stages, boundaries
-        self.after_gradients = after_gradients
         self._last = cfg.num_stages - 1
         self._owner = {stage: rank for rank in range(cfg.pp) for stage in cfg.stages_of_process(rank)}
         self._links = Links(mesh, ring=cfg.schedule == "interleaved")
@@ -140,13 +132,15 @@ class PipelineExecutor:
         self._results, self._posted = [], dict.fromkeys(plan.arrivals, 0)
         self._held.clear()
         self._inbox.clear()
+        self._outbox.clear()
         self._due.clear()
         for index, step in enumerate(plan.steps):
             for near in plan.steps[index : index + 2]:
                 self._post(plan, near)
             parts = parts_of(step)
             self._due.extend(message for part in parts if (message := self._made_by(part)) is not None)
-            _in_turns([self._forward(part) if part.kind == "forward" else self._backward(part) for part in parts])
+            with torch.profiler.record_function(" + ".join(f"{part.kind} {part.stage}.{part.micro}" for part in parts)):
+                _in_turns([self._forward(part) if part.kind == "forward" else self._backward(part) for part in parts])
         self._links.flush()
         return self._results
 
@@ -261,7 +255,6 @@ class PipelineExecutor:
         key = action.stage, action.micro
         if action.kind == "weights":
             run_deferred(self._held.pop(key).deferred)
-            self._ended(key)
             return
         held, needed = self._held[key], self._needed_by(action)
         grads: list[Tensor | None]
@@ -284,21 +277,10 @@ class PipelineExecutor:
         if made is not None:
             # the first part's leaves are what the boundary names, in its order
             named = zip(self.boundaries[made.stage], part.leaves, grads, strict=True)
-            self._hand_on(
-                made,
-                {
-                    name: torch.zeros_like(leaf) if grad is None else grad
-                    for name, leaf, grad in named
-                    if leaf.requires_grad
-                },
-            )
+            pairs = ((name, leaf, grad) for name, leaf, grad in named if leaf.requires_grad)
+            self._hand_on(made, {name: torch.zeros_like(x) if grad is None else grad for name, x, grad in pairs})
         if not split:
             del self._held[key]
-            self._ended(key)
-
-    def _ended(self, key: tuple[int, int]) -> None:
-        if self.after_gradients is not None:
-            self.after_gradients(*key)
 
 
 def _in_turns(passes: list[Iterator[None]]) -> None:

@@ -65,7 +65,11 @@ def errors_on_gpus(mesh: Mesh, count: int, pauses: bool) -> dict[str, float]:
     for stage in pipeline.stages.values():
         stage.pauses = pauses
     given = [
-        MicroBatch(batch.columns["tokens"], model.context(batch.packing), partial(scaled_loss, batch, model, ledger))
+        MicroBatch(
+            batch.columns["tokens"],
+            model.context(batch.packing),
+            partial(scaled_loss, model, NextToken(), batch, ledger),
+        )
         for batch in batches(count, mesh.device)
     ]
     for watched in (False, not pauses):

@@ -14,6 +14,7 @@ from torch import Tensor
 from pithwood.attention.full import FullAttentionConfig
 from pithwood.attention.moba import MoBAConfig
 from pithwood.data.batches import Batch
+from pithwood.evaluate.loss import token_losses
 from pithwood.losses import LossLedger
 from pithwood.models.pipelined import MicroBatch, ModelPipeline, carried_names
 from pithwood.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
@@ -25,9 +26,10 @@ from pithwood.objectives import NextToken
 from pithwood.ops.packing import Packing
 from pithwood.parallel.config import MeshConfig, Schedule
 from pithwood.parallel.expert import ExpertExchange
-from pithwood.parallel.links import rounds
+from pithwood.parallel.links import Links, rounds
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.pipeline import PipelineExecutor, Travels
+from pithwood.parallel.schedule import parts_of, pipeline_actions
 from pithwood.trainer import forward_backward
 from tests.numerics import rel_error
 from tests.processes import run_on
@@ -79,7 +81,7 @@ def divide_experts(model: Qwen3MoE, mesh: Mesh) -> None:
                 param.data = param.detach().chunk(mesh.ep.size)[mesh.ep.rank].clone()
 
 
-def scaled_loss(batch: Batch, model: Qwen3MoE, ledger: LossLedger, hidden_TD: Tensor) -> Tensor:
+def scaled_loss(model: Qwen3MoE, batch: Batch, ledger: LossLedger, hidden_TD: Tensor) -> Tensor:
     (term,) = NextToken().terms(hidden_TD, model, batch)
     ledger.record(term)
     return term.sum * (term.coef / ledger.total(term.name))
@@ -114,7 +116,7 @@ def compared(
                 MicroBatch(
                     batch.columns["tokens"],
                     model.context(batch.packing, ledger=mine),
-                    partial(scaled_loss, batch, model, mine),
+                    partial(scaled_loss, model, batch, mine),
                 )
                 for batch in batches(count, mesh.data.rank, mesh.data.size)
             ]
@@ -206,6 +208,22 @@ def test_only_the_carry_that_a_later_stage_reads_travels():
     assert names == [[["toy_gate"], ["toy_gate"], ["toy_gate"]], [["toy_gate"], ["toy_gate"], []]]
 
 
+def scored(mesh: Mesh, cfg: Qwen3MoEConfig) -> float:
+    """Largest error of the losses of tokens in batches of two sizes, more than pass the stages at a time."""
+    model = fresh(cfg)
+    pipeline = ModelPipeline(model, model, mesh, torch.float32)
+    given = [*batches(9), *batches(2, 0, 2)]
+    wanted = [nll_T for _, nll_T in token_losses(model, given)]
+    found = [nll_T for _, nll_T in token_losses(model, given, pipeline=pipeline)]
+    return max(rel_error(nll_T, expected) for nll_T, expected in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble_v"])
+def test_losses_of_tokens_are_those_of_one_process_in_every_process(schedule: Schedule):
+    for cfg in (CFG, CARRIED):
+        assert max(run_on(MeshConfig(pp=2, schedule=schedule), scored, cfg)) < 1e-6
+
+
 def written_down(stage: int, last: int, micro: int, x: Tensor | None, carry: dict[str, Tensor]) -> Any:
     """x with the stage's digit behind it."""
     y = (torch.tensor([float(micro)]) if x is None else x) * 10 + stage
@@ -234,42 +252,74 @@ def test_forward_passes_alone_hand_back_what_the_last_stage_returns(cfg: MeshCon
     assert [result for rank, result in enumerate(results) if rank != speaker] == [[], []]
 
 
-def two_weights(mesh: Mesh, schedule: Schedule) -> list[tuple[str, int, int, bool]]:
-    """What happened in a pipeline of experts, in order: which stage began a pass of which micro-batch and whether its
-    weights had a gradient by then, and when gradients were complete.
+def gradients_there(mesh: Mesh) -> list[tuple[int, int, bool]]:
+    """(stage, micro-batch, whether the stage's experts had a gradient by then) for each end of an inputs' pass, in
+    order; and one more entry per stage, of micro-batch -1, at the end.
     """
-    happened: list[tuple[str, int, int, bool]] = []
-    own = mesh.cfg.stages_of_process(mesh.pp.rank)
-    experts = {stage: GroupedExperts(1, 4, 4) for stage in own}
+    seen: list[tuple[int, int, bool]] = []
+    experts = {stage: GroupedExperts(1, 4, 4) for stage in mesh.cfg.stages_of_process(mesh.pp.rank)}
     for each in experts.values():
         for param in each.parameters():
             torch.nn.init.constant_(param, 0.1)
 
-    def has_gradient(stage: int) -> bool:
-        return any(param.grad is not None for param in experts[stage].parameters())
+    def look(stage: int, micro: int) -> None:
+        seen.append((stage, micro, any(param.grad is not None for param in experts[stage].parameters())))
 
     def run(stage: int, micro: int, x: Tensor | None, carry: dict[str, Tensor]) -> Any:
         x = torch.ones(3, 4, requires_grad=True) if x is None else x
-        x.register_hook(lambda grad: happened.append(("inputs", stage, micro, has_gradient(stage))))
+        x.register_hook(lambda grad: look(stage, micro))
         y = experts[stage](x, torch.tensor([0, 3], dtype=torch.int32), torch.ones(3))
         return y.sum() if stage == mesh.cfg.num_stages - 1 else (y, {})
 
-    executor = PipelineExecutor(
-        mesh,
-        {stage: partial(run, stage) for stage in own},
-        [{"x": Travels((3, 4), torch.float32)}] * (mesh.cfg.num_stages - 1),
-        lambda stage, micro: happened.append(("all", stage, micro, has_gradient(stage))),
-    )
-    executor.run(4)
-    return happened
+    boundaries = [{"x": Travels((3, 4), torch.float32)}] * (mesh.cfg.num_stages - 1)
+    PipelineExecutor(mesh, {stage: partial(run, stage) for stage in experts}, boundaries).run(4)
+    for stage in experts:
+        look(stage, -1)
+    return seen
 
 
 def test_the_experts_gradients_wait_for_their_turn_where_a_schedule_takes_them_apart():
-    for happened in run_on(MeshConfig(pp=2, schedule="zero_bubble_v"), two_weights, "zero_bubble_v"):
-        for stage in {stage for _, stage, _, _ in happened}:
-            own = [(what, micro, there) for what, at, micro, there in happened if at == stage]
-            assert own[0] == ("inputs", 0, False)
-            assert sorted(micro for what, micro, there in own if what == "all" and there) == [0, 1, 2, 3]
+    for schedule, apart in (("zero_bubble_v", True), ("interleaved", False)):
+        for seen in run_on(MeshConfig(pp=2, schedule=schedule), gradients_there):
+            for stage in {stage for stage, _, _ in seen}:
+                own = [(micro, there) for at, micro, there in seen if at == stage]
+                assert own[0] == (0, not apart)
+                assert own[-1] == (-1, True)
+
+
+def in_three_parts(mesh: Mesh) -> list[tuple[str, int, int, int]]:
+    """(direction, stage, micro-batch, part) in the order in which a process ran them."""
+    ran: list[tuple[str, int, int, int]] = []
+
+    def parts(stage: int, micro: int, x: Tensor | None, carry: dict[str, Tensor]) -> Any:
+        x = torch.ones(1, requires_grad=True) if x is None else x
+        for part in range(3):
+            ran.append(("forward", stage, micro, part))
+            x = x * 2
+            x.register_hook(lambda grad, part=part: ran.append(("backward", stage, micro, part)))
+            if part < 2:
+                (x,) = yield [x]
+        return x.sum() if stage == mesh.cfg.num_stages - 1 else (x, {})
+
+    own = mesh.cfg.stages_of_process(mesh.pp.rank)
+    boundaries = [{"x": Travels((1,), torch.float32)}] * (mesh.cfg.num_stages - 1)
+    PipelineExecutor(mesh, {stage: partial(parts, stage) for stage in own}, boundaries).run(5)
+    return ran
+
+
+def test_the_passes_of_a_pair_take_turns_at_their_pauses():
+    cfg = MeshConfig(pp=2, schedule="dualpipe_v")
+    for rank, ran in enumerate(run_on(cfg, in_three_parts)):
+        expected = []
+        for step in pipeline_actions(cfg, rank, 5):
+            names = {"forward": "forward", "backward": "backward", "inputs": "backward"}
+            turns = [
+                [(names[kind], stage, micro, part) for part in ((0, 1, 2) if kind == "forward" else (2, 1, 0))]
+                for kind, stage, micro in parts_of(step)
+                if kind in names
+            ]
+            expected += [each for turn in zip(*turns, strict=True) for each in turn]
+        assert ran == expected
 
 
 def wrong_shape(mesh: Mesh) -> str:
@@ -291,6 +341,12 @@ def test_an_output_that_is_not_what_was_declared_is_refused():
 def test_stages_that_are_not_the_meshs_are_refused():
     with pytest.raises(ValueError, match=r"runs stages \[0\] with 0 boundaries between all; given \[1\] and 0"):
         PipelineExecutor(Mesh.single(), {1: partial(written_down, 1, 1)}, [])
+
+
+def test_one_hardware_queue_is_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with pytest.raises(ValueError, match="unset it, or set it to 32"):
+        Links(Mesh.single("cuda"), ring=False)
 
 
 @pytest.mark.quick
