@@ -169,21 +169,30 @@ class MoELayer(nn.Module):
     def cost(self, num_tokens: int, element_size: int = 4) -> Cost:
         """Cost of one forward over num_tokens tokens whose activations take element_size bytes each."""
         cfg, dim = self.cfg, self.model_dim
-        pairs = num_tokens * cfg.top_k
+        pairs: float = num_tokens * cfg.top_k
         router = 2.0 * num_tokens * dim * cfg.num_experts
         experts = 6.0 * dim * (pairs * cfg.expert_dim + num_tokens * cfg.shared_width)
         # Saved per pair: gate and up, the row unless it is gathered again, its weight twice, its id, and where it goes;
         # for the shared experts gate, silu(gate), up and their product. The router keeps its input and fp32 logits.
+        # Between processes the rows have room to spare, and tokens that arrived are kept where they are read again.
         row = dim if self.save_rows else 0
-        saved = pairs * (2 * cfg.expert_dim + row) + num_tokens * (dim + 4 * cfg.shared_width)
         chunked = 0 < cfg.chunk_tokens < num_tokens
-        if chunked and cfg.chunk_recompute:
-            saved = num_tokens * (dim + 4 * cfg.shared_width)
+        at_once = cfg.chunk_tokens if chunked else num_tokens
+        arrived, rows_at_once = 0, at_once * cfg.top_k
+        if self.exchange is not None:
+            arrived, rows_at_once = self.exchange.room_for(at_once, cfg.top_k)
+            pairs = rows_at_once * num_tokens / max(at_once, 1)
+        again = chunked and cfg.chunk_recompute
+        saved: float = num_tokens * (dim + 4 * cfg.shared_width)
+        if not again:
+            saved += pairs * (2 * cfg.expert_dim + row)
+        if again or not self.save_rows:
+            saved += arrived * dim * num_tokens / max(at_once, 1)
         routing = num_tokens * 4 * cfg.num_experts + pairs * 28
-        # At its peak the backward pass holds the gradients of the experts' output, of gate and up, and of the rows.
-        rows_at_once = (cfg.chunk_tokens if chunked else num_tokens) * cfg.top_k
-        workspace = rows_at_once * 2 * (dim + cfg.expert_dim)
-        if chunked and cfg.chunk_recompute:
+        # At its peak the backward pass holds the gradients of the experts' output, of gate and up, and of the rows,
+        # and those of tokens that arrived on both ends of their way.
+        workspace = rows_at_once * 2 * (dim + cfg.expert_dim) + 2 * arrived * dim
+        if again:
             workspace += rows_at_once * (2 * cfg.expert_dim + row)
         return Cost(
             model_flops=router + experts,

@@ -147,18 +147,19 @@ class ExpertExchange:
 
     def capacity(self, num_tokens: int, k: int) -> int:
         """Rows that each pair of processes exchanges when bounded, at most `num_tokens`."""
-        if self.balanced:
-            share = _balanced_share(self.num_experts, self.experts_here, k)
-        else:
-            # chance that none of a token's k distinct experts lies on a given process
-            away = self.num_experts - self.experts_here
-            share = 1 - math.prod(max(away - slot, 0) / (self.num_experts - slot) for slot in range(k))
-        return max(1, min(num_tokens, math.ceil((num_tokens * share + self.num_experts) * self.rooms[0])))
+        return self._capacity(num_tokens, k, self.rooms[0])
 
     def max_rows(self, num_tokens: int, k: int, num_arrived: int) -> int:
         """Rows that the experts of one process have room for when bounded."""
-        room = math.ceil((num_tokens * k + self.num_experts) * self.rooms[1])
-        return min(room, num_arrived * min(k, self.experts_here))
+        return self._max_rows(num_tokens, k, num_arrived, self.rooms[1])
+
+    def room_for(self, num_tokens: int, k: int) -> tuple[int, int]:
+        """Rows of memory that one dispatch of this process's tokens takes: for tokens that arrive, and for the experts'
+        rows. Exact sizes are those of tokens spread evenly.
+        """
+        room = self.rooms if self.how == "bounded" else [1.0, 1.0]
+        arrived = self.group.size * self._capacity(num_tokens, k, room[0])
+        return arrived, self._max_rows(num_tokens, k, arrived, room[1])
 
     def begin_dispatch(self, x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor) -> Dispatching:
         """Send tokens to their experts; `.wait()` of what this returns gives those that arrive.
@@ -202,6 +203,18 @@ class ExpertExchange:
     def combine(self, part_SD: Tensor, handle: Route, residual_TD: Tensor | None = None) -> Tensor:
         """Both halves of the way back: [T, D], see `Combining.wait`."""
         return self.begin_combine(part_SD, handle).wait(residual_TD)
+
+    def _capacity(self, num_tokens: int, k: int, room: float) -> int:
+        if self.balanced:
+            share = _balanced_share(self.num_experts, self.experts_here, k)
+        else:
+            # chance that none of a token's k distinct experts lies on a given process
+            away = self.num_experts - self.experts_here
+            share = 1 - math.prod(max(away - slot, 0) / (self.num_experts - slot) for slot in range(k))
+        return max(1, min(num_tokens, math.ceil((num_tokens * share + self.num_experts) * room)))
+
+    def _max_rows(self, num_tokens: int, k: int, num_arrived: int, room: float) -> int:
+        return min(math.ceil((num_tokens * k + self.num_experts) * room), num_arrived * min(k, self.experts_here))
 
     def _exact_route(self, owner_Tm: Tensor, ids_Tk: Tensor) -> tuple[Route, int]:
         """Sizes of both ends, read on the host."""

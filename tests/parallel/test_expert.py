@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pithwood.attention.base import LayerContext
+from pithwood.attention.base import Cost, LayerContext
 from pithwood.losses import LossLedger
 from pithwood.models.qwen3_moe import Block, Qwen3MoEConfig
 from pithwood.models.recompute import recomputed
@@ -366,3 +366,24 @@ def test_a_blocks_shared_experts_run_once_while_tokens_travel() -> None:
     for name, want in wants.items():
         together = name in ("out", "x.grad") or ".experts." in name
         assert_close(torch.cat([here[name], there[name]]) if together else here[name], want, 1e-5, name)
+
+
+@pytest.mark.quick
+def test_cost_knows_what_an_exchange_takes() -> None:
+    def cost(room: float | None, **fields: Any) -> Cost:
+        group = Group((0, 1), 0)
+        how: Any = "exact" if room is None else "bounded"
+        exchange = ExpertExchange(group, EXPERTS, how, room=room or 1.0)
+        return MoELayer(MoEConfig(**BASE, **fields), DIM, exchange).cost(1000)
+
+    alone = MoELayer(MoEConfig(**BASE), DIM).cost(1000)
+    assert cost(None).model_flops == alone.model_flops
+    assert alone.saved_bytes <= cost(None).saved_bytes < 1.02 * alone.saved_bytes
+    assert cost(1.5).saved_bytes > 1.3 * alone.saved_bytes
+    assert cost(1.5).workspace_bytes > cost(1.0).workspace_bytes > alone.workspace_bytes
+    # copies of a token for each process in place of its three rows
+    arrived, rows = ExpertExchange(Group((0, 1), 0), EXPERTS, "bounded", room=1.0).room_for(1000, SLOTS)
+    assert (arrived, rows) == (2 * 937, 3008)
+    fewer = cost(1.0).saved_bytes - cost(1.0, save_rows=False).saved_bytes
+    assert fewer == (rows - arrived) * DIM * 4
+    assert cost(1.0, chunk_tokens=100).saved_bytes < cost(1.0, save_rows=False).saved_bytes
