@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -20,8 +21,11 @@ from pithwood.ops.rope import Rope
 from pithwood.parallel.config import MeshConfig
 from pithwood.parallel.expert import ExpertExchange
 from pithwood.parallel.mesh import Group, Mesh
+from pithwood.run import Run
+from pithwood.trainer import Trainer
 from tests.moe.helpers import filled
 from tests.numerics import assert_close
+from tests.parallel.spread import Documents, assert_same, steps_on, tiny_run
 from tests.processes import run_on
 
 EXPERTS, SLOTS, WIDTH, DIM = 8, 3, 5, 12
@@ -387,3 +391,26 @@ def test_cost_knows_what_an_exchange_takes() -> None:
     fewer = cost(1.0).saved_bytes - cost(1.0, save_rows=False).saved_bytes
     assert fewer == (rows - arrived) * DIM * 4
     assert cost(1.0, chunk_tokens=100).saved_bytes < cost(1.0, save_rows=False).saved_bytes
+
+
+def crowded_steps(mesh: Mesh, run: Run) -> tuple[dict[str, Any], list[float]]:
+    """Two steps of a trainer whose exchange has hardly any room to begin with."""
+    trainer = Trainer(run, mesh.device, None, mesh)
+    assert trainer.part is not None
+    assert trainer.part.exchange is not None
+    trainer.part.exchange.rooms = [0.1, 0.1]
+    source, pieces = Documents(run), trainer.part.shards.pieces()
+    for step in range(2):
+        trainer.train_step(step, source.step(step, trainer.share))
+    last = {name: (pieces[name].start, x.detach().reshape(-1).clone()) for name, x in trainer.parameters().items()}
+    return {"last": last}, trainer.part.exchange.rooms
+
+
+def test_a_trainer_repeats_steps_that_do_not_fit_and_applies_none_of_them() -> None:
+    run = tiny_run(moe={"balance": "global_batch", "balance_coef": 0.01, "bias_update_rate": 0.01})
+    want = steps_on(Mesh.single(), run, 2, "run")
+    bounded = dataclasses.replace(TWO, exchange="bounded")
+    results = run_on(bounded, crowded_steps, dataclasses.replace(run, mesh=bounded))
+    assert_same([found for found, _ in results], want, "last")
+    assert results[0][1] == results[1][1]
+    assert min(results[0][1]) > 0.1
