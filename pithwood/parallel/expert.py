@@ -180,13 +180,12 @@ class ExpertExchange:
             max_rows = self.max_rows(num_tokens, k, plan.num_rows)
             assert plan.count is not None
             self._note(0, plan.count, capacity)
-        ids = _Flight(self.group, route)
-        ids_Sk = ids.leave(gather_ids(ids_Tk, route.plan))
-        flights = _Flight(self.group, route), _Flight(self.group, route)
+        ids, *flights = (_Flight(self.group, route) for _ in range(3))
+        ids.leave(gather_ids(ids_Tk, route.plan))
         # one row per (token, process) of either kind; what a process does not use of the weights gets no gradient there
-        weight_Sk = _Leave.apply(gather_rows(weight_Tk, route.plan), flights[0])
-        x_SD = _Leave.apply(gather_rows(x_TD, route.plan), flights[1])
-        return Dispatching(self, route, max_rows, ids, ids_Sk, flights, weight_Sk, x_SD)
+        weight_Nk, x_ND = gather_rows(weight_Tk, route.plan), gather_rows(x_TD, route.plan)
+        left = _Leave.apply(tuple(flights), weight_Nk, x_ND)
+        return Dispatching(self, route, max_rows, ids, tuple(flights), left)
 
     def dispatch(self, x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor) -> Arrived:
         """Both halves of the way there."""
@@ -197,8 +196,8 @@ class ExpertExchange:
         back = replace(
             handle, given_sizes=handle.out_sizes, out_sizes=handle.given_sizes, num_arrived=handle.plan.num_rows
         )
-        flight = _Flight(self.group, back)
-        return Combining(handle, flight, _Leave.apply(part_SD, flight))
+        flights = (_Flight(self.group, back),)
+        return Combining(handle, flights, _Leave.apply(flights, part_SD))
 
     def combine(self, part_SD: Tensor, handle: Route, residual_TD: Tensor | None = None) -> Tensor:
         """Both halves of the way back: [T, D], see `Combining.wait`."""
@@ -243,21 +242,20 @@ class Dispatching:
     exchange: ExpertExchange
     route: Route
     max_rows: int
-    ids_flight: _Flight
-    ids_Sk: Tensor
-    flights: tuple[_Flight, _Flight]
-    weight_Sk: Tensor
-    x_SD: Tensor
+    ids: _Flight
+    flights: tuple[_Flight, ...]
+    """Of weights and tokens."""
+    left: Tensor
+    """By which this is part of a graph. Whoever cuts the graph here (`parallel.pipeline`) puts a leaf in its place."""
 
     def wait(self) -> Arrived:
         """What arrived, once it has; the experts' rows are planned while the tokens still travel."""
         exchange = self.exchange
-        self.ids_flight.land()
-        plan = plan_rows(self.ids_Sk, exchange.experts_here, first=exchange.first_expert, max_rows=self.max_rows)
+        plan = plan_rows(self.ids.land(), exchange.experts_here, first=exchange.first_expert, max_rows=self.max_rows)
         if self.route.out_sizes is None:
             assert plan.count is not None
             exchange._note(1, plan.count.sum(dtype=torch.int32), self.max_rows)
-        weight_Sk, x_SD = _Land.apply(self.weight_Sk, self.x_SD, *self.flights)
+        weight_Sk, x_SD = _Land.apply(self.left, self.flights)
         return Arrived(x_SD, weight_Sk, plan, self.route)
 
 
@@ -266,12 +264,13 @@ class Combining:
     """Sums over experts on their way to their tokens."""
 
     route: Route
-    flight: _Flight
-    rows_ND: Tensor
+    flights: tuple[_Flight]
+    left: Tensor
+    """As of `Dispatching`."""
 
     def wait(self, residual_TD: Tensor | None = None) -> Tensor:
         """[T, D]: each token's rows from all processes added up in fp32, plus the residual; rounded once."""
-        (rows_ND,) = _Land.apply(self.rows_ND, self.flight)
+        (rows_ND,) = _Land.apply(self.left, self.flights)
         return sum_rows(rows_ND, self.route.plan, residual_TD)
 
 
@@ -292,68 +291,63 @@ class _Flight:
         self.group, self.route = group, route
         self.num_given = 0
         self._work: Any = None
-        self._held: Tensor | None = None
-        """What travels must not be freed on the way."""
-        self._back: Tensor | None = None
+        self._held: tuple[Tensor, Tensor] | None = None
+        """What travels and where it arrives: neither may be freed on the way."""
 
-    def leave(self, rows_ND: Tensor) -> Tensor:
-        rows_ND = rows_ND.contiguous()
+    def leave(self, rows_ND: Tensor) -> None:
         self.num_given = rows_ND.shape[0]
-        out_SD = rows_ND.new_empty(self.route.num_arrived, *rows_ND.shape[1:])
-        self._held = rows_ND
-        self._work = self.group.all_to_all(out_SD, rows_ND, self.route.out_sizes, self.route.given_sizes, wait=False)
-        return out_SD
-
-    def land(self) -> None:
-        if self._work is not None:
-            self._work.wait()
-        self._work = self._held = None
+        self._begin(rows_ND, self.route.num_arrived, self.route.out_sizes, self.route.given_sizes)
 
     def leave_back(self, grad_SD: Tensor) -> None:
-        grad_SD = grad_SD.contiguous()
-        self._held = grad_SD
-        self._back = grad_SD.new_empty(self.num_given, *grad_SD.shape[1:])
-        self._work = self.group.all_to_all(
-            self._back, grad_SD, self.route.given_sizes, self.route.out_sizes, wait=False
-        )
+        self._begin(grad_SD, self.num_given, self.route.given_sizes, self.route.out_sizes)
 
-    def land_back(self) -> Tensor:
-        self.land()
-        back, self._back = self._back, None
-        assert back is not None, "the gradient of rows that travelled was asked for twice, or before it left"
-        return back
+    def land(self) -> Tensor:
+        """What arrives, once it has."""
+        if self._work is not None:
+            self._work.wait()
+        assert self._held is not None, "rows were waited for twice, or before they left"
+        _, out = self._held
+        self._work = self._held = None
+        return out
+
+    def _begin(self, given: Tensor, num_out: int, out_sizes: list[int] | None, given_sizes: list[int] | None) -> None:
+        given = given.contiguous()
+        out = given.new_empty(num_out, *given.shape[1:])
+        self._held = given, out
+        self._work = self.group.all_to_all(out, given, out_sizes, given_sizes, wait=False)
 
 
 class _Leave(torch.autograd.Function):
-    """Rows that leave; the result may be read once `_Land` has waited. Backward: wait for the gradients."""
+    """Rows that leave, one tensor per flight; returns an empty tensor, by which `_Land` follows in the graph. Backward:
+    wait for the gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, flight: _Flight) -> Tensor:  # type: ignore[override]
-        ctx.flight = flight
-        return flight.leave(rows_ND)
+    def forward(ctx: Any, flights: tuple[_Flight, ...], *rows: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.flights = flights
+        for flight, rows_ND in zip(flights, rows, strict=True):
+            flight.leave(rows_ND)
+        return rows[-1].new_empty(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_SD: Tensor):  # type: ignore[override]
-        # the gradient proper travelled; what autograd hands over is the one that `_Land` sent
-        return ctx.flight.land_back(), None
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        return None, *(flight.land() for flight in ctx.flights)
 
 
 class _Land(torch.autograd.Function):
     """Rows that have arrived, one tensor per flight. Backward: let the gradients leave."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
-        half = len(args) // 2
-        ctx.flights = args[half:]
-        for flight in ctx.flights:
-            flight.land()
-        return tuple(rows.view_as(rows) for rows in args[:half])
+    def forward(ctx: Any, left: Tensor, flights: tuple[_Flight, ...]) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.flights = flights
+        ctx.left_like = left.dtype, left.device
+        return tuple(flight.land() for flight in flights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
-        for flight, grad, wanted in zip(ctx.flights, grads, ctx.needs_input_grad, strict=False):
-            if wanted:
-                flight.leave_back(grad)
-        return *grads, *(None for _ in grads)
+        for flight, grad in zip(ctx.flights, grads, strict=True):
+            flight.leave_back(grad)
+        dtype, device = ctx.left_like
+        return torch.empty(0, dtype=dtype, device=device), None
