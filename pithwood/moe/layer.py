@@ -58,17 +58,20 @@ class MoELayer(nn.Module):
         residual_TD: Tensor | None = None,
         experts: Callable[..., Tensor] | None = None,
         meanwhile: Callable[[], None] | None = None,
+        exact: bool = False,
     ) -> Tensor:
         """Dispatch, experts, combine: [T, D] sum of each token's experts, plus the residual.
 
         Tokens are taken `chunk_tokens` at a time if the configuration says so: the [R, D] and [R, 2F] rows exist for
         one chunk only, in the backward pass too. `experts` stands in for the layer's own, of the same signature.
-        `meanwhile` is called once, where there is an exchange while the first tokens travel.
+        `meanwhile` is called once, where there is an exchange while the first tokens travel. `exact` asks the exchange
+        for exact sizes: outside a step nobody asks how full bounded buffers were.
         """
         cfg = self.cfg
         run = self.experts if experts is None else experts
         if self.exchange is not None:
-            return self._mix_between(self.exchange, x_TD, ids_Tk, weight_Tk, residual_TD, run, meanwhile)
+            inputs = x_TD, ids_Tk, weight_Tk, residual_TD
+            return self._mix_between(self.exchange, *inputs, run, meanwhile, exact)
         if meanwhile is not None:
             meanwhile()
 
@@ -100,6 +103,7 @@ class MoELayer(nn.Module):
         residual_TD: Tensor | None,
         run: Callable[..., Tensor],
         meanwhile: Callable[[], None] | None,
+        exact: bool,
     ) -> Tensor:
         """`mix` between processes. While the experts work on one chunk, the next one's tokens come and the results of
         the last one go; a chunk whose experts are computed again keeps the tokens that arrived.
@@ -116,14 +120,14 @@ class MoELayer(nn.Module):
             return combine_tokens(rows_RD, plan)
 
         outs: list[Tensor] = []
-        coming = exchange.begin_dispatch(*chunks[0])
+        coming = exchange.begin_dispatch(*chunks[0], exact)
         if meanwhile is not None:
             meanwhile()
         going: Combining | None = None
         for index in range(len(chunks)):
             arrived = coming.wait()
             if index + 1 < len(chunks):
-                coming = exchange.begin_dispatch(*chunks[index + 1])
+                coming = exchange.begin_dispatch(*chunks[index + 1], exact)
             inputs = arrived.x_SD, arrived.weight_Sk, arrived.plan
             if again:
                 part_SD = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -140,7 +144,8 @@ class MoELayer(nn.Module):
         """Route, dispatch, experts, combine, plus the shared experts: [T, D] -> [T, D]."""
         ids_Tk, weight_Tk, x_TD = self.route(x_TD, ctx)
         shared: list[Tensor | None] = []
-        out_TD = self.mix(x_TD, ids_Tk, weight_Tk, meanwhile=lambda: shared.append(self.shared(x_TD)))
+        share = lambda: shared.append(self.shared(x_TD))  # noqa: E731
+        out_TD = self.mix(x_TD, ids_Tk, weight_Tk, meanwhile=share, exact=ctx.ledger is None)
         return out_TD if shared[0] is None else out_TD + shared[0]
 
     @property

@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -129,15 +127,6 @@ class ExpertExchange:
             torch.maximum(full[place], most.max().to(torch.float64) / room, out=full[place])
         return full
 
-    @contextmanager
-    def exactly(self) -> Iterator[None]:
-        """Context in which sizes are exact: for passes outside a step, where nobody asks how full buffers were."""
-        how, self.how = self.how, "exact"
-        try:
-            yield
-        finally:
-            self.how = how
-
     def grow(self, fullness: list[float]) -> None:
         """Make room for what a step needed; `fullness` is the maximum over all processes, above 1 in some place."""
         for place, full in enumerate(fullness):
@@ -161,17 +150,18 @@ class ExpertExchange:
         arrived = self.group.size * self._capacity(num_tokens, k, room[0])
         return arrived, self._max_rows(num_tokens, k, arrived, room[1])
 
-    def begin_dispatch(self, x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor) -> Dispatching:
+    def begin_dispatch(self, x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, exact: bool = False) -> Dispatching:
         """Send tokens to their experts; `.wait()` of what this returns gives those that arrive.
 
         x_TD        [T, D] any float, differentiable
         ids_Tk      [T, k] int, 0 <= id < num_experts, or -1 for none
         weight_Tk   [T, k] float, differentiable
+        exact       take exact sizes whatever `how` says: outside a step nobody asks how full buffers were
         """
         size, here = self.group.size, self.experts_here
         num_tokens, k = ids_Tk.shape
         owner_Tm = owner_ids(ids_Tk, here, size)
-        if self.how == "exact":
+        if exact or self.how == "exact":
             route, max_rows = self._exact_route(owner_Tm, ids_Tk)
         else:
             capacity = self.capacity(num_tokens, k)
@@ -187,9 +177,9 @@ class ExpertExchange:
         left = _Leave.apply(tuple(flights), weight_Nk, x_ND)
         return Dispatching(self, route, max_rows, ids, tuple(flights), left)
 
-    def dispatch(self, x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor) -> Arrived:
+    def dispatch(self, x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, exact: bool = False) -> Arrived:
         """Both halves of the way there."""
-        return self.begin_dispatch(x_TD, ids_Tk, weight_Tk).wait()
+        return self.begin_dispatch(x_TD, ids_Tk, weight_Tk, exact).wait()
 
     def begin_combine(self, part_SD: Tensor, handle: Route) -> Combining:
         """Send back one row per arrived token: the sum over its experts here, weights applied."""
