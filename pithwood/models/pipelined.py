@@ -187,12 +187,12 @@ def layer_in_parts(
         # nobody reads it again
         routed.ffn_in_TD = routed.ffn_in_TD.detach()[:0]
     names, later = list(routed.carry), [routed.residual_TD, routed.ffn_in_TD, *routed.carry.values()]
-    coming.x_SD, coming.weight_Sk, *later = yield [coming.x_SD, coming.weight_Sk, *later]
+    coming.left, *later = yield [coming.left, *later]
     arrived = coming.wait()
     rows_RD, weight_R, plan = planned_rows(arrived.x_SD, arrived.weight_Sk, arrived.plan)
     rows_RD = block.experts(rows_RD, plan.offsets, weight_R, None if mlp.save_rows else (arrived.x_SD, plan))
     going = mlp.exchange.begin_combine(combine_tokens(rows_RD, plan), arrived.handle)
-    going.rows_ND, *later = yield [going.rows_ND, *later]
+    going.left, *later = yield [going.left, *later]
     routed.residual_TD, routed.ffn_in_TD, *rest = later
     routed.carry = dict(zip(names, rest, strict=True))
     out = block.merge(routed, going.wait(routed.residual_TD)), routed.carry

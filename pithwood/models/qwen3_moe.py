@@ -241,8 +241,9 @@ class Block(nn.Module):
             assert routed.weight_Tk is not None
             travelling = None if self.mlp.exchange is None else partial(self._share, routed)
             out_TD = self.mlp.mix(
-                routed.ffn_in_TD, routed.ids_Tk, routed.weight_Tk, routed.residual_TD, stages.experts, travelling
-            )
+                routed.ffn_in_TD, routed.ids_Tk, routed.weight_Tk, routed.residual_TD, stages.experts, travelling,
+                exact=ctx.ledger is None,
+            )  # fmt: skip
         return stages.merge(routed, out_TD), routed.carry
 
 

@@ -58,17 +58,20 @@ class MoELayer(nn.Module):
         residual_TD: Tensor | None = None,
         experts: Callable[..., Tensor] | None = None,
         meanwhile: Callable[[], None] | None = None,
+        exact: bool = False,
     ) -> Tensor:
         """Dispatch, experts, combine: [T, D] sum of each token's experts, plus the residual.
 
         Tokens are taken `chunk_tokens` at a time if the configuration says so: the [R, D] and [R, 2F] rows exist for
         one chunk only, in the backward pass too. `experts` stands in for the layer's own, of the same signature.
-        `meanwhile` is called once, where there is an exchange while the first tokens travel.
+        `meanwhile` is called once, where there is an exchange while the first tokens travel. `exact` asks the exchange
+        for exact sizes: outside a step nobody asks how full bounded buffers were.
         """
         cfg = self.cfg
         run = self.experts if experts is None else experts
         if self.exchange is not None:
-            return self._mix_between(self.exchange, x_TD, ids_Tk, weight_Tk, residual_TD, run, meanwhile)
+            inputs = x_TD, ids_Tk, weight_Tk, residual_TD
+            return self._mix_between(self.exchange, *inputs, run, meanwhile, exact)
         if meanwhile is not None:
             meanwhile()
 
@@ -100,6 +103,7 @@ class MoELayer(nn.Module):
         residual_TD: Tensor | None,
         run: Callable[..., Tensor],
         meanwhile: Callable[[], None] | None,
+        exact: bool,
     ) -> Tensor:
         """`mix` between processes. While the experts work on one chunk, the next one's tokens come and the results of
         the last one go; a chunk whose experts are computed again keeps the tokens that arrived.
@@ -116,14 +120,14 @@ class MoELayer(nn.Module):
             return combine_tokens(rows_RD, plan)
 
         outs: list[Tensor] = []
-        coming = exchange.begin_dispatch(*chunks[0])
+        coming = exchange.begin_dispatch(*chunks[0], exact)
         if meanwhile is not None:
             meanwhile()
         going: Combining | None = None
         for index in range(len(chunks)):
             arrived = coming.wait()
             if index + 1 < len(chunks):
-                coming = exchange.begin_dispatch(*chunks[index + 1])
+                coming = exchange.begin_dispatch(*chunks[index + 1], exact)
             inputs = arrived.x_SD, arrived.weight_Sk, arrived.plan
             if again:
                 part_SD = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -140,7 +144,8 @@ class MoELayer(nn.Module):
         """Route, dispatch, experts, combine, plus the shared experts: [T, D] -> [T, D]."""
         ids_Tk, weight_Tk, x_TD = self.route(x_TD, ctx)
         shared: list[Tensor | None] = []
-        out_TD = self.mix(x_TD, ids_Tk, weight_Tk, meanwhile=lambda: shared.append(self.shared(x_TD)))
+        share = lambda: shared.append(self.shared(x_TD))  # noqa: E731
+        out_TD = self.mix(x_TD, ids_Tk, weight_Tk, meanwhile=share, exact=ctx.ledger is None)
         return out_TD if shared[0] is None else out_TD + shared[0]
 
     @property
@@ -169,21 +174,30 @@ class MoELayer(nn.Module):
     def cost(self, num_tokens: int, element_size: int = 4) -> Cost:
         """Cost of one forward over num_tokens tokens whose activations take element_size bytes each."""
         cfg, dim = self.cfg, self.model_dim
-        pairs = num_tokens * cfg.top_k
+        pairs: float = num_tokens * cfg.top_k
         router = 2.0 * num_tokens * dim * cfg.num_experts
         experts = 6.0 * dim * (pairs * cfg.expert_dim + num_tokens * cfg.shared_width)
         # Saved per pair: gate and up, the row unless it is gathered again, its weight twice, its id, and where it goes;
         # for the shared experts gate, silu(gate), up and their product. The router keeps its input and fp32 logits.
+        # Between processes the rows have room to spare, and tokens that arrived are kept where they are read again.
         row = dim if self.save_rows else 0
-        saved = pairs * (2 * cfg.expert_dim + row) + num_tokens * (dim + 4 * cfg.shared_width)
         chunked = 0 < cfg.chunk_tokens < num_tokens
-        if chunked and cfg.chunk_recompute:
-            saved = num_tokens * (dim + 4 * cfg.shared_width)
+        at_once = cfg.chunk_tokens if chunked else num_tokens
+        arrived, rows_at_once = 0, at_once * cfg.top_k
+        if self.exchange is not None:
+            arrived, rows_at_once = self.exchange.room_for(at_once, cfg.top_k)
+            pairs = rows_at_once * num_tokens / max(at_once, 1)
+        again = chunked and cfg.chunk_recompute
+        saved: float = num_tokens * (dim + 4 * cfg.shared_width)
+        if not again:
+            saved += pairs * (2 * cfg.expert_dim + row)
+        if again or not self.save_rows:
+            saved += arrived * dim * num_tokens / max(at_once, 1)
         routing = num_tokens * 4 * cfg.num_experts + pairs * 28
-        # At its peak the backward pass holds the gradients of the experts' output, of gate and up, and of the rows.
-        rows_at_once = (cfg.chunk_tokens if chunked else num_tokens) * cfg.top_k
-        workspace = rows_at_once * 2 * (dim + cfg.expert_dim)
-        if chunked and cfg.chunk_recompute:
+        # At its peak the backward pass holds the gradients of the experts' output, of gate and up, and of the rows,
+        # and those of tokens that arrived on both ends of their way.
+        workspace = rows_at_once * 2 * (dim + cfg.expert_dim) + 2 * arrived * dim
+        if again:
             workspace += rows_at_once * (2 * cfg.expert_dim + row)
         return Cost(
             model_flops=router + experts,

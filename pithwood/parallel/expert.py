@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -129,15 +127,6 @@ class ExpertExchange:
             torch.maximum(full[place], most.max().to(torch.float64) / room, out=full[place])
         return full
 
-    @contextmanager
-    def exactly(self) -> Iterator[None]:
-        """Context in which sizes are exact: for passes outside a step, where nobody asks how full buffers were."""
-        how, self.how = self.how, "exact"
-        try:
-            yield
-        finally:
-            self.how = how
-
     def grow(self, fullness: list[float]) -> None:
         """Make room for what a step needed; `fullness` is the maximum over all processes, above 1 in some place."""
         for place, full in enumerate(fullness):
@@ -147,30 +136,32 @@ class ExpertExchange:
 
     def capacity(self, num_tokens: int, k: int) -> int:
         """Rows that each pair of processes exchanges when bounded, at most `num_tokens`."""
-        if self.balanced:
-            share = _balanced_share(self.num_experts, self.experts_here, k)
-        else:
-            # chance that none of a token's k distinct experts lies on a given process
-            away = self.num_experts - self.experts_here
-            share = 1 - math.prod(max(away - slot, 0) / (self.num_experts - slot) for slot in range(k))
-        return max(1, min(num_tokens, math.ceil((num_tokens * share + self.num_experts) * self.rooms[0])))
+        return self._capacity(num_tokens, k, self.rooms[0])
 
     def max_rows(self, num_tokens: int, k: int, num_arrived: int) -> int:
         """Rows that the experts of one process have room for when bounded."""
-        room = math.ceil((num_tokens * k + self.num_experts) * self.rooms[1])
-        return min(room, num_arrived * min(k, self.experts_here))
+        return self._max_rows(num_tokens, k, num_arrived, self.rooms[1])
 
-    def begin_dispatch(self, x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor) -> Dispatching:
+    def room_for(self, num_tokens: int, k: int) -> tuple[int, int]:
+        """Rows of memory that one dispatch of this process's tokens takes: for tokens that arrive, and for the experts'
+        rows. Exact sizes are those of tokens spread evenly.
+        """
+        room = self.rooms if self.how == "bounded" else [1.0, 1.0]
+        arrived = self.group.size * self._capacity(num_tokens, k, room[0])
+        return arrived, self._max_rows(num_tokens, k, arrived, room[1])
+
+    def begin_dispatch(self, x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, exact: bool = False) -> Dispatching:
         """Send tokens to their experts; `.wait()` of what this returns gives those that arrive.
 
         x_TD        [T, D] any float, differentiable
         ids_Tk      [T, k] int, 0 <= id < num_experts, or -1 for none
         weight_Tk   [T, k] float, differentiable
+        exact       take exact sizes whatever `how` says: outside a step nobody asks how full buffers were
         """
         size, here = self.group.size, self.experts_here
         num_tokens, k = ids_Tk.shape
         owner_Tm = owner_ids(ids_Tk, here, size)
-        if self.how == "exact":
+        if exact or self.how == "exact":
             route, max_rows = self._exact_route(owner_Tm, ids_Tk)
         else:
             capacity = self.capacity(num_tokens, k)
@@ -179,29 +170,40 @@ class ExpertExchange:
             max_rows = self.max_rows(num_tokens, k, plan.num_rows)
             assert plan.count is not None
             self._note(0, plan.count, capacity)
-        ids = _Flight(self.group, route)
-        ids_Sk = ids.leave(gather_ids(ids_Tk, route.plan))
-        flights = _Flight(self.group, route), _Flight(self.group, route)
+        ids, *flights = (_Flight(self.group, route) for _ in range(3))
+        ids.leave(gather_ids(ids_Tk, route.plan))
         # one row per (token, process) of either kind; what a process does not use of the weights gets no gradient there
-        weight_Sk = _Leave.apply(gather_rows(weight_Tk, route.plan), flights[0])
-        x_SD = _Leave.apply(gather_rows(x_TD, route.plan), flights[1])
-        return Dispatching(self, route, max_rows, ids, ids_Sk, flights, weight_Sk, x_SD)
+        weight_Nk, x_ND = gather_rows(weight_Tk, route.plan), gather_rows(x_TD, route.plan)
+        left = _Leave.apply(tuple(flights), weight_Nk, x_ND)
+        return Dispatching(self, route, max_rows, ids, tuple(flights), left)
 
-    def dispatch(self, x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor) -> Arrived:
+    def dispatch(self, x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, exact: bool = False) -> Arrived:
         """Both halves of the way there."""
-        return self.begin_dispatch(x_TD, ids_Tk, weight_Tk).wait()
+        return self.begin_dispatch(x_TD, ids_Tk, weight_Tk, exact).wait()
 
     def begin_combine(self, part_SD: Tensor, handle: Route) -> Combining:
         """Send back one row per arrived token: the sum over its experts here, weights applied."""
         back = replace(
             handle, given_sizes=handle.out_sizes, out_sizes=handle.given_sizes, num_arrived=handle.plan.num_rows
         )
-        flight = _Flight(self.group, back)
-        return Combining(handle, flight, _Leave.apply(part_SD, flight))
+        flights = (_Flight(self.group, back),)
+        return Combining(handle, flights, _Leave.apply(flights, part_SD))
 
     def combine(self, part_SD: Tensor, handle: Route, residual_TD: Tensor | None = None) -> Tensor:
         """Both halves of the way back: [T, D], see `Combining.wait`."""
         return self.begin_combine(part_SD, handle).wait(residual_TD)
+
+    def _capacity(self, num_tokens: int, k: int, room: float) -> int:
+        if self.balanced:
+            share = _balanced_share(self.num_experts, self.experts_here, k)
+        else:
+            # chance that none of a token's k distinct experts lies on a given process
+            away = self.num_experts - self.experts_here
+            share = 1 - math.prod(max(away - slot, 0) / (self.num_experts - slot) for slot in range(k))
+        return max(1, min(num_tokens, math.ceil((num_tokens * share + self.num_experts) * room)))
+
+    def _max_rows(self, num_tokens: int, k: int, num_arrived: int, room: float) -> int:
+        return min(math.ceil((num_tokens * k + self.num_experts) * room), num_arrived * min(k, self.experts_here))
 
     def _exact_route(self, owner_Tm: Tensor, ids_Tk: Tensor) -> tuple[Route, int]:
         """Sizes of both ends, read on the host."""
@@ -211,8 +213,7 @@ class ExpertExchange:
         given = torch.stack([plan.offsets.diff().long(), pairs_P], 1)
         out = torch.empty_like(given)
         self.group.all_to_all(out, given, None, None)
-        given_sizes, _ = given.t().tolist()
-        out_sizes, pairs = out.t().tolist()
+        given_sizes, _, out_sizes, pairs = torch.cat([given, out], 1).t().tolist()
         sent = sum(given_sizes)
         plan = replace(plan, pair_R=plan.pair_R[:sent], token_R=plan.token_R[:sent])
         return Route(plan, given_sizes, out_sizes, sum(out_sizes)), sum(pairs)
@@ -230,21 +231,20 @@ class Dispatching:
     exchange: ExpertExchange
     route: Route
     max_rows: int
-    ids_flight: _Flight
-    ids_Sk: Tensor
-    flights: tuple[_Flight, _Flight]
-    weight_Sk: Tensor
-    x_SD: Tensor
+    ids: _Flight
+    flights: tuple[_Flight, ...]
+    """Of weights and tokens."""
+    left: Tensor
+    """By which this is part of a graph. Whoever cuts the graph here (`parallel.pipeline`) puts a leaf in its place."""
 
     def wait(self) -> Arrived:
         """What arrived, once it has; the experts' rows are planned while the tokens still travel."""
         exchange = self.exchange
-        self.ids_flight.land()
-        plan = plan_rows(self.ids_Sk, exchange.experts_here, first=exchange.first_expert, max_rows=self.max_rows)
+        plan = plan_rows(self.ids.land(), exchange.experts_here, first=exchange.first_expert, max_rows=self.max_rows)
         if self.route.out_sizes is None:
             assert plan.count is not None
             exchange._note(1, plan.count.sum(dtype=torch.int32), self.max_rows)
-        weight_Sk, x_SD = _Land.apply(self.weight_Sk, self.x_SD, *self.flights)
+        weight_Sk, x_SD = _Land.apply(self.left, self.flights)
         return Arrived(x_SD, weight_Sk, plan, self.route)
 
 
@@ -253,12 +253,13 @@ class Combining:
     """Sums over experts on their way to their tokens."""
 
     route: Route
-    flight: _Flight
-    rows_ND: Tensor
+    flights: tuple[_Flight]
+    left: Tensor
+    """As of `Dispatching`."""
 
     def wait(self, residual_TD: Tensor | None = None) -> Tensor:
         """[T, D]: each token's rows from all processes added up in fp32, plus the residual; rounded once."""
-        (rows_ND,) = _Land.apply(self.rows_ND, self.flight)
+        (rows_ND,) = _Land.apply(self.left, self.flights)
         return sum_rows(rows_ND, self.route.plan, residual_TD)
 
 
@@ -279,68 +280,63 @@ class _Flight:
         self.group, self.route = group, route
         self.num_given = 0
         self._work: Any = None
-        self._held: Tensor | None = None
-        """What travels must not be freed on the way."""
-        self._back: Tensor | None = None
+        self._held: tuple[Tensor, Tensor] | None = None
+        """What travels and where it arrives: neither may be freed on the way."""
 
-    def leave(self, rows_ND: Tensor) -> Tensor:
-        rows_ND = rows_ND.contiguous()
+    def leave(self, rows_ND: Tensor) -> None:
         self.num_given = rows_ND.shape[0]
-        out_SD = rows_ND.new_empty(self.route.num_arrived, *rows_ND.shape[1:])
-        self._held = rows_ND
-        self._work = self.group.all_to_all(out_SD, rows_ND, self.route.out_sizes, self.route.given_sizes, wait=False)
-        return out_SD
-
-    def land(self) -> None:
-        if self._work is not None:
-            self._work.wait()
-        self._work = self._held = None
+        self._begin(rows_ND, self.route.num_arrived, self.route.out_sizes, self.route.given_sizes)
 
     def leave_back(self, grad_SD: Tensor) -> None:
-        grad_SD = grad_SD.contiguous()
-        self._held = grad_SD
-        self._back = grad_SD.new_empty(self.num_given, *grad_SD.shape[1:])
-        self._work = self.group.all_to_all(
-            self._back, grad_SD, self.route.given_sizes, self.route.out_sizes, wait=False
-        )
+        self._begin(grad_SD, self.num_given, self.route.given_sizes, self.route.out_sizes)
 
-    def land_back(self) -> Tensor:
-        self.land()
-        back, self._back = self._back, None
-        assert back is not None, "the gradient of rows that travelled was asked for twice, or before it left"
-        return back
+    def land(self) -> Tensor:
+        """What arrives, once it has."""
+        if self._work is not None:
+            self._work.wait()
+        assert self._held is not None, "rows were waited for twice, or before they left"
+        _, out = self._held
+        self._work = self._held = None
+        return out
+
+    def _begin(self, given: Tensor, num_out: int, out_sizes: list[int] | None, given_sizes: list[int] | None) -> None:
+        given = given.contiguous()
+        out = given.new_empty(num_out, *given.shape[1:])
+        self._held = given, out
+        self._work = self.group.all_to_all(out, given, out_sizes, given_sizes, wait=False)
 
 
 class _Leave(torch.autograd.Function):
-    """Rows that leave; the result may be read once `_Land` has waited. Backward: wait for the gradients."""
+    """Rows that leave, one tensor per flight; returns an empty tensor, by which `_Land` follows in the graph. Backward:
+    wait for the gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, flight: _Flight) -> Tensor:  # type: ignore[override]
-        ctx.flight = flight
-        return flight.leave(rows_ND)
+    def forward(ctx: Any, flights: tuple[_Flight, ...], *rows: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.flights = flights
+        for flight, rows_ND in zip(flights, rows, strict=True):
+            flight.leave(rows_ND)
+        return rows[-1].new_empty(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_SD: Tensor):  # type: ignore[override]
-        # the gradient proper travelled; what autograd hands over is the one that `_Land` sent
-        return ctx.flight.land_back(), None
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        return None, *(flight.land() for flight in ctx.flights)
 
 
 class _Land(torch.autograd.Function):
     """Rows that have arrived, one tensor per flight. Backward: let the gradients leave."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
-        half = len(args) // 2
-        ctx.flights = args[half:]
-        for flight in ctx.flights:
-            flight.land()
-        return tuple(rows.view_as(rows) for rows in args[:half])
+    def forward(ctx: Any, left: Tensor, flights: tuple[_Flight, ...]) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.flights = flights
+        ctx.left_like = left.dtype, left.device
+        return tuple(flight.land() for flight in flights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
-        for flight, grad, wanted in zip(ctx.flights, grads, ctx.needs_input_grad, strict=False):
-            if wanted:
-                flight.leave_back(grad)
-        return *grads, *(None for _ in grads)
+        for flight, grad in zip(ctx.flights, grads, strict=True):
+            flight.leave_back(grad)
+        dtype, device = ctx.left_like
+        return torch.empty(0, dtype=dtype, device=device), None

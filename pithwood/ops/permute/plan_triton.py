@@ -23,7 +23,7 @@ SCAN_TILES = 128
 """Tiles and bins that one program of the scan takes at a time."""
 SCAN_BINS = 16
 MIN_BINS = 32
-"""A warp counts into a bin per thread at least."""
+"""As many as a warp has threads: a histogram of fewer saves nothing."""
 
 
 @torch.library.custom_op("pithwood::plan_rows", mutates_args=())
