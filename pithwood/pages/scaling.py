@@ -60,8 +60,8 @@ STRONG = (
     Plan(4096, 64, ("pp=2", "dp_shard=32", "ep=8", DUAL)),
     Plan(4096, 256, ("pp=2", "dp_replicate=2", "dp_shard=64", "ep=8", DUAL)),
     PLANS[2],
-    Plan(4096, 4096, ("dp_replicate=64", "dp_shard=64", "ep=8")),
-    Plan(4096, 4096, ("dp_replicate=256", "dp_shard=16", "cp=4", "ep=8")),
+    Plan(4096, 512, ("pp=4", "dp_replicate=32", "dp_shard=16", "cp=2", "ep=8", DUAL)),
+    Plan(4096, 512, ("pp=4", "dp_replicate=32", "dp_shard=16", "cp=8", "ep=8", DUAL)),
 )
 """4,096 samples on 64, 256, 1,024, 4,096 and 16,384 GPUs."""
 
