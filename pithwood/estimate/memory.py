@@ -15,9 +15,9 @@ ROOM = 1.25
 """Rows that buffers between processes hold, relative to what even spreading needs (`ExpertExchange`)."""
 
 
-def estimate_memory(run: Run, device: Device) -> dict[str, float]:
+def estimate_memory(run: Run, device: Device, spread: Spread | None = None) -> dict[str, float]:
     """Bytes on one device of the run's mesh at the peak of a step, by kind; their sum is what torch will have allocated
-    at most. `Run.validate` has accepted the run.
+    at most. `Run.validate` has accepted the run; spread: `Spread.of(run)`, made here if not given.
 
     One device: `memory_by_kind`. On a mesh cp divides the tokens and pp the layers, of whose activations the first
     stage keeps those of several micro-batches; the fullest stage counts, with the embedding or the head beside its
@@ -29,7 +29,7 @@ def estimate_memory(run: Run, device: Device) -> dict[str, float]:
     exchange          with ep: rows that came from other devices, of every layer whose activations are kept, and those
                       on their way
     """
-    cuda, spread = torch.device("cuda"), Spread.of(run)
+    cuda, spread = torch.device("cuda"), spread or Spread.of(run)
     own, mesh = spread.own_part, run.mesh
     whole = float(sum(param.numel() for param in spread.model.parameters()))
     share = spread.params / spread.shards / whole

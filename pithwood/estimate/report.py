@@ -11,7 +11,7 @@ from pithwood.estimate.efficiency import Efficiency, Row, efficiency
 from pithwood.estimate.memory import estimate_memory
 from pithwood.estimate.spread import Spread
 from pithwood.estimate.time import estimate_time
-from pithwood.estimate.work import meta_model, step_flops
+from pithwood.estimate.work import step_flops
 from pithwood.observe.metrics import HOPPER_MEASURED_FLOPS, HOPPER_PEAK_FLOPS, mfu
 from pithwood.recipes import load_recipe
 from pithwood.run import Run
@@ -24,18 +24,19 @@ def estimate(run: Run, device: Device, rows: Sequence[Row], where: str) -> dict[
 
     rows, where  measured rows whose breakdowns say how efficient each part is, and the file that they come from
     """
-    return _estimate(run, device, efficiency(rows, Spread.of(run).own, where))
+    spread = Spread.of(run)
+    return _estimate(run, device, efficiency(rows, spread.own, where), spread)
 
 
-def _estimate(run: Run, device: Device, known: Efficiency) -> dict[str, Any]:
-    memory = estimate_memory(run, device)
-    time = estimate_time(run, device, known)
-    seconds, flops, mesh = time.step_ms / 1e3, step_flops(run), run.mesh
+def _estimate(run: Run, device: Device, known: Efficiency, spread: Spread) -> dict[str, Any]:
+    memory = estimate_memory(run, device, spread)
+    time = estimate_time(run, device, known, spread)
+    seconds, flops, mesh = time.step_ms / 1e3, step_flops(run, spread.model), run.mesh
     return {
         "device": device.name,
         "mesh": {name: getattr(mesh, name) for name in MESH_SIZES},
         "devices": mesh.size,
-        "parameters": meta_model(run).num_params()["total"],
+        "parameters": spread.model.num_params()["total"],
         "memory_gb": {kind: size / 1e9 for kind, size in memory.items()},
         "peak_gb": sum(memory.values()) / 1e9,
         "device_memory_gb": device.memory_bytes / 1e9,
@@ -97,7 +98,7 @@ def compare_rows(rows: Sequence[Row], device: Device, where: str) -> list[dict[s
         if row["status"] != "ok":
             continue
         run = apply_overrides(load_recipe(row["recipe"]), row["overrides"])
-        found = _estimate(run, device, efficiency(rows, run, where))
+        found = _estimate(run, device, efficiency(rows, run, where), Spread.of(run))
         others = [other for other in rows if other is not row]
         blind = estimate_time(run, device, efficiency(others, run, where)).step_ms
         columns = ("recipe", "layers", "seq_len", "sequences", "micro_batch", "attention", "routing", "settings")

@@ -55,9 +55,11 @@ class TimeEstimate:
         return sum(self.parts.values()) + sum(self.communication.values())
 
 
-def estimate_time(run: Run, device: Device, known: Efficiency) -> TimeEstimate:
-    """Time of a step of the run's first phase on its mesh; `Run.validate` has accepted the run."""
-    spread, mesh = Spread.of(run), run.mesh
+def estimate_time(run: Run, device: Device, known: Efficiency, spread: Spread | None = None) -> TimeEstimate:
+    """Time of a step of the run's first phase on its mesh; `Run.validate` has accepted the run. spread:
+    `Spread.of(run)`, made here if not given.
+    """
+    spread, mesh = spread or Spread.of(run), run.mesh
     again = repeated(run)  # what the floors leave out
     own = replace(spread.own, phases=spread.own.phases[:1])
     work = _own_share(step_work(own, spread.model), spread)

@@ -86,10 +86,13 @@ def attention_op(attention: MixerConfig | Sequence[MixerConfig]) -> str:
     return names.get(kind, kind.__name__)
 
 
-def step_flops(run: Run) -> float:
-    """FLOPs that MFU counts for one step of the run's first phase, each sample one document: 3 x Cost.model_flops."""
-    stage = run.stages()[0]
-    return TRAINING * stage.samples_per_step * meta_model(run).cost(Packing.from_lengths([stage.seq_len])).model_flops
+def step_flops(run: Run, model: Qwen3MoE | None = None) -> float:
+    """FLOPs that MFU counts for one step of the run's first phase, each sample one document: 3 x Cost.model_flops.
+
+    model  what `meta_model` returns, made here if not given
+    """
+    stage, model = run.stages()[0], model or meta_model(run)
+    return TRAINING * stage.samples_per_step * model.cost(Packing.from_lengths([stage.seq_len])).model_flops
 
 
 def step_work(run: Run, model: Qwen3MoE | None = None) -> Work:
