@@ -26,6 +26,7 @@ from pithwood.commands import (
     explain,
     generate,
     inspect,
+    launch,
     prepare,
     profile,
     recipes,
@@ -46,6 +47,7 @@ HELP = """examples:
 COMMANDS = {
     "prepare": prepare,
     "train": train,
+    "launch": launch,
     "recipes": recipes,
     "generate": generate,
     "evaluate": evaluate,

@@ -11,13 +11,13 @@ from pithwood.commands.common import add_command, json_text
 HELP = """examples:
   pithwood estimate qwen3_30b_8l
   pithwood estimate qwen3_30b_8l seq_len=32768 samples_per_step=4 samples_per_micro_batch=1 model.attention=MoBAConfig
-  pithwood estimate qwen3_30b_8l model.num_layers=48 samples_per_step=64 --mesh dp_shard=8 ep=8
+  pithwood estimate qwen3_30b_8l model.num_layers=48 samples_per_micro_batch=16 mesh.dp_shard=8 mesh.ep=8
   pithwood estimate --compare h200
 
 Nothing is allocated. Memory is by kind, for the fullest device; time is by part of the step: least FLOPs and bytes over
 the device's peaks, over the efficiency that the breakdowns in bench/results show (constants where there are none), plus
-the communication that compute does not hide. On several devices samples_per_micro_batch is that of each. --compare puts
-the estimate beside every measured row of a device and writes estimate.json beside train.json."""
+the communication that compute does not hide. --compare puts the estimate beside every measured row of a device and
+writes estimate.json beside train.json."""
 
 
 def add(commands: Any) -> None:
@@ -28,13 +28,6 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("overrides", metavar="path=value", nargs="*", default=[], help="change a setting of the recipe")
     parser.add_argument("--device", metavar="NAME", default="h200", help="h200 or h100 (default: h200)")
-    parser.add_argument(
-        "--mesh",
-        metavar="NAME=N",
-        nargs="+",
-        default=[],
-        help="sizes of pp, dp_replicate, dp_shard, cp, ep (default: 1)",
-    )
     parser.add_argument("--compare", metavar="NAME", help="compare with the measured rows of h200 or h100")
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="with --compare: folder of train.json and estimate.json"
@@ -44,15 +37,15 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> tuple[int, str]:
     """The estimate, as tables or as JSON."""
-    from pithwood.estimate.devices import DEVICES, check_mesh, mesh_from_text
+    from pithwood.estimate.devices import DEVICES
 
     for option in ("device", "compare"):
         name = getattr(args, option)
         if name is not None and name not in DEVICES:
             raise ValueError(f"--{option} {name} is not known; choose one of {', '.join(DEVICES)}")
     if args.compare is not None:
-        if args.recipe is not None or args.mesh:
-            raise ValueError("--compare takes runs from the results file; drop the recipe and --mesh")
+        if args.recipe is not None:
+            raise ValueError("--compare takes runs from the results file; drop the recipe")
         return _compare(args)
     if args.recipe is None:
         raise ValueError("estimate which run? give a RECIPE, or --compare h200 for all measured ones")
@@ -67,9 +60,8 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     settings = apply_overrides(load_recipe(args.recipe), args.overrides)
     settings.validate()
     check_phases(settings)
-    device, mesh = DEVICES[args.device], mesh_from_text(args.mesh)
-    check_mesh(mesh, settings)
-    result = estimate(settings, device, mesh, *read_rows(ROOT, device.name))
+    device = DEVICES[args.device]
+    result = estimate(settings, device, *read_rows(ROOT, device.name))
     if args.json:
         return 0, json_text({"recipe": args.recipe, **result})
     return 0, "\n".join(estimate_lines(result))

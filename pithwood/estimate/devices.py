@@ -1,17 +1,18 @@
-"""Devices that a run can be estimated for, and meshes of them, as plain numbers."""
+"""Devices that a run can be estimated for and how groups of them talk, as plain numbers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pithwood.estimate.work import Peaks
 from pithwood.observe.metrics import HOPPER_COPY_BYTES, HOPPER_MEASURED_FLOPS
-from pithwood.run import Run
 
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU and how it reaches others."""
+    """One GPU and how it reaches others. Speeds between GPUs are assumptions, nothing of them is measured yet."""
 
     name: str
     """Folder of its results files under bench/results."""
@@ -22,6 +23,8 @@ class Device:
     """One direction, to GPUs of the same host: 80 % of the 450 GB/s that NVLink 4 states."""
     network_bytes_per_s: float = 40e9
     """One direction, to other hosts: 80 % of one 400 Gb/s InfiniBand port for each GPU."""
+    hop_s: float = 5e-6
+    """From one process to the next of a ring, however little is sent."""
     per_host: int = 8
     """GPUs of a host."""
 
@@ -34,67 +37,46 @@ DEVICES = {
 
 
 @dataclass(frozen=True)
-class MeshSizes:
-    """How many ways the work is divided: pp * dp_replicate * dp_shard * cp devices, the experts over ep of them."""
+class Reach:
+    """How a group of devices lies on hosts, and what its exchanges take, in seconds, for the slowest member."""
 
-    pp: int = 1
-    """Pipeline stages; each holds as many layers."""
-    dp_replicate: int = 1
-    """Copies of the whole state; each takes its share of the samples."""
-    dp_shard: int = 1
-    """Devices that share one copy of weights, gradients and optimizer state; each takes its share of the samples."""
-    cp: int = 1
-    """Devices that share a sequence, and one copy of the state with dp_shard."""
-    ep: int = 1
-    """Devices of dp_shard * cp that share the experts."""
+    device: Device
+    size: int
+    hosts: int
+    near: int
+    """Members on a host, at least: so many network ports of a host work for the group."""
 
-    @property
-    def world(self) -> int:
-        return self.pp * self.dp_replicate * self.dp_shard * self.cp
+    @staticmethod
+    def of(device: Device, ranks: Sequence[int]) -> Reach:
+        """The group of these ranks, hosts being filled in their order."""
+        on_host = Counter(rank // device.per_host for rank in ranks)
+        return Reach(device, len(ranks), len(on_host), min(on_host.values()))
 
-    @property
-    def data_ranks(self) -> int:
-        """Groups of devices that take different samples."""
-        return self.dp_replicate * self.dp_shard
+    def gather_s(self, total_bytes: float) -> float:
+        """All members get all parts, `total_bytes` together; scattering a sum takes as long. Around a ring of hosts by
+        all ports at once, and inside each host over NVLink meanwhile.
+        """
+        if self.size == 1:
+            return 0.0
+        inside = total_bytes * (1 - 1 / self.size) / self.device.nvlink_bytes_per_s if self.near > 1 else 0.0
+        between = total_bytes * (1 - 1 / self.hosts) / (self.near * self.device.network_bytes_per_s)
+        return max(inside, between) + (self.size - 1) * self.device.hop_s
 
-    @property
-    def shards(self) -> int:
-        """Devices over which one copy of a stage's state is divided."""
-        return self.dp_shard * self.cp
+    def all_reduce_s(self, part_bytes: float) -> float:
+        """A sum over all members of `part_bytes`, known to all: scattered, then gathered."""
+        return 2 * self.gather_s(part_bytes)
 
+    def all_to_all_s(self, pair_bytes: float) -> float:
+        """Every member sends every other one so many bytes."""
+        if self.size == 1:
+            return 0.0
+        inside = (self.near - 1) * pair_bytes / self.device.nvlink_bytes_per_s
+        between = (self.size - self.near) * pair_bytes / self.device.network_bytes_per_s
+        return max(inside, between) + self.device.hop_s
 
-def mesh_from_text(words: list[str]) -> MeshSizes:
-    """The mesh of words such as `dp_shard=8`; ValueError for a name or number that cannot be."""
-    names = [field.name for field in fields(MeshSizes)]
-    sizes: dict[str, int] = {}
-    for word in words:
-        name, equals, number = word.partition("=")
-        if not equals or name not in names:
-            raise ValueError(f"--mesh {word} is no part of a mesh; write NAME=N with NAME among {', '.join(names)}")
-        if not number.isdigit() or int(number) < 1:
-            raise ValueError(f"--mesh {word} must be a whole number of at least 1")
-        if name in sizes:
-            raise ValueError(f"--mesh gives {name} twice")
-        sizes[name] = int(number)
-    return MeshSizes(**sizes)
-
-
-def check_mesh(mesh: MeshSizes, run: Run) -> None:
-    """Raise ValueError, in the words of mesh and run, for a mesh that cannot divide the run."""
-    model = run.model
-    if mesh.shards % mesh.ep:
-        raise ValueError(
-            f"ep={mesh.ep} must divide dp_shard * cp = {mesh.shards}: the experts lie on devices that share one state"
-        )
-    if model.moe.num_experts % mesh.ep:
-        raise ValueError(f"ep={mesh.ep} must divide model.moe.num_experts={model.moe.num_experts}")
-    if model.num_layers % mesh.pp:
-        raise ValueError(f"pp={mesh.pp} must divide model.num_layers={model.num_layers}")
-    if run.seq_len % mesh.cp:
-        raise ValueError(f"cp={mesh.cp} must divide seq_len={run.seq_len}")
-    each, rest = divmod(run.samples_per_step, mesh.data_ranks)
-    if rest or each % run.samples_per_micro_batch:
-        raise ValueError(
-            f"samples_per_step={run.samples_per_step} must be a multiple of dp_replicate * dp_shard = "
-            f"{mesh.data_ranks} times samples_per_micro_batch={run.samples_per_micro_batch}, which is per device"
-        )
+    def send_s(self, num_bytes: float) -> float:
+        """One member sends to the next one of the group."""
+        if self.size == 1:
+            return 0.0
+        speed = self.device.nvlink_bytes_per_s if self.hosts == 1 else self.device.network_bytes_per_s
+        return num_bytes / speed + self.device.hop_s

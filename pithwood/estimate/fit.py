@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pithwood.config import apply_overrides
-from pithwood.estimate.devices import Device, MeshSizes
+from pithwood.estimate.devices import Device
 from pithwood.estimate.memory import estimate_memory
 from pithwood.run import Run
 
@@ -24,7 +24,7 @@ def fitting_overrides(run: Run, device: Device) -> tuple[list[str], bool]:
     """
     least: tuple[float, list[str]] = float("inf"), []
     for words in _candidates(run):
-        need = sum(estimate_memory(apply_overrides(run, words), device, MeshSizes()).values())
+        need = sum(estimate_memory(apply_overrides(run, words), device).values())
         if need <= MARGIN * device.memory_bytes:
             return words, True
         least = min(least, (need, words))

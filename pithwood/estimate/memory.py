@@ -2,67 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from pithwood.estimate.devices import Device, MeshSizes
-from pithwood.estimate.work import meta_model
+from pithwood.estimate.devices import Device
+from pithwood.estimate.spread import Spread
 from pithwood.memory import keeps_copies, memory_by_kind
-from pithwood.models.qwen3_moe import Qwen3MoE
-from pithwood.moe.layer import MoELayer
 from pithwood.run import DTYPES, Run
 
 STATE = ("weights", "weight_copies", "gradients", "optimizer_state", "weight_average")
 """Kinds that belong to parameters; the others belong to a micro-batch."""
+ROOM = 1.25
+"""Rows that buffers between processes hold, relative to what even spreading needs (`ExpertExchange`)."""
 
 
-def estimate_memory(run: Run, device: Device, mesh: MeshSizes) -> dict[str, float]:
-    """Bytes on one device at the peak of a step, by kind; their sum is what torch will have allocated at most.
+def estimate_memory(run: Run, device: Device, spread: Spread | None = None) -> dict[str, float]:
+    """Bytes on one device of the run's mesh at the peak of a step, by kind; their sum is what torch will have allocated
+    at most. `Run.validate` has accepted the run; spread: `Spread.of(run)`, made here if not given.
 
-    One device: `memory_by_kind`. On a mesh (which `check_mesh` has accepted) cp divides the sequence; pp the layers, of
-    whose activations it keeps those of pp micro-batches at most, and the fullest stage counts, which has the embedding
-    or the head beside its layers; dp_shard * cp divide the state, experts by ep and then by what is left of the two.
-    `gathered_weights` then holds two blocks' weights in the activations' dtype: one at work, one on its way.
+    One device: `memory_by_kind`. On a mesh cp divides the tokens and pp the layers, of whose activations the first
+    stage keeps those of several micro-batches; the fullest stage counts, with the embedding or the head beside its
+    layers. dp_shard x cp divide the state, experts by ep and then by what is left of the two. Then there are
+
+    gathered_weights  in the dtype of the products that take them: of the whole stage with mesh.gather=step, else of
+                      two blocks
+    gradients         fp32: of the device's pieces, and with mesh.reduce=step of the whole stage, else of two blocks
+    exchange          with ep: rows that came from other devices, of every layer whose activations are kept, and those
+                      on their way
     """
-    cuda = torch.device("cuda")
-    own = replace(
-        run,
-        seq_len=run.seq_len // mesh.cp,
-        samples_per_step=run.samples_per_step // mesh.data_ranks,
-        phases=run.phases if mesh.world == 1 else (),
-    )
-    kinds = memory_by_kind(own, cuda, copies=keeps_copies(own, cuda, device.memory_bytes / _share(run, mesh)))
-    if mesh.world == 1:
+    cuda, spread = torch.device("cuda"), spread or Spread.of(run)
+    own, mesh = spread.own_part, run.mesh
+    whole = float(sum(param.numel() for param in spread.model.parameters()))
+    share = spread.params / spread.shards / whole
+    # where weights are divided their pieces have copies, which are gathered
+    copies = spread.shards == 1 and keeps_copies(own, cuda, device.memory_bytes / share)
+    kinds = memory_by_kind(own, cuda, copies=copies)
+    if mesh.size == 1:
         return kinds
-    model = meta_model(run)
-    micro = own.samples_per_step // own.samples_per_micro_batch
-    state = _share(run, mesh)
-    live = min(mesh.pp, micro) / mesh.pp
-    divided = {
-        kind: size * (state if kind in STATE else live if kind == "activations" else 1) for kind, size in kinds.items()
-    }
-    if mesh.shards > 1:
-        divided["gathered_weights"] = 2.0 * DTYPES[run.precision].itemsize * _largest_block(model, mesh)
+    held = {"activations": spread.in_flight * spread.layers}
+    divided = {kind: size * (share if kind in STATE else held.get(kind, 1.0)) for kind, size in kinds.items()}
+    if spread.shards > 1:
+        size = DTYPES[run.precision].itemsize
+        products = sum(weight.numel() for weight in spread.model.product_weights().values()) / whole
+        divided["weight_copies"] = size * products * spread.pieces if size < 4 else 0.0
+        divided["gathered_weights"] = size * (spread.gathered if mesh.gather == "step" else spread.two_blocks)
+        if mesh.gather == "step":
+            # what no product takes, the embedding above all, is gathered as it is
+            divided["gathered_weights"] += (4 - size) * (1 - products) * whole / mesh.pp
+        # of experts that no other process shares the gradient is made where it stays
+        divided["gradients"] = 4.0 * (spread.pieces + (spread.gathered if mesh.reduce == "step" else spread.two_blocks))
+    if mesh.ep > 1:
+        divided["exchange"] = _exchange_bytes(run, spread)
     return divided
 
 
-def _share(run: Run, mesh: MeshSizes) -> float:
-    """Share of all state that the fullest device holds."""
-    model = meta_model(run)
-    total = float(sum(param.numel() for param in model.parameters()))
-    blocks = float(sum(param.numel() for block in model.blocks for param in block.parameters()))
-    ends = total - blocks
-    if mesh.pp > 1 and not run.model.tie_embeddings:
-        ends /= 2
-    return (blocks / mesh.pp + ends) / mesh.shards / total
-
-
-def _largest_block(model: Qwen3MoE, mesh: MeshSizes) -> float:
-    """Parameters of a block that a device works with: all but the experts of others."""
-    sizes = []
-    for block in model.blocks:
-        all_of_it = sum(param.numel() for param in block.parameters())
-        experts = sum(p.numel() for p in block.mlp.experts.parameters()) if isinstance(block.mlp, MoELayer) else 0
-        sizes.append(all_of_it - experts + experts / mesh.ep)
-    return max(sizes)
+def _exchange_bytes(run: Run, spread: Spread) -> float:
+    """Of rows between devices: for each layer those that arrived, and at one layer both ways of both directions."""
+    own = spread.own_part
+    room = 1.0 if own.model.moe.routing == "balanced" else ROOM
+    tokens = own.samples_per_micro_batch * own.seq_len
+    rows = min(spread.rows_per_pair() * room, 1.0) * tokens * run.mesh.ep
+    row_bytes = run.model.model_dim * DTYPES[run.precision].itemsize
+    kept = 1 - own.recompute_by_block().count("block") / run.model.num_layers
+    layers = kept * spread.layers * run.model.num_layers * spread.in_flight
+    return rows * row_bytes * (layers + 4)

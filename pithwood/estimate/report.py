@@ -6,33 +6,37 @@ from collections.abc import Sequence
 from typing import Any
 
 from pithwood.config import apply_overrides
-from pithwood.estimate.devices import Device, MeshSizes
+from pithwood.estimate.devices import Device
 from pithwood.estimate.efficiency import Efficiency, Row, efficiency
 from pithwood.estimate.memory import estimate_memory
+from pithwood.estimate.spread import Spread
 from pithwood.estimate.time import estimate_time
-from pithwood.estimate.work import meta_model, step_flops
+from pithwood.estimate.work import step_flops
 from pithwood.observe.metrics import HOPPER_MEASURED_FLOPS, HOPPER_PEAK_FLOPS, mfu
 from pithwood.recipes import load_recipe
 from pithwood.run import Run
 
+MESH_SIZES = ("pp", "dp_replicate", "dp_shard", "cp", "ep")
 
-def estimate(run: Run, device: Device, mesh: MeshSizes, rows: Sequence[Row], where: str) -> dict[str, Any]:
-    """Memory by kind and time by part of one step of `run` on a mesh of devices, as JSON.
+
+def estimate(run: Run, device: Device, rows: Sequence[Row], where: str) -> dict[str, Any]:
+    """Memory by kind and time by part of one step of `run` on its mesh of devices, as JSON.
 
     rows, where  measured rows whose breakdowns say how efficient each part is, and the file that they come from
     """
-    return _estimate(run, device, mesh, efficiency(rows, run, where))
+    spread = Spread.of(run)
+    return _estimate(run, device, efficiency(rows, spread.own, where), spread)
 
 
-def _estimate(run: Run, device: Device, mesh: MeshSizes, known: Efficiency) -> dict[str, Any]:
-    memory = estimate_memory(run, device, mesh)
-    time = estimate_time(run, device, mesh, known)
-    seconds, flops = time.step_ms / 1e3, step_flops(run)
+def _estimate(run: Run, device: Device, known: Efficiency, spread: Spread) -> dict[str, Any]:
+    memory = estimate_memory(run, device, spread)
+    time = estimate_time(run, device, known, spread)
+    seconds, flops, mesh = time.step_ms / 1e3, step_flops(run, spread.model), run.mesh
     return {
         "device": device.name,
-        "mesh": vars(mesh),
-        "devices": mesh.world,
-        "parameters": meta_model(run).num_params()["total"],
+        "mesh": {name: getattr(mesh, name) for name in MESH_SIZES},
+        "devices": mesh.size,
+        "parameters": spread.model.num_params()["total"],
         "memory_gb": {kind: size / 1e9 for kind, size in memory.items()},
         "peak_gb": sum(memory.values()) / 1e9,
         "device_memory_gb": device.memory_bytes / 1e9,
@@ -40,10 +44,11 @@ def _estimate(run: Run, device: Device, mesh: MeshSizes, known: Efficiency) -> d
         "ms": time.parts,
         "floor_ms": time.floors,
         "communication_ms": time.communication,
+        "sent_ms": time.sent,
         "step_ms": time.step_ms,
         "tokens_per_s": run.samples_per_step * run.seq_len / seconds,
-        "mfu": mfu(flops, seconds, HOPPER_PEAK_FLOPS * mesh.world),
-        "mfu_measured": mfu(flops, seconds, HOPPER_MEASURED_FLOPS * mesh.world),
+        "mfu": mfu(flops, seconds, HOPPER_PEAK_FLOPS * mesh.size),
+        "mfu_measured": mfu(flops, seconds, HOPPER_MEASURED_FLOPS * mesh.size),
         "efficiency": known.parts,
         "efficiency_from": known.source,
     }
@@ -66,7 +71,10 @@ def estimate_lines(found: dict[str, Any]) -> list[str]:
     for part, ms in found["ms"].items():
         floor = found["floor_ms"].get(part)
         lines.append(f"{part:<22}{ms:>9.1f}" + (f"{floor:>9.1f}" if floor else ""))
-    lines += [f"{f'sending: {kind}':<22}{ms:>9.1f}" for kind, ms in found["communication_ms"].items() if ms]
+    for kind, ms in found["communication_ms"].items():
+        if sent := found["sent_ms"][kind]:
+            hidden = f"  of {sent:.1f}, the rest behind compute" if ms < sent else ""
+            lines.append(f"{f'sending: {kind}':<22}{ms:>9.1f}{hidden}")
     rate = found["tokens_per_s"]
     each = "" if found["devices"] == 1 else f", {rate / found['devices']:,.0f} on each device"
     return [
@@ -90,10 +98,9 @@ def compare_rows(rows: Sequence[Row], device: Device, where: str) -> list[dict[s
         if row["status"] != "ok":
             continue
         run = apply_overrides(load_recipe(row["recipe"]), row["overrides"])
-        one = MeshSizes()
-        found = _estimate(run, device, one, efficiency(rows, run, where))
+        found = _estimate(run, device, efficiency(rows, run, where), Spread.of(run))
         others = [other for other in rows if other is not row]
-        blind = estimate_time(run, device, one, efficiency(others, run, where)).step_ms
+        blind = estimate_time(run, device, efficiency(others, run, where)).step_ms
         columns = ("recipe", "layers", "seq_len", "sequences", "micro_batch", "attention", "routing", "settings")
         compared.append(
             {

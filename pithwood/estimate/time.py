@@ -2,20 +2,23 @@
 
 Per device: a data rank takes its share of the samples, cp divides what is left of the work, pp the layers, and the
 update is divided over the devices that share a state. The stage with the head has it beside as many layers as the
-others, which wait for it. Communication counts what one device sends in one direction:
+others, which wait for it. Communication is what the slowest device spends on its exchanges, by kind:
 
-    experts     top_k rows per token to their experts and back, forward and backward; not hidden
-    weights     bf16 weights gathered for each forward and backward pass, fp32 gradients reduced once a step; hidden
-                behind the compute of the blocks as far as that lasts
-    replicas    fp32 gradients of the device's shard summed over dp_replicate, once a step; not hidden
-    sequence    keys and values passed on to the other cp ranks, and their gradients back; hidden behind attention
-    pipeline    the residual stream at each stage boundary, both ways; not hidden. The bubble of 1F1B,
-                (pp - 1) / micro-batches of the compute, is a part of its own.
+    experts     a row per token and process that has an expert of it, there and back, forward and backward; hidden
+                behind the compute of another micro-batch with schedule=dualpipe_v, else not
+    weights     gathered in the products' dtype: once a step, hidden behind the first forward pass, or with
+                mesh.gather=forward before each pass, hidden behind all of them
+    gradients   fp32, scattered once a step behind the last backward pass, or with mesh.reduce=micro_batch behind each
+    replicas    fp32 gradients of the device's pieces added up over dp_replicate, once a step; not hidden
+    update      with Muon: matrices that are cut travel to the device that orthogonalises them, and back; not hidden
+    sequence    with cp, queries, keys, values and outputs between the devices of a sequence (mesh.context=heads), or
+                keys and values to all of them (gather); not hidden
+    pipeline    the residual stream at each stage boundary, both ways; not hidden. The bubble is part of idle.
 
-Groups are laid out with cp and ep innermost, then dp_shard, pp, dp_replicate; a group that fits into a host talks over
-NVLink, any other over the network.
+Devices are numbered as in `pithwood/parallel/mesh.py` and fill hosts in this order; which members of a group share a
+host follows from that.
 
-Legend: D model width, G KV heads, K head dim.
+Legend: D model width, H query heads, G KV heads, K head dim.
 """
 
 from __future__ import annotations
@@ -24,12 +27,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pithwood.attention.projections import HeadsMixer
-from pithwood.estimate.devices import Device, MeshSizes
+from pithwood.estimate.devices import Device, Reach
 from pithwood.estimate.efficiency import Efficiency
-from pithwood.estimate.work import Work, meta_model, repeated, step_work
-from pithwood.models.qwen3_moe import Qwen3MoE
+from pithwood.estimate.spread import Spread
+from pithwood.estimate.work import Work, repeated, step_work
 from pithwood.moe.layer import MoELayer
 from pithwood.observe.step_parts import IDLE
+from pithwood.optim.config import MuonConfig
+from pithwood.parallel.mesh import places
 from pithwood.run import DTYPES, Run
 
 
@@ -41,6 +46,8 @@ class TimeEstimate:
     """By part; idle holds what is left over between kernels, and with pp the bubble."""
     communication: dict[str, float]
     """By kind, what is not hidden."""
+    sent: dict[str, float]
+    """By kind, hidden or not."""
     floors: dict[str, float]
 
     @property
@@ -48,69 +55,106 @@ class TimeEstimate:
         return sum(self.parts.values()) + sum(self.communication.values())
 
 
-def estimate_time(run: Run, device: Device, mesh: MeshSizes, known: Efficiency) -> TimeEstimate:
-    """Time of a step of the run's first phase; `check_mesh` has accepted the mesh."""
-    own = replace(run, samples_per_step=run.samples_per_step // mesh.data_ranks, phases=run.phases[:1])
-    model = meta_model(run)
+def estimate_time(run: Run, device: Device, known: Efficiency, spread: Spread | None = None) -> TimeEstimate:
+    """Time of a step of the run's first phase on its mesh; `Run.validate` has accepted the run. spread:
+    `Spread.of(run)`, made here if not given.
+    """
+    spread, mesh = spread or Spread.of(run), run.mesh
     again = repeated(run)  # what the floors leave out
-    work = _own_share(step_work(own, model), mesh)
+    own = replace(spread.own, phases=spread.own.phases[:1])
+    work = _own_share(step_work(own, spread.model), spread)
     floors = {part: 1e3 * sum(piece.floor_s(device.peaks) for piece in pieces) for part, pieces in work.items()}
     parts = {part: floors[part] * again.get(part, 1.0) / known.parts[part] for part in known.parts}
     busy = sum(parts.values())
     parts["other"] = 0.0
     parts[IDLE] = known.rest * busy
-    micro = own.samples_per_step // own.samples_per_micro_batch
     compute = busy - parts["optimizer"]
-    parts[IDLE] += compute * (mesh.pp - 1) / micro
-    hidden = {"weights": compute, "sequence": parts["attention"]}
-    sent = _communication(own, model, device, mesh, micro)
-    return TimeEstimate(parts, {kind: max(ms - hidden.get(kind, 0.0), 0.0) for kind, ms in sent.items()}, floors)
+    parts[IDLE] += compute * spread.bubble
+    sent = _communication(spread, device)
+    # a forward pass is a third of the work
+    once = compute / spread.micro_batches
+    hidden = {
+        "experts": compute if mesh.pp > 1 and mesh.schedule == "dualpipe_v" else 0.0,
+        "weights": once / 3 if mesh.gather == "step" else compute,
+        "gradients": 2 / 3 * (once if mesh.reduce == "step" else compute),
+    }
+    left = {kind: max(ms - hidden.get(kind, 0.0), 0.0) for kind, ms in sent.items()}
+    return TimeEstimate(parts, left, sent, floors)
 
 
-def _own_share(work: Work, mesh: MeshSizes) -> Work:
+def _own_share(work: Work, spread: Spread) -> Work:
     """The work of the busiest device: pp and cp divide the layers, cp the head, which one stage has whole, and the
-    shards of the state the update.
+    shards of the state the update; its Newton-Schulz is spread over replicas too.
     """
-    share: dict[str, Any] = {}
+    mesh, share = spread.mesh, dict[str, Any]()
     for part, pieces in work.items():
-        ways = (1 if part == "head and loss" else mesh.pp) * (mesh.shards if part == "optimizer" else mesh.cp)
-        share[part] = [replace(piece, flops=piece.flops / ways, bytes=piece.bytes / ways) for piece in pieces]
+        layers = 1.0 if part == "head and loss" else spread.layers
+        divided = []
+        for piece in pieces:
+            ways = float(mesh.cp)
+            if part == "optimizer":
+                ways = spread.shards * (mesh.dp_replicate if piece.what == "Newton-Schulz" else 1)
+            divided.append(replace(piece, flops=piece.flops * layers / ways, bytes=piece.bytes * layers / ways))
+        share[part] = divided
     return share
 
 
-def _communication(run: Run, model: Qwen3MoE, device: Device, mesh: MeshSizes, micro: int) -> dict[str, float]:
-    """ms that a device spends sending in one step, by kind, hidden or not; run: the share of one data rank."""
-    size, cfg = DTYPES[run.precision].itemsize, run.model
-    tokens = run.samples_per_step * run.seq_len / mesh.cp
-    layers = cfg.num_layers / mesh.pp
-    moe_layers = sum(isinstance(block.mlp, MoELayer) for block in model.blocks) / mesh.pp
-    row = tokens * cfg.model_dim * size
-    experts = sum(
-        param.numel() for block in model.blocks if isinstance(block.mlp, MoELayer)
-        for param in block.mlp.experts.parameters()
-    ) / mesh.pp  # fmt: skip
-    dense = sum(param.numel() for param in model.parameters()) / mesh.pp - experts
-    expert_ways = mesh.shards // mesh.ep
+def _communication(spread: Spread, device: Device) -> dict[str, float]:
+    """ms of a step that a device's exchanges take, by kind, hidden or not."""
+    mesh, run, model = spread.mesh, spread.own_part, spread.model
+    reach = {
+        name: Reach.of(device, ranks) for name, ranks in places(mesh, 0).items() if name not in ("world", "tokens")
+    }
+    size, micro = DTYPES[run.precision].itemsize, spread.micro_batches
+    tokens = run.samples_per_step * run.seq_len
+    layers = spread.layers * run.model.num_layers
+    moe_layers = spread.layers * sum(isinstance(block.mlp, MoELayer) for block in model.blocks)
+    row = float(run.model.model_dim * size)
 
-    def others(ways: int) -> float:
-        return (ways - 1) / ways
+    pair = tokens * spread.rows_per_pair() * row
+    exchange = 4 * moe_layers * micro * reach["ep"].all_to_all_s(pair / micro) if mesh.ep > 1 else 0.0
 
-    # bf16 weights gathered twice a micro-batch, fp32 gradients reduced once a step
-    per_weight = 2 * size * micro + 4.0
-    gathered = per_weight * (dense * others(mesh.shards) + experts / mesh.ep * others(expert_ways))
-    heads = [block.self_attn for block in model.blocks if isinstance(block.self_attn, HeadsMixer)]
-    keys = sum(2.0 * mixer.shape.num_kv_heads * mixer.shape.head_dim for mixer in heads) / max(len(heads), 1)
-    near, far = _speed(device, mesh.cp), _speed(device, mesh.shards)
+    def divided(per_param: float, times: float) -> float:
+        """Seconds of gathering (or scattering) all weights of the stages so many times, block by block."""
+        dense = reach["shard"].gather_s(spread.dense / layers * per_param)
+        return layers * times * (dense + reach["expert_shard"].gather_s(spread.experts / mesh.ep / layers * per_param))
+
     sent = {
-        "experts": 4 * moe_layers * cfg.moe.top_k * row * others(mesh.ep) / _speed(device, mesh.ep),
-        "weights": gathered / far,
-        "replicas": 2 * 4.0 * (dense + experts) / mesh.shards * others(mesh.dp_replicate) / _speed(device, mesh.world),
-        "sequence": 3 * layers * keys * tokens * size * (mesh.cp - 1) / near,
-        "pipeline": 2 * row * others(mesh.pp) / _speed(device, mesh.shards * mesh.pp),
+        "experts": exchange,
+        "weights": divided(size, 1 if mesh.gather == "step" else 2 * micro),
+        "gradients": divided(4.0, 1 if mesh.reduce == "step" else micro),
+        "replicas": reach["replicate"].all_reduce_s(4.0 * spread.params / spread.shards),
+        "update": _update_s(spread, reach),
+        "sequence": layers * micro * _sequence_s(spread, tokens / micro, size, reach["cp"]),
+        "pipeline": 2 * micro * len(mesh.stages_of_process(0)) * reach["pp"].send_s(tokens / micro * row),
     }
     return {kind: 1e3 * seconds for kind, seconds in sent.items()}
 
 
-def _speed(device: Device, reach: int) -> float:
-    """Bytes per second within a group that spans so many neighbouring devices."""
-    return device.nvlink_bytes_per_s if reach <= device.per_host else device.network_bytes_per_s
+def _update_s(spread: Spread, reach: dict[str, Reach]) -> float:
+    """Matrices that no device has whole go to one as fp32 momentum, and its result comes back in 16 bits."""
+    if not isinstance(spread.own.optim, MuonConfig) or spread.shards == 1:
+        return 0.0
+    cut = spread.dense / spread.shards
+    ways = spread.shards // spread.mesh.ep
+    # experts stay where they are if each device has some of them whole
+    if (spread.own.model.moe.num_experts // spread.mesh.ep) % ways:
+        cut += spread.experts / spread.shards
+    return reach["shard"].all_to_all_s(6.0 * cut / spread.shards)
+
+
+def _sequence_s(spread: Spread, tokens: float, size: int, reach: Reach) -> float:
+    """Of one layer and micro-batch, forward and backward; tokens: of this device."""
+    mesh, cfg = spread.mesh, spread.own.model
+    if mesh.cp == 1:
+        return 0.0
+    heads = [block.self_attn for block in spread.model.blocks if isinstance(block.self_attn, HeadsMixer)]
+    if not heads:
+        return 0.0
+    dim = heads[0].shape.head_dim
+    if mesh.context == "gather" or cfg.num_kv_heads % mesh.cp:
+        # keys and values gathered forward, again backward, and their fp32 gradients scattered
+        kept = 2.0 * cfg.num_kv_heads * dim * tokens * mesh.cp
+        return 2 * reach.gather_s(kept * size) + reach.gather_s(kept * 4.0)
+    # q, k, v one way and the output the other, and their gradients
+    return 2 * reach.all_to_all_s(2.0 * (cfg.num_heads + cfg.num_kv_heads) * dim * size * tokens / mesh.cp)

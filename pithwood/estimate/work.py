@@ -86,10 +86,13 @@ def attention_op(attention: MixerConfig | Sequence[MixerConfig]) -> str:
     return names.get(kind, kind.__name__)
 
 
-def step_flops(run: Run) -> float:
-    """FLOPs that MFU counts for one step of the run's first phase, each sample one document: 3 x Cost.model_flops."""
-    stage = run.stages()[0]
-    return TRAINING * stage.samples_per_step * meta_model(run).cost(Packing.from_lengths([stage.seq_len])).model_flops
+def step_flops(run: Run, model: Qwen3MoE | None = None) -> float:
+    """FLOPs that MFU counts for one step of the run's first phase, each sample one document: 3 x Cost.model_flops.
+
+    model  what `meta_model` returns, made here if not given
+    """
+    stage, model = run.stages()[0], model or meta_model(run)
+    return TRAINING * stage.samples_per_step * model.cost(Packing.from_lengths([stage.seq_len])).model_flops
 
 
 def step_work(run: Run, model: Qwen3MoE | None = None) -> Work:
@@ -104,9 +107,16 @@ def step_work(run: Run, model: Qwen3MoE | None = None) -> Work:
     sample = Packing.from_lengths([stage.seq_len])
     samples, size = stage.samples_per_step, DTYPES[run.precision].itemsize
     work: Work = {part: [] for part in PARTS}
-    for block in model.blocks:
-        _add_mixer(work, block, sample, samples, micro, size)
-        _add_mlp(work, block, run, samples * stage.seq_len, micro, size)
+    # layers of one kind do the same work, and a long sample takes milliseconds to price
+    known: dict[tuple[MixerConfig, bool], Work] = {}
+    for layer, (block, mixer) in enumerate(zip(model.blocks, model.cfg.mixers(), strict=True)):
+        kind = mixer, layer in model.cfg.dense_layers
+        if kind not in known:
+            known[kind] = {part: [] for part in PARTS}
+            _add_mixer(known[kind], block, sample, samples, micro, size)
+            _add_mlp(known[kind], block, run, samples * stage.seq_len, micro, size)
+        for part, pieces in known[kind].items():
+            work[part] += pieces
     cfg, tokens = run.model, samples * stage.seq_len
     row = float(tokens * cfg.model_dim * size)
     # two norms a block and the last: read and write forward, backward reads x and dy and writes dx; the residual stream

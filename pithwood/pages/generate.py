@@ -8,6 +8,7 @@ device: file.device
 <!-- value bench/results/cpu/demo.json recipe=demo,seed=0 validation_loss .3f -->4.193<!-- end value -->
 <!-- configuration --> ... <!-- end configuration -->   every setting; likewise commands, recipes, ops and mixers
 <!-- throughput goals --> ... <!-- end throughput -->    a table of docs/throughput.md, see pithwood/pages/throughput.py
+<!-- scaling plans --> ... <!-- end scaling -->    a table of docs/scaling.md, see pithwood/pages/scaling.py
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from typing import Any
 import pithwood
 from pithwood.pages.configuration import configuration
 from pithwood.pages.listings import commands_table, mixers_table, ops_table, recipes_table
+from pithwood.pages.scaling import scaling
 from pithwood.pages.throughput import throughput
 
 ROOT = Path(pithwood.__file__).parents[1]
-KINDS = "table|value|configuration|commands|recipes|ops|mixers|throughput"
+KINDS = "table|value|configuration|commands|recipes|ops|mixers|throughput|scaling"
 MARKED = re.compile(rf"(<!-- ({KINDS})\b(.*?)-->)(.*?)(<!-- end \2 -->)", re.DOTALL)
 OPENED = re.compile(rf"<!-- (?:{KINDS})\b")
 
@@ -73,6 +75,8 @@ def _content(kind: str, arguments: str, root: Path) -> str:
         return _value(arguments.split(), root)
     if kind == "throughput":
         return f"\n{throughput(arguments.strip(), root)}\n"
+    if kind == "scaling":
+        return f"\n{scaling(arguments.strip(), root)}\n"
     listings = {
         "configuration": configuration,
         "commands": commands_table,

@@ -40,10 +40,11 @@ def test_the_tables_say_what_does_not_fit(capsys):
     out = capsys.readouterr().out
     assert "it does not fit" in out
     assert "experts" in out
-    assert main(["estimate", "qwen3_30b_8l", "samples_per_micro_batch=2", "--mesh", "dp_shard=8", "ep=8"]) == 0
+    assert main(["estimate", "qwen3_30b_8l", "samples_per_micro_batch=8", "mesh.dp_shard=8", "mesh.ep=8"]) == 0
     out = capsys.readouterr().out
     assert "8 x nvidia-h200 (dp_shard 8, ep 8)" in out
     assert "sending: experts" in out
+    assert "the rest behind compute" in out
     assert "on each device" in out
 
 
@@ -82,9 +83,9 @@ def test_measured_rows_stand_beside_their_estimates(tmp_path, capsys):
     [
         ([], "give a RECIPE, or --compare h200"),
         (["debug", "--device", "a100"], "--device a100 is not known; choose one of h200, h100"),
-        (["debug", "--mesh", "tp=2"], "tp=2 is no part of a mesh"),
-        (["debug", "--mesh", "dp_shard=3"], "must be a multiple of dp_replicate * dp_shard = 3"),
-        (["debug", "--compare", "h200"], "drop the recipe and --mesh"),
+        (["debug", "mesh.tp=2"], "mesh.tp"),
+        (["debug", "mesh.dp_shard=3"], "set samples_per_micro_batch to a multiple of 3"),
+        (["debug", "--compare", "h200"], "drop the recipe"),
         (["--compare", "h200", "--out", "nowhere"], "measure first: pithwood bench train RECIPE"),
         (["qwen3_30b_8l", "samples_per_micro_batch=3"], "must divide"),
     ],

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from pithwood.config import apply_overrides
-from pithwood.estimate.devices import DEVICES, MeshSizes
+from pithwood.estimate.devices import DEVICES
 from pithwood.estimate.fit import MARGIN, fitting_overrides
 from pithwood.estimate.memory import estimate_memory
 from pithwood.recipes import load_recipe
@@ -18,7 +18,7 @@ RUN = apply_overrides(load_recipe("qwen3_30b_8l"), ["keep_weight_copies=never"])
 
 
 def need(words: list[str]) -> float:
-    return sum(estimate_memory(apply_overrides(RUN, words), DEVICES["h200"], MeshSizes()).values())
+    return sum(estimate_memory(apply_overrides(RUN, words), DEVICES["h200"]).values())
 
 
 def device_of(size: float):

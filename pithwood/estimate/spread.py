@@ -1,0 +1,138 @@
+"""How a run's mesh divides its model and its samples: what the fullest process of a mesh has of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pithwood.estimate.work import meta_model
+from pithwood.models.qwen3_moe import Qwen3MoE
+from pithwood.moe.layer import MoELayer
+from pithwood.parallel.config import MeshConfig
+from pithwood.run import Run
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The share of the fullest process of the run's mesh; numbers of parameters are of its stages, all experts whole
+    unless said otherwise.
+    """
+
+    mesh: MeshConfig
+    model: Qwen3MoE
+    """Of all layers, without memory."""
+    own: Run
+    """The run of one process: its samples, whole, and all layers."""
+    micro_batches: int
+    layers: float
+    """Of its stages, the most that any process has, as a share of the model's."""
+    dense: float
+    """Parameters of its stages but for the experts, with embedding and head, of which one is on it if pp > 1."""
+    experts: float
+    """Parameters of all experts of its stages."""
+    block_dense: float
+    """Parameters of the largest block but for its experts."""
+    block_experts: float
+
+    @staticmethod
+    def of(run: Run) -> Spread:
+        """The share of a run that `Run.validate` has accepted."""
+        mesh, model = run.mesh, meta_model(run)
+        own = replace(run, mesh=MeshConfig())
+        if mesh.size > 1:
+            stage = run.stages()[0]
+            own = replace(
+                own,
+                seq_len=stage.seq_len,
+                samples_per_step=stage.samples_per_step // mesh.data_size,
+                samples_per_micro_batch=stage.samples_per_batch // mesh.data_size,
+                phases=tuple(replace(phase, seq_len=None) for phase in run.phases[:1]),
+            )
+        stages = mesh.layers_of_stages(run.model.num_layers)
+        counts = [sum(len(stages[stage]) for stage in mesh.stages_of_process(rank)) for rank in range(mesh.pp)]
+        layers = max(counts) / run.model.num_layers
+        blocks = [(_size(block), _size(block.mlp.experts) if isinstance(block.mlp, MoELayer) else 0.0)
+                  for block in model.blocks]  # fmt: skip
+        inside, experts = sum(whole for whole, _ in blocks), sum(part for _, part in blocks)
+        ends = (_size(model) - inside) / (1 if mesh.pp == 1 else 2)
+        return Spread(
+            mesh, model, own, own.samples_per_step // own.samples_per_micro_batch, layers,
+            (inside - experts) * layers + ends, experts * layers,
+            max(whole - part for whole, part in blocks), max(part for _, part in blocks),
+        )  # fmt: skip
+
+    @property
+    def shards(self) -> int:
+        """Processes that divide dense weights."""
+        return self.mesh.dp_shard * self.mesh.cp
+
+    @property
+    def own_part(self) -> Run:
+        """The same with its part of each sample alone."""
+        return replace(self.own, seq_len=self.own.seq_len // self.mesh.cp)
+
+    @property
+    def params(self) -> float:
+        return self.dense + self.experts
+
+    @property
+    def pieces(self) -> float:
+        """Parameters that the process keeps."""
+        return self.params / self.shards
+
+    @property
+    def gathered(self) -> float:
+        """Parameters of its stages that it has only while they are gathered: those that other processes share."""
+        return self.dense + (self.experts / self.mesh.ep if self.shards > self.mesh.ep else 0.0)
+
+    @property
+    def two_blocks(self) -> float:
+        """The same of the two largest blocks: one at work, one on its way."""
+        experts = self.block_experts / self.mesh.ep if self.shards > self.mesh.ep else 0.0
+        return min(2 * (self.block_dense + experts), self.gathered)
+
+    @property
+    def in_flight(self) -> float:
+        """Micro-batches whose activations the first process of the pipeline holds at most, all its layers counted."""
+        mesh = self.mesh
+        if mesh.pp == 1:
+            return 1.0
+        most = float(mesh.pp)
+        if mesh.schedule == "interleaved":
+            most += (mesh.pp - 1) / mesh.stages_per_process
+        elif mesh.schedule == "dualpipe_v":
+            most += 0.5
+        return min(most, float(self.micro_batches))
+
+    @property
+    def bubble(self) -> float:
+        """Time that a process of the pipeline waits, over the time it works; forward, backward of inputs and weight
+        gradients taken as equally long.
+
+        1F1B and interleaved: Narayanan et al. 2021, arXiv 2104.04473; zero_bubble_v: Qi et al. 2024, arXiv 2405.15362;
+        dualpipe_v: (pp - 1) x (a pair + a backward pass - 3 weight gradients) of half the layers, DeepSeek-V3 2024,
+        arXiv 2412.19437, with 2 pp ranks for its pp.
+        """
+        mesh = self.mesh
+        share = {"1f1b": 1.0, "interleaved": 1 / mesh.stages_per_process, "zero_bubble_v": 0.0, "dualpipe_v": 1 / 3}
+        waits = share[mesh.schedule]
+        if mesh.schedule == "zero_bubble_v" and self.micro_batches < 2 * mesh.pp:
+            waits = 0.5  # too few to fill the V: two stages of a process, as if interleaved
+        return (mesh.pp - 1) * waits / self.micro_batches
+
+    def rows_per_pair(self) -> float:
+        """Rows that a token sends to each process of its expert group, on average: one if that has an expert of it."""
+        cfg, ep = self.own.model.moe, self.mesh.ep
+        here = cfg.num_experts // ep
+        if cfg.routing == "balanced":
+            # k neighbours of the circle of experts, from k times the token's number on
+            firsts = [(token * cfg.top_k) % cfg.num_experts for token in range(cfg.num_experts)]
+            owners = [len({(first + j) % cfg.num_experts // here for j in range(cfg.top_k)}) for first in firsts]
+            return sum(owners) / len(owners) / ep
+        away = 1.0
+        for slot in range(cfg.top_k):
+            away *= max(cfg.num_experts - here - slot, 0) / (cfg.num_experts - slot)
+        return 1 - away
+
+
+def _size(module: object) -> float:
+    return float(sum(param.numel() for param in module.parameters()))  # type: ignore[attr-defined]
