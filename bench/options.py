@@ -1,11 +1,14 @@
 """The same run with the settings that save memory or time off and on: their loss curves on real text, side by side.
 
+It says nothing about speed (`pithwood bench train` does), so other work may share the machine.
+
     PYTHONPATH=. python bench/options.py [--recipe lm_100m] [--runs-dir runs] [--compile] [path=value ...]
 
 Rows: `off` (nothing recomputed, no copies of the weights), `off again` (what two equal runs differ by, since atomic
 additions take any order on a GPU), `on` (blocks recomputed, their inputs and the optimizer's state on the host where
-there is a GPU, copies kept if they fit, experts in chunks), `bf16 state` (the same with momentum and moments in bf16).
-Each row has the loss of every tenth step and its distance from `off`. Writes bench/results/<device>/options.json.
+there is a GPU, copies kept if they fit, experts in chunks), `bf16 state` (the same with momentum and moments in bf16),
+with --compile also `compiled` (as `on`, with compiled stages in the place of kernels). Each row has the loss of every
+tenth step and its distance from `off`. Writes bench/results/<device>/options.json.
 """
 
 from __future__ import annotations
@@ -34,13 +37,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="lm_100m")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
-    parser.add_argument("--compile", action="store_true", help="compile the stages of blocks where settings are on")
+    parser.add_argument("--compile", action="store_true", help="add a row with the stages of blocks compiled")
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="for all rows")
     args = parser.parse_args()
     base = apply_overrides(load_recipe(args.recipe), args.overrides)
     base = dataclasses.replace(base, log_every=10, validate_every=base.steps, checkpoint_every=base.steps)
-    on = ON + (ON_GPU if torch.cuda.is_available() else ()) + (("compile=true",) if args.compile else ())
+    on = ON + (ON_GPU if torch.cuda.is_available() else ())
     cases = {"off": OFF, "off again": OFF, "on": on, "bf16 state": on + LOW}
+    if args.compile:
+        cases["compiled"] = (*on, "compile=true")
     rows: list[dict[str, Any]] = []
     for name, settings in cases.items():
         rows.append(_row(name, apply_overrides(base, list(settings)), settings, args.runs_dir))
@@ -50,7 +55,7 @@ def main() -> None:
         print(
             f"{name:<10} last loss {rows[-1]['losses'][-1]:.4f}, validation {rows[-1]['validation_loss']:.4f}; "
             f"{rows[-1]['mean_from_off']:.5f} from off in the mean, {max(apart):.5f} at most; "
-            f"{rows[-1]['tokens_per_s']:,.0f} tokens/s, {rows[-1]['peak_memory_gb']:.1f} GB",
+            f"{rows[-1]['peak_memory_gb']:.1f} GB",
             flush=True,
         )
         path = write_results("options", rows)
@@ -79,7 +84,6 @@ def _row(name: str, run: Run, settings: tuple[str, ...], runs_dir: Path) -> dict
         "tokens_per_step": run.samples_per_step * run.seq_len,
         "losses": [event["loss"] for event in logged],
         "validation_loss": summary["validation_loss"],
-        "tokens_per_s": sorted(event["tokens_per_s"] for event in events)[len(events) // 2],
         "peak_memory_gb": max(event.get("peak_memory_gb", 0.0) for event in events),
     }
 
