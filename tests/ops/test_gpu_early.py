@@ -10,6 +10,7 @@ import torch
 
 from pithwood.ops import attend
 from pithwood.ops.attend import triton as schedule
+from pithwood.ops.attend.ranks_triton import TILE_UNITS
 from tests.ops.test_gpu_moba import check, like, make, random_selection, route, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
@@ -41,6 +42,13 @@ def test_queries_that_take_fewer_blocks_than_they_could(monkeypatch, pair_keys):
     monkeypatch.setattr(schedule, "PAIR_KEYS", pair_keys)
     q, k, v, packing = make([4 * SPAN + 9, SPAN], 4, 1, 128)
     check(q, k, v, packing, random_selection(packing, 4, BLOCK, TOP_K))
+
+
+@pytest.mark.parametrize(("block", "top_k"), [(64, 2), (64, 5), (128, 3)])
+def test_documents_of_more_units_than_a_tile_counts_and_of_fewer(block, top_k):
+    few, some, many = (units * block + 9 for units in (TILE_UNITS // 2 - 2, TILE_UNITS - 2, TILE_UNITS + 3))
+    q, k, v, packing = make([few, some, many, 40], 2, 1)
+    check(q, k, v, packing, random_selection(packing, 2, block, top_k))
 
 
 def test_the_kernel_of_this_gpu_and_the_general_one_agree():
