@@ -112,6 +112,14 @@ def _fixed_seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _memory_given_back() -> Iterator[None]:
+    """What a test took of a GPU and no longer uses goes back, so that several test processes can share one."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Fresh memory of torch.empty and its like holds NaN (or the largest int) in the test, so that reading it shows."""

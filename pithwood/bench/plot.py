@@ -41,6 +41,9 @@ def plot_attention(rows: list[dict[str, Any]], path: Path) -> bool:
     for i, shape in enumerate(shapes):
         for j, pass_ in enumerate(passes):
             here = [row for row in drawn if _shape(row) == shape and row["pass"] == pass_]
+            if not here:
+                axes[i][j].set_visible(False)
+                continue
             _panel(axes[i][j], here, colours)
             what = "forward + backward" if pass_ == "fwd+bwd" else "forward"
             axes[i][j].set_title(f"{what}\n{_title(shape)}", loc="left", fontsize=9.5, color=_INK)

@@ -21,21 +21,24 @@ from pithwood.observe.events import to_json, write_atomically
 Row = dict[str, Any]
 
 COMMIT_VARIABLE = "PITHWOOD_COMMIT"
-"""Environment variable that names the commit where the code runs outside a checkout (copied to a GPU machine)."""
+"""Environment variable that names the commit of code that was copied to where it runs, such as a GPU machine."""
 
 
 def _commit() -> str:
-    """Hash of HEAD of the checkout that this code lies in, with "+changes" if tracked files differ from it; outside a
-    checkout what the environment says, or "unknown"."""
+    """What the environment says; else the hash of HEAD of the checkout that this code lies in, with "+changes" if
+    tracked files differ from it; outside a checkout "unknown"."""
+    named = os.environ.get(COMMIT_VARIABLE)
+    if named:  # the copy may have brought along a checkout's folder that knows only older commits
+        return named
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         tracked = subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True)
         if tracked.returncode:  # an installed copy inside somebody else's checkout
-            return os.environ.get(COMMIT_VARIABLE, "unknown")
+            return "unknown"
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get(COMMIT_VARIABLE, "unknown")
+        return "unknown"
     return head.stdout.strip() + ("+changes" if changed else "")
 
 

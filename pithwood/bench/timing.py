@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from torch import Tensor
 
 FLUSH_BYTES = 256 << 20
 """Written before each timed run, so that none finds its inputs in the L2 cache (50 MB on Hopper)."""
+MOST_FLUSHES = 100
+"""Times that they are written at most, while the host queues the run."""
 TARGET_S = 0.6
 """Timed seconds of one measurement that the number of repetitions aims at."""
 WARM_UP_S = 0.15
@@ -70,24 +73,38 @@ class Timer:
         if seconds > LONG_S:
             reps = LONG_REPS
         reps = max(1, min(reps, int((most_s - seconds * (warm + 1)) / seconds)) if most_s < float("inf") else reps)
-        times = self._on_gpu(run, reps) if self.device.type == "cuda" else [1e3 * self.once(run) for _ in range(reps)]
+        on_gpu = self.device.type == "cuda"
+        times = self._on_gpu(run, reps) if on_gpu else [1e3 * self.once(run) for _ in range(reps)]
         if len(times) < 4:
             return Timing(statistics.median(times), max(times) - min(times), reps)
         low, _, high = statistics.quantiles(times, n=4)
         return Timing(statistics.median(times), high - low, reps)
 
     def _on_gpu(self, run: Callable[[], object], reps: int) -> list[float]:
-        # All runs are queued before any is waited for: while the cache is displaced the host gets ahead, so that the
-        # events time the GPU and not the launches.
+        # All runs are queued before any is waited for, and while the cache is displaced the host queues the next one,
+        # so that the events time the GPU and not the launches: in a training step, too, the host is ahead.
         assert self._flush is not None
+        flushes = self._flushes(run)
         begin, end = ([torch.cuda.Event(enable_timing=True) for _ in range(reps)] for _ in range(2))
         for i in range(reps):
-            self._flush.zero_()
+            for _ in range(flushes):
+                self._flush.zero_()
             begin[i].record()
             run()
             end[i].record()
         torch.cuda.synchronize(self.device)
         return [b.elapsed_time(e) for b, e in zip(begin, end, strict=True)]
+
+    def _flushes(self, run: Callable[[], object]) -> int:
+        """How often the cache is displaced before a run, so that this takes longer than the host needs to queue it."""
+        flush = self._flush
+        assert flush is not None
+        flush_s = self.once(lambda: [flush.zero_() for _ in range(8)]) / 8
+        synchronize(self.device)
+        start = time.perf_counter()
+        run()
+        host_s = time.perf_counter() - start
+        return min(max(1, math.ceil(1.5 * host_s / flush_s)), MOST_FLUSHES)
 
     def peaks(self, dtype: torch.dtype) -> Peaks:
         """Best of several measurements of a large matmul (random normal values) and of a copy (read and write)."""

@@ -13,8 +13,8 @@ HELP = """examples:
   pithwood bench train debug --steps 6
   pithwood bench train qwen3_30b_8l --routing balanced --breakdown --json
 
-`pithwood bench attention --help` and `pithwood bench train --help` tell more. Where the code is no checkout,
-PITHWOOD_COMMIT names its commit."""
+`pithwood bench attention --help` and `pithwood bench train --help` tell more. PITHWOOD_COMMIT, where it
+is set, names the commit of code that was copied."""
 
 SUBJECTS = {"attention": bench_attention, "train": bench_train}
 

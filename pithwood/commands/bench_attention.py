@@ -23,7 +23,8 @@ Without --rows, --length, --blocks and the like say what to measure (every combi
 the preset's rows: issue (8K to 1M tokens), gqa (32 query and 4 KV heads), d64, packed (documents of 1 to 32K tokens),
 smoke (seconds), or single rows of issue such as 128K-512x8. Cheap shapes come first, and the file is written after
 every row. Dense attention is measured at the same shapes in the same run. Each implementation is compared with
-fp64 first and gets no numbers if it disagrees. Where the code is no checkout, PITHWOOD_COMMIT names its commit."""
+fp64 first and gets no numbers if it disagrees. PITHWOOD_COMMIT, where it is set, names the commit of
+code that was copied."""
 
 
 def add(subjects: Any) -> None:

@@ -22,8 +22,8 @@ A fresh model of the recipe does --steps optimizer steps; the device is idle at 
 first --drop steps are not counted. The row replaces an equal one in bench/results/<device>/train.json and is compared
 with the last committed one of the same workload. --breakdown adds where the step's time goes, and the floor of each
 part. A sweep measures its rows one by one, cheap first, each in a process of its own that writes its row; overrides and
---breakdown hold for all of them, --fit adds recomputation where it is needed. Where the code is no checkout,
-PITHWOOD_COMMIT names its commit."""
+--breakdown hold for all of them, --fit adds recomputation where it is needed. PITHWOOD_COMMIT, where it
+is set, names the commit of code that was copied."""
 
 
 def add(subjects: Any) -> None:

@@ -222,6 +222,8 @@ def test_the_picture_shows_every_shape_and_pass(tmp_path: Path):
     for colour in ("#d1495b", "#111827"):  # MoBA and flash-attention 4
         rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         assert (abs(pixels - rgb).max(-1) < 0.02).sum() > 30
+    one_pass = [row for row in rows if row["kv_heads"] == 16 or row["pass"] == "fwd"]
+    assert plot_attention(one_pass, tmp_path / "a.png")
     skipped = [{**row, "status": "out of memory"} for row in rows]
     assert not plot_attention(skipped, tmp_path / "b.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

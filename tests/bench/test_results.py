@@ -2,6 +2,7 @@
 
 import pytest
 
+from pithwood.bench import results
 from pithwood.bench.results import told
 
 
@@ -9,3 +10,11 @@ from pithwood.bench.results import told
 @pytest.mark.parametrize("option", ["--out /somewhere/else", "--out=/somewhere/else", "--out '/some where'"])
 def test_a_results_file_does_not_name_the_folder_it_was_written_to(option):
     assert told(f"pithwood bench train debug {option} --steps 3") == "pithwood bench train debug --steps 3"
+
+
+@pytest.mark.quick
+def test_code_that_was_copied_has_the_commit_that_the_environment_names(monkeypatch):
+    monkeypatch.setenv(results.COMMIT_VARIABLE, "abc1234")
+    assert results._commit() == "abc1234"
+    monkeypatch.delenv(results.COMMIT_VARIABLE)
+    assert results._commit() != "abc1234"

@@ -398,9 +398,9 @@ def test_ten_runs_agree_bit_by_bit():
 def test_the_fast_forward_repeats_too():
     q, k, v, packing = make([8000], 8, 2, 128)
     selection = route(q, k, packing, 128, 8)
-    first = attend(q, k, v, packing, selection, impl="triton")
+    first = attend(q, k, v, packing, selection, impl="triton", deterministic=False)
     for _ in range(9):
-        o, lse = attend(q, k, v, packing, selection, impl="triton")
+        o, lse = attend(q, k, v, packing, selection, impl="triton", deterministic=False)
         assert torch.equal(o, first[0])
         assert torch.equal(lse, first[1])
 
@@ -557,7 +557,7 @@ def test_inference_mode_gives_the_same():
     q, k, v, packing = make([900])
     selection = route(q, k, packing, 64, 3)
     with torch.inference_mode():
-        o, lse = attend(q, k, v, packing, selection, impl="triton")
+        o, lse = attend(q, k, v, packing, selection, impl="triton", deterministic=False)
     found = run(q, k, v, packing, selection)
     assert torch.equal(o, found["o"])
     assert torch.equal(lse, found["lse"])

@@ -34,12 +34,12 @@ def gradients(impl, args, upstream=0.25):
     return value.detach(), x.grad, weight.grad
 
 
-def compare(impl, args):
+def compare(impl, args, tol=None):
     found, expected = gradients(impl, args), gradients("ref", args)
-    half = args[0].dtype in (torch.float16, torch.bfloat16)
+    limit = {torch.float16: 5e-3, torch.bfloat16: 2e-2}.get(args[0].dtype) if tol is None else tol
     for name, a, b in zip(("value", "dx", "dW"), found, expected, strict=True):
         assert a.dtype == b.dtype, name
-        assert_close(a, b, {torch.float16: 5e-3, torch.bfloat16: 2e-2}[args[0].dtype] if half else None, name)
+        assert_close(a, b, limit, name)
     return found
 
 
@@ -140,7 +140,10 @@ class TestKernel:
         assert_close(grad_x[~idle], expected[1])
 
     def test_large_logits_do_not_overflow(self):
-        compare("triton", make(scale=300.0, device=DEVICE))
+        args = make(scale=300.0, device=DEVICE)
+        # what rounding moves a logit by, it moves the token's probability by, relatively
+        largest = float((args[0] @ args[1].t()).abs().max())
+        compare("triton", args, tol=largest * 2**-24)
 
     def test_the_heads_gradient_is_added_to_what_is_there(self):
         x, weight, target, counts = make(device=DEVICE)

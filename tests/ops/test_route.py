@@ -174,7 +174,8 @@ def test_split_products_are_as_exact_as_fp32(size: tuple[int, int, int]) -> None
     pull_TE = torch.randn(tokens, experts, device="cuda")
     logits_TE = router_logits(x_TD, weight_ED, impl="split")
     want = x_TD.double() @ weight_ED.double().t()
-    assert_close(logits_TE, want, 1e-6)
+    # tensor cores add 16 products at a time, and cut the sum off where fp32 ends instead of rounding it
+    assert_close(logits_TE, want, max(1e-6, dim / 16 * 2**-24))
     grads = torch.autograd.grad(logits_TE, (x_TD, weight_ED), pull_TE)
     wants = torch.autograd.grad(want, (x_TD, weight_ED), pull_TE.double())
     assert grads[0].dtype == torch.bfloat16

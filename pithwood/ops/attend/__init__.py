@@ -35,7 +35,7 @@ def attend(
     scale: float | None = None,
     sink_H: Tensor | None = None,
     *,
-    deterministic: bool = False,
+    deterministic: bool | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend each query to the units selected for it, causally if the packing is.
@@ -45,8 +45,8 @@ def attend(
                                         the ids of a row differ from each other, those past the query are not seen
     scale                               factor of the scores; None: K ** -0.5
     sink_H      [H] float               a logit per head that takes part in the softmax without a value (not scaled)
-    deterministic                       the backward pass repeats bit for bit; "triton" is slower then. Also on where
-                                        torch.use_deterministic_algorithms is
+    deterministic                       the backward pass repeats bit for bit; "triton" is slower then. None: where
+                                        torch.use_deterministic_algorithms is on
     impl        "ref" | "torch" | "triton"   None: "triton" where it fits: CUDA (or Triton's interpreter, see
                                         `triton_misfit`), fp32, fp16 or bf16, head dims up to 256, units of 16 keys or
                                         more; "torch" elsewhere, and by default on CPUs
@@ -79,7 +79,8 @@ def attend(
     elif impl == "triton":
         from pithwood.ops.attend.triton import attend_triton  # imports triton, which not every machine has
 
-        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
         o, lse = attend_triton(q_THK, k_TGK, v_TGV, packing, selection, scale, deterministic)
     elif selection.unit < SMALL_UNIT:
         o, lse = QueryMajorAttention.apply(q_THK, k_TGK, v_TGV, packing, selection, scale)

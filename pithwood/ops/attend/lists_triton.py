@@ -28,7 +28,7 @@ QUERIES = 128
 """Queries per program of the passes over ids."""
 TILE_BLOCK = 64
 """Selections with an own unit of at least so many keys have their ranks counted tile by tile, unless they are ordered.
-The tiles of smaller units would be too many."""
+The tiles of smaller units would be too many, and Triton 3.6 compiles scans and gathers over them wrongly."""
 LISTS = 256
 """Lists per program that writes work items."""
 SEGMENT_QUERIES = 256

@@ -38,7 +38,7 @@ def moba_attention(
     causal: bool = True,
     softmax_scale: float | None = None,
     return_lse: bool = False,
-    deterministic: bool = False,
+    deterministic: bool | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Each query attends to its own key block and to the best scored earlier ones, `top_k` blocks together.
@@ -52,7 +52,8 @@ def moba_attention(
     causal          False: all blocks of the document are candidates and the own block is not forced
     softmax_scale   None: K ** -0.5
     return_lse      also return the log-sum [.., T_q, H] in fp32
-    deterministic   the backward repeats bit for bit; True is slower with "triton", the others always do
+    deterministic   the backward repeats bit for bit; slower with "triton", the others always do. None: where
+                    torch.use_deterministic_algorithms is on
     impl            "ref" | "torch" | "triton"; None: for each step "triton" where it fits on CUDA, "torch" elsewhere
     returns         o shaped like q with V in place of K, or (o, lse)
     raises          ValueError on shapes, offsets or switches that do not fit
