@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A stray print must not spoil the one object on stdout, so everything but the result goes to stderr.
         with contextlib.redirect_stdout(sys.stderr):
             code, output = COMMANDS[args.command].run(args)
-        print(output, flush=True)
+        if output:
+            print(output, flush=True)
         return code
     except ValueError as error:
         if os.environ.get("PITHWOOD_TRACEBACK") == "1":

@@ -136,7 +136,7 @@ def train(
             trainer.wait_for_save()
             if trainer.step < run.steps:
                 return _interrupted(run, folder, trainer.step, trainer.tokens, stop, command)
-            return finish(trainer, corpus, folder, events, source.curriculum)
+            return mesh.world.agree(finish(trainer, corpus, folder, events, source.curriculum))
         finally:
             events.close()
             stop_mesh(mesh)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,9 @@ from pithwood.config import config_hash
 from pithwood.data.batches import Batch, cut_batch
 from pithwood.data.corpus import Corpus
 from pithwood.data.mixture import Mixture
+from pithwood.evaluate.loss import check_strictly_causal, loss_sums
 from pithwood.evaluate.parts import evaluate_data, losses
+from pithwood.evaluate.spread import evaluate_on_mesh
 from pithwood.losses import LossLedger
 from pithwood.memory import activation_plan, keeps_copies, memory_line
 from pithwood.models.part import ModelPart
@@ -394,13 +396,37 @@ class Trainer:
                 self.model,
                 corpus,
                 seq_len=self.run.seq_len,
-                samples_per_batch=self.run.samples_per_micro_batch,
+                samples_per_batch=self.run.samples_per_micro_batch // self.mesh.data.size,
                 max_samples=max_samples,
                 dtype=self.dtype,
+                evaluate=None if self.part is None else self._evaluate_together,
             )
         if self.part is not None or self.optimizer.average is not None:
             self.renew_copies()
         return result
+
+    def _evaluate_together(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """`evaluate_loss` by all processes of the mesh."""
+        check_strictly_causal(self.whole)
+        size = self.run.samples_per_micro_batch // self.mesh.data.size * self.run.seq_len
+        self.model.eval()
+        try:
+            return evaluate_on_mesh(batches, self.mesh, size, self._sums_of)
+        finally:
+            self.model.train()
+
+    def _sums_of(self, batch: Batch) -> Tensor | None:
+        """`loss_sums` of this process's tokens of a batch, if it holds the head."""
+        (local,) = self.local([batch])
+
+        def sums(hidden_TD: Tensor) -> Tensor:
+            return loss_sums(local.batch, -self.model.logprob(hidden_TD, local.batch.columns["targets"]).double())
+
+        if self.pipeline is not None:
+            found = self.pipeline.run_forward([self._micro_batch(local, sums, {})])
+            return found[0] if found else None
+        columns, packing = local.batch.columns, local.batch.packing
+        return sums(self.model.hidden(columns["tokens"], packing, dtype=self.dtype, cp=local.cp))
 
     def averaged_weights(self) -> AbstractContextManager[Any]:
         """Context in which the model holds the averaged weights (its own if no average is kept)."""

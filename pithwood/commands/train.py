@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
         return 0, json_text({"config": to_dict(run), "plan": figures}, indent=None if args.json else 2)
 
     from pithwood.observe.summary import closing_lines
+    from pithwood.parallel.mesh import world_from_environment
     from pithwood.train import train
 
     with promising("checkpoints are intact, and the same command goes on from the last one"):
@@ -63,6 +64,9 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
             console=True,
             command=args.command_line,
         )
+    if world_from_environment()[0] != 0:
+        # the first process speaks for all
+        return 128 + int(summary["interrupted"]) if summary.get("interrupted") else 0, ""
     code = 128 + int(summary["interrupted"]) if summary.get("interrupted") else 0
     if args.json:
         return code, json_text(summary)

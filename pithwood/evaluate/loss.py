@@ -12,29 +12,32 @@ import torch
 from torch import Tensor
 
 from pithwood.data.batches import Batch
-from pithwood.models.pipelined import ModelPipeline
 from pithwood.models.qwen3_moe import Qwen3MoE
 
 
-def evaluate_loss(
-    model: Qwen3MoE,
-    batches: Iterable[Batch],
-    dtype: torch.dtype = torch.float32,
-    pipeline: ModelPipeline | None = None,
-) -> dict[str, float]:
+def evaluate_loss(model: Qwen3MoE, batches: Iterable[Batch], dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """Mean loss over the weighted tokens of all batches.
 
-    pipeline  of a model whose layers are divided: all its processes call this, and get the same
     returns  loss (nats per token), bits_per_byte (all nats over ln 2 and the bytes that the targets stand for),
              tokens, bytes
     raises   ValueError if a mixer's selection can see the future (perplexity would be too low), or there are no batches
     """
     check_strictly_causal(model)
     sums = torch.zeros(3, dtype=torch.float64, device=model.device)
-    for batch, nll_T in token_losses(model, batches, dtype, pipeline):
-        weight_T = batch.columns["loss_weight"].double()
-        num_bytes = (batch.columns["target_bytes"] * weight_T).sum()
-        sums += torch.stack([(nll_T * weight_T).sum(), weight_T.sum(), num_bytes])
+    for batch, nll_T in token_losses(model, batches, dtype):
+        sums += loss_sums(batch, nll_T)
+    return loss_fields(sums)
+
+
+def loss_sums(batch: Batch, nll_T: Tensor) -> Tensor:
+    """[3] fp64: nats, tokens and bytes of a batch, weighted."""
+    weight_T = batch.columns["loss_weight"].double()
+    num_bytes = (batch.columns["target_bytes"] * weight_T).sum()
+    return torch.stack([(nll_T * weight_T).sum(), weight_T.sum(), num_bytes])
+
+
+def loss_fields(sums: Tensor) -> dict[str, float]:
+    """What `evaluate_loss` returns, of the sums over everything."""
     nats, tokens, total_bytes = sums.tolist()
     if tokens == 0:
         raise ValueError("nothing to evaluate: no validation tokens; raise data.validation_fraction")
@@ -48,19 +51,13 @@ def evaluate_loss(
 
 @torch.no_grad()
 def token_losses(
-    model: Qwen3MoE,
-    batches: Iterable[Batch],
-    dtype: torch.dtype = torch.float32,
-    pipeline: ModelPipeline | None = None,
+    model: Qwen3MoE, batches: Iterable[Batch], dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Each batch on the model's device, with its losses [T] fp64 in nats; the model's mode is put back at the end."""
     device = model.device
     was_training = model.training
     model.eval()
     try:
-        if pipeline is not None:
-            yield from pipeline.token_losses(batches)
-            return
         for batch in batches:
             batch = batch.to(device)
             hidden_TD = model.hidden(batch.columns["tokens"], batch.packing, dtype=dtype)

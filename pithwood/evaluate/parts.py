@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 
-from pithwood.data.batches import sequential_batches
+from pithwood.data.batches import Batch, sequential_batches
 from pithwood.data.corpus import Corpus
 from pithwood.data.mixture import Mixture, corpora_of
 from pithwood.evaluate.loss import evaluate_loss
-from pithwood.models.pipelined import ModelPipeline
 from pithwood.models.qwen3_moe import Qwen3MoE
 
 
@@ -22,9 +23,11 @@ def evaluate_data(
     samples_per_batch: int,
     max_samples: int | None = None,
     dtype: torch.dtype = torch.float32,
-    pipeline: ModelPipeline | None = None,
+    evaluate: Callable[[Iterable[Batch]], dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Loss on the validation split; of a mixture on each part's, at most max_samples samples of each.
+
+    evaluate  what stands in for `evaluate_loss` of this model, where it is spread over processes
 
     returns  loss (nats per token), bits_per_byte, tokens, bytes; for a mixture also `loss/<part>` and
              `bits_per_byte/<part>` of each part
@@ -33,13 +36,10 @@ def evaluate_data(
     byte are those nats over the bytes of the same tokens: the numbers of a validation text mixed like the samples.
     """
     results = {
-        name: evaluate_loss(
-            model,
+        name: (partial(evaluate_loss, model, dtype=dtype) if evaluate is None else evaluate)(
             sequential_batches(
                 corpus, "validation", seq_len=seq_len, samples_per_batch=samples_per_batch, max_samples=max_samples
-            ),
-            dtype,
-            pipeline,
+            )
         )
         for name, corpus in corpora_of(data).items()
     }

@@ -5,16 +5,14 @@ Legend: T packed tokens of this process, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pithwood.attention.base import LayerContext
-from pithwood.data.batches import Batch
 from pithwood.models.recompute import cheaply_recomputed
 from pithwood.moe.dispatch import combine_tokens, planned_rows
 from pithwood.moe.layer import MoELayer
@@ -99,26 +97,6 @@ class ModelPipeline:
         """Forward passes alone: what `loss` makes of the hidden states, in the process that holds the last stage."""
         self._begin(given)
         return self.executor.run_forward(len(given))
-
-    def token_losses(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-        """Each batch on the device with its losses [T] fp64 in nats, in every process of the pipeline. The batches pass
-        the stages behind each other, as many of one size in a row as fill the pipeline twice.
-        """
-        mesh, together = self.executor.mesh, 2 * len(self._layers)
-        for _, equal in groupby(batches, key=lambda batch: batch.num_tokens):
-            for first in equal:
-                some = [batch.to(mesh.device) for batch in (first, *islice(equal, together - 1))]
-                results = self.run_forward([self._to_score(batch) for batch in some])
-                shape = len(some), some[0].num_tokens
-                nll = torch.stack(results) if results else torch.zeros(shape, dtype=torch.float64, device=mesh.device)
-                mesh.pp.all_reduce(nll)
-                yield from zip(some, nll, strict=True)
-
-    def _to_score(self, batch: Batch) -> MicroBatch:
-        def losses(hidden_TD: Tensor) -> Tensor:
-            return -self.model.logprob(hidden_TD, batch.columns["targets"]).double()
-
-        return MicroBatch(batch.columns["tokens"], self.model.context(batch.packing), losses)
 
     def _begin(self, given: Sequence[MicroBatch]) -> None:
         for stage in self.stages.values():
