@@ -67,6 +67,9 @@ COMMANDS = {
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 """Variable that torch reads its CUDA allocator's settings from, when it first allocates."""
 
+AFTER_THE_FIRST_S = 3.0
+"""Head start of the first process's error."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
@@ -74,9 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Buffers of many sizes come and go in a step; segments that cannot grow leave up to a sixth of a GPU unused.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault(ALLOCATOR, "expandable_segments:True")
-    # One of several processes: when another dies, torch's network code would tell it in every one, with its stack.
-    if {"WORLD_SIZE", "SLURM_NTASKS"} & os.environ.keys():
+    if _rank() is not None:
+        # When another process dies, torch's network code would tell it in every one, with its stack, and NCCL's would
+        # abort them; `parallel.faults` ends them with one line.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parse(arguments)
@@ -91,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if os.environ.get("PITHWOOD_TRACEBACK") == "1":
             raise
-        print(f"pithwood: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(" ".join(str(error).split()))
         return 2
     except BrokenPipeError:
         # The reader (head, for instance) has seen enough; keep the interpreter from complaining again at exit.
@@ -103,9 +108,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         told = explain_failure(error)
         if told is None or os.environ.get("PITHWOOD_TRACEBACK") == "1":
+            _let_the_first_speak()
             raise
-        print(f"pithwood: error: {told[0]}", file=sys.stderr)
+        _tell(told[0])
         return told[1]
+
+
+def _tell(line: str) -> None:
+    """Print an error, with the rank of this process if it is one of several."""
+    _let_the_first_speak()
+    rank = _rank()
+    print(f"pithwood: error: {'' if rank is None else f'rank {rank}: '}{line}", file=sys.stderr)
+
+
+def _let_the_first_speak() -> None:
+    """Wait a moment in all processes but the first: what is wrong before they have met is mostly wrong in all, and the
+    launcher ends the others when the first has left.
+    """
+    if _rank():
+        time.sleep(AFTER_THE_FIRST_S)
+
+
+def _rank() -> int | None:
+    """The rank of this process as torchrun or SLURM set it, None if it is alone."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if int(os.environ.get(size, "1")) > 1 and rank in os.environ:
+            return int(os.environ[rank])
+    return None
 
 
 def build_parser() -> Parser:

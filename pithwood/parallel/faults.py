@@ -161,8 +161,7 @@ class Watch:
                     break
                 time.sleep(min(self.bounds.beat_s, 0.2))
         if self._verdict is not None:
-            self._linger()
-            raise SystemExit(OTHER_FAILED)
+            self._quit(OTHER_FAILED)
         self._stop()
 
     def _stop(self) -> None:
@@ -188,10 +187,19 @@ class Watch:
                 if not expected:
                     traceback.print_exception(error)
                 self._print(self._verdict)
-                self._linger()
-                raise SystemExit(code) from None
+                self._quit(code)
+        self._quit(OTHER_FAILED)
+
+    def _quit(self, code: int) -> NoReturn:
+        """Leave after a failure."""
         self._linger()
-        raise SystemExit(OTHER_FAILED) from None
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(timeout=1.0)
+        if any(thread.is_alive() for thread in self._threads):
+            # kept by a store that does not answer; an interpreter that ends under such a thread aborts
+            _exit_now(code)
+        raise SystemExit(code) from None
 
     def _linger(self) -> None:
         """Keep the stores of this process until the others have had time to read the verdict."""
@@ -386,14 +394,19 @@ class Watch:
         faulthandler.dump_traceback_later(2 * wait, exit=True, file=self._nothing)
         if not self._left.wait(self.bounds.grace_s):
             self._linger()
-            with suppress(OSError, ValueError):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(OTHER_FAILED)
+            _exit_now(OTHER_FAILED)
         self._ended.set()
 
     def _connect(self, rank: int) -> dist.TCPStore:
         return connect(self._places[self.mesh.rank], self._places[rank], _patience(self.bounds))
+
+
+def _exit_now(code: int) -> NoReturn:
+    """End the process without what the interpreter does at its end."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _patience(bounds: Bounds) -> float:

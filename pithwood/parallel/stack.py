@@ -13,14 +13,18 @@ import torch.distributed as dist
 
 _EXCHANGES = str(Path(dist.__path__[0]))
 _LIBRARIES = (sysconfig.get_paths()["stdlib"], str(Path(torch.__file__).parent), "<frozen")
-_WAITING = re.compile(r"\b(wait|barrier|all_reduce|all_gather\w*|reduce_scatter\w*|all_to_all\w*)\(")
+_WAITING = re.compile(
+    r"\b(wait|barrier|all_reduce|all_gather\w*|reduce_scatter\w*|all_to_all\w*|synchronize|item|tolist|cpu)\("
+)
+"""Calls that return when others have done their part: of an exchange, or of one that a device carries out."""
 
 
 def place_and_waiting(thread: int | None) -> tuple[str, bool]:
     """("folder/file.py:line (function)", whether that thread waits for other processes), from its innermost frames.
 
-    It waits if its innermost Python frame is inside torch.distributed, or stands at a call that waits for an exchange.
-    The place is the innermost line outside torch and the standard library. A wait for a device is not seen.
+    It waits if its innermost Python frame is inside torch.distributed, or stands at a call that waits for an exchange,
+    or for a device, whose exchanges are what keeps it. The place is the innermost line outside torch and the standard
+    library.
     """
     frame = sys._current_frames().get(thread) if thread is not None else None
     if frame is None:

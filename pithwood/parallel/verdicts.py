@@ -113,7 +113,7 @@ def hanging(beats: Mapping[int, Beat]) -> int | None:
 def hang_line(rank: int, beats: Mapping[int, Beat]) -> str:
     """What is known of a hang, without the rank's name."""
     beat = beats[rank]
-    others = sum(1 for other, its in beats.items() if other != rank and its.waits and its.sign != "done")
+    others = sum(1 for other, its in beats.items() if other != rank and (its.waits or its.sign == "late"))
     if beat.waits:
         what = "which waits for others as all do: they have not called the same exchange"
     else:

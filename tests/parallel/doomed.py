@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-BOUNDS = {"beat_s": 0.2, "silent_s": 2.0, "hang_s": 1.5, "startup_s": 4.0, "grace_s": 0.6, "sample_s": 0.02,
+BOUNDS = {"beat_s": 0.2, "silent_s": 4.0, "hang_s": 4.0, "startup_s": 8.0, "grace_s": 0.6, "sample_s": 0.02,
           "window_s": 1.0, "straggler_windows": 2}  # fmt: skip
 """Seconds in place of minutes."""
 
@@ -48,20 +48,24 @@ class Ended:
         return found[0].removeprefix("pithwood: error: ")
 
 
-def run_doomed(size: int, fault: dict[str, Any], bounds: dict[str, Any] | None = None, steps: int = 100_000) -> Ended:
+def run_doomed(
+    size: int, fault: dict[str, Any], bounds: dict[str, Any] | None = None, steps: int = 100_000, device: str = "cpu"
+) -> Ended:
     """Start `size` processes, let `fault` happen in one of them, wait for all to end.
 
-    fault  "what" (see `misfortune`), "rank", "step"; further entries by kind
+    fault   "what" (see `misfortune`), "rank", "step"; further entries by kind
+    device  "cpu" (gloo) or "cuda" (NCCL, a GPU for each process)
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.parallel.doomed_loop"])
     # as the command line sets it in one of several processes; read when torch is loaded, by the server
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     with TemporaryDirectory(prefix="doomed-") as folder:
         processes = [
             context.Process(
                 target=_start,
-                args=(sys.path, folder, rank, size, fault, {**BOUNDS, **(bounds or {})}, steps),
+                args=(sys.path, folder, rank, size, fault, {**BOUNDS, **(bounds or {})}, steps, device),
             )
             for rank in range(size)
         ]

@@ -21,14 +21,17 @@ STEP_S = 0.02
 """What a step takes without a fault."""
 
 
-def loop(folder: str, rank: int, size: int, fault: dict[str, Any], bounds: dict[str, Any], steps: int) -> None:
+def loop(
+    folder: str, rank: int, size: int, fault: dict[str, Any], bounds: dict[str, Any], steps: int, kind: str
+) -> None:
     """Steps of a sleep and a sum over all processes; in the given rank and step, the fault."""
     torch.set_num_threads(1)
     stop = [0]
     signal.signal(signal.SIGTERM, lambda number, frame: stop.__setitem__(0, number))
-    mesh = join_mesh(
-        MeshConfig(dp_shard=size), torch.device("cpu"), rank, size, dist.FileStore(f"{folder}/store", size)
-    )
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    mesh = join_mesh(MeshConfig(dp_shard=size), device, rank, size, dist.FileStore(f"{folder}/store", size))
     mine = fault.get("rank") == rank
     with Watch(mesh, bounds=Bounds(**bounds)) as watch, StopAgreement(mesh) as agreement:
         if mine and fault.get("step") == -1:
@@ -47,9 +50,9 @@ def loop(folder: str, rank: int, size: int, fault: dict[str, Any], bounds: dict[
             elif mine and fault.get("step") == step:
                 misfortune(fault, folder)
             watch.phase("exchange")
-            total = torch.ones(8)
+            total = torch.ones(8, device=device)
             mesh.world.all_reduce(total)
-            assert total[0] == size
+            assert total[0].item() == size
             if agreement.after_step(stop[0]):
                 break
     if "folder" in fault:
