@@ -34,6 +34,12 @@ def check_phases(run: Run) -> None:
             model = Qwen3MoE(dataclasses.replace(run.model, attention=active.attention))
         check_context_parallel((block.self_attn for block in model.blocks), run.mesh.cp)
         parameters = dict(model.named_parameters())
+        if run.mesh.size > 1 and index and parameters.keys() != shapes.keys():
+            other = sorted(parameters.keys() ^ shapes.keys())[0]
+            raise ValueError(
+                f"{where}.attention has other parameters than the phases before it ({other}); on a mesh of several "
+                "processes all phases have the same: give every attention the same key_conv, or train in one process"
+            )
         for name, param in parameters.items():
             if shapes.setdefault(name, param.shape) != param.shape:
                 raise ValueError(

@@ -7,6 +7,8 @@ resumed run repeats the unbroken one to the last digit on the same machine and t
 
 from __future__ import annotations
 
+import math
+import platform
 import sys
 import time
 from contextlib import nullcontext
@@ -34,7 +36,18 @@ from pithwood.observe.events import EventLog, Sink, read_events, write_atomicall
 from pithwood.observe.metrics import speed_fields
 from pithwood.observe.sinks import check_sinks, open_sinks
 from pithwood.optim.schedule import idle_end
-from pithwood.parallel.mesh import check_world, own_device, start_mesh, stop_mesh, world_from_environment
+from pithwood.parallel.agreement import StopAgreement
+from pithwood.parallel.faults import Watch
+from pithwood.parallel.mesh import (
+    STARTUP_SECONDS,
+    Mesh,
+    check_world,
+    own_device,
+    start_mesh,
+    stop_mesh,
+    topology,
+    world_from_environment,
+)
 from pithwood.plan import plan
 from pithwood.run import Run, check_device_settings, pick_device
 from pithwood.run_folder import (
@@ -79,7 +92,24 @@ def train(
     if run.threads:
         torch.set_num_threads(run.threads)
     mesh = start_mesh(run.mesh, device)
-    console = console and mesh.is_first
+    with Watch(mesh) as watch:
+        summary = _train(run, mesh, watch, runs_dir, new, branch_from, console and mesh.is_first, command, crowded)
+    stop_mesh(mesh)
+    return summary
+
+
+def _train(
+    run: Run,
+    mesh: Mesh,
+    watch: Watch,
+    runs_dir: Path,
+    new: bool,
+    branch_from: str | None,
+    console: bool,
+    command: str,
+    crowded: list[str],
+) -> dict[str, Any]:
+    """`train` on a mesh that has started. The first process looks after the folder, and the others do as it does."""
     folder = run_dir(run, runs_dir)
     origin = find_checkpoint(branch_from, runs_dir) if branch_from else None
     tell = partial(print, file=sys.stderr, flush=True) if console else lambda line: None
@@ -88,8 +118,8 @@ def train(
     aside = moved_aside(folder, tell) if mesh.is_first and new and folder.exists() else nullcontext()
     lock = RunLock(folder) if mesh.is_first else nullcontext()
     with aside, lock, StopRequest(tell=console) as stop, explained_memory(run, folder):
-        # the first process looks at the folder; the others do as it does
         begun_from = check_begin(folder, origin, branch_from, new) if mesh.is_first else None
+        watch.phase("preparing data", math.inf)
         done = mesh.world.agree(finished_summary(folder, run) if mesh.is_first else None)
         if done is not None:
             tell(f"{folder} is complete ({run.steps} steps); raise steps to train on, or start over with --new")
@@ -98,21 +128,31 @@ def train(
             clean_leftovers(folder)
             check_not_lost(folder)
             corpus = open_data(run.data, runs_dir / "corpora", tell)
+        watch.phase("waiting for the corpus", math.inf)
         mesh.world.barrier()
         if not mesh.is_first:
             corpus = open_data(run.data, runs_dir / "corpora", tell)
-        if mesh.world.agree(stop.requested):
-            return _interrupted(run, folder, 0, 0, stop, command)
+        asked = mesh.world.agree(stop.signal_number)
+        if asked:
+            return _interrupted(run, folder, 0, 0, asked, command)
         source = training_batches(corpus, run.stages(), seed=run.seed, steps=run.steps)
         epochs = epochs_read(corpus, source.curriculum, run.steps)
-        trainer = Trainer(run, device, corpus, mesh)
+        watch.phase("start", STARTUP_SECONDS)
+        trainer = Trainer(run, mesh.device, corpus, mesh)
+        trainer.tell_phase = watch.phase
         start = trainer.resume(folder, origin)
+        laid_out = topology(mesh, mesh.world.all_gather_objects(platform.node()))
         sinks: list[Sink] = []
         check_can_save(folder, trainer.checkpoint_bytes(), mesh)
         if mesh.is_first:
             write_config(folder, run, command, branch_from or begun_from)
             write_atomically(folder / "tokenizer.json", corpus.tokenizer.to_json().encode())
-            for line in (*trainer.describe(folder, start, epochs), *crowded, *idle_end(run.optim.schedule, run.steps)):
+            for line in (
+                *trainer.describe(folder, start, epochs),
+                *laid_out,
+                *crowded,
+                *idle_end(run.optim.schedule, run.steps),
+            ):
                 tell(line)
             sinks = open_sinks(run.logging, folder, to_dict(run))
         if console:
@@ -132,24 +172,24 @@ def train(
             trainer.spikes.remember(read_events(folder))
         try:
             events.emit("resume" if start else "run", start, **trainer.origin_fields(corpus), epochs=epochs)
-            _loop(trainer, source, corpus, folder, events, start, stop)
+            signal_number = _loop(trainer, source, corpus, folder, events, start, stop, watch)
             trainer.wait_for_save()
             if trainer.step < run.steps:
-                return _interrupted(run, folder, trainer.step, trainer.tokens, stop, command)
+                return _interrupted(run, folder, trainer.step, trainer.tokens, signal_number, command)
+            watch.phase("last validation", math.inf)
             return mesh.world.agree(finish(trainer, corpus, folder, events, source.curriculum))
         finally:
             events.close()
-            stop_mesh(mesh)
 
 
-def _interrupted(run: Run, folder: Path, steps: int, tokens: int, stop: StopRequest, command: str) -> dict[str, Any]:
+def _interrupted(run: Run, folder: Path, steps: int, tokens: int, signal_number: int, command: str) -> dict[str, Any]:
     """The summary of a run that was asked to stop."""
     return {
         "recipe": run.name,
         "run_dir": str(folder),
         "steps": steps,
         "tokens": tokens,
-        "interrupted": stop.signal_number,
+        "interrupted": signal_number,
         "command": command,
     }
 
@@ -162,40 +202,48 @@ def _loop(
     events: EventLog,
     start: int,
     stop: StopRequest,
-) -> None:
-    """Steps until the run is complete or asked to stop; either way the last state is saved."""
+    watch: Watch,
+) -> int:
+    """Steps until the run is complete or asked to stop; either way the last state is saved. Returns the number of the
+    signal that asked for it, 0 if none did.
+    """
     run, clock = trainer.run, StepClock(trainer.device)
 
-    def watch(written: list[dict[str, Any]]) -> None:
+    def look(written: list[dict[str, Any]]) -> None:
         """Whatever flushes the log, every train event passes here once."""
         trainer.spikes.look(events, written, lambda done: step_origins(source, corpus, done - 1))
         report_skips(run, events, folder, written)
 
-    for step in range(start, run.steps):
-        if trainer.enter_phase(step):
-            watch(events.emit("phase", step, index=trainer.phase, **source.curriculum.settings(step)))
-        done, last = step + 1, step + 1 == run.steps
-        logged = done % run.log_every == 0 or last
-        clock.restart()
-        values, flops = trainer.train_step(step, source.step(step, trainer.share), statistics=logged)
-        speed = speed_fields(clock.lap(), run.samples_per_step * run.seq_len, flops, trainer.peaks)
-        watch(events.emit("train", done, tokens=trainer.tokens, training_flops=flops, **values, **speed))
-        if logged:
-            watch(events.flush())
-        if done % run.validate_every == 0 and not last and trainer.strictly_causal():
-            watch(events.flush())
-            started = time.perf_counter()
-            fields = trainer.validate(corpus, run.validation_samples) | read_so_far(corpus, source.curriculum, done)
-            events.emit("validation", done, tokens=trainer.tokens, **fields, seconds=time.perf_counter() - started)
-        stopping = stop.requested
-        if done % run.checkpoint_every == 0 or last or stopping:
-            # The log up to here is on disk before the checkpoint exists: a run resumed from it misses no line.
-            started = time.perf_counter()
-            watch(events.sync())
-            path = trainer.save(folder, wait=last or stopping)
-            events.emit("checkpoint", done, path=path.name, seconds=time.perf_counter() - started)
-        if stopping:
-            return
+    with StopAgreement(trainer.mesh) as agreement:
+        for step in range(start, run.steps):
+            if trainer.enter_phase(step):
+                look(events.emit("phase", step, index=trainer.phase, **source.curriculum.settings(step)))
+            done, last = step + 1, step + 1 == run.steps
+            logged = done % run.log_every == 0 or last
+            watch.step(step)
+            clock.restart()
+            values, flops = trainer.train_step(step, source.step(step, trainer.share), statistics=logged)
+            speed = speed_fields(clock.lap(), run.samples_per_step * run.seq_len, flops, trainer.peaks)
+            look(events.emit("train", done, tokens=trainer.tokens, training_flops=flops, **values, **speed))
+            if logged:
+                look(events.flush())
+            if done % run.validate_every == 0 and not last and trainer.strictly_causal():
+                look(events.flush())
+                watch.phase("validation", math.inf)
+                started = time.perf_counter()
+                fields = trainer.validate(corpus, run.validation_samples) | read_so_far(corpus, source.curriculum, done)
+                events.emit("validation", done, tokens=trainer.tokens, **fields, seconds=time.perf_counter() - started)
+            stopping = agreement.after_step(stop.signal_number)
+            if done % run.checkpoint_every == 0 or last or stopping:
+                # The log up to here is on disk before the checkpoint exists: a run resumed from it misses no line.
+                started = time.perf_counter()
+                look(events.sync())
+                watch.phase("save", math.inf)
+                path = trainer.save(folder, wait=last or bool(stopping))
+                events.emit("checkpoint", done, path=path.name, seconds=time.perf_counter() - started)
+            if stopping:
+                return stopping
+    return 0
 
 
 def report_skips(run: Run, events: EventLog, folder: Path, written: list[dict[str, Any]]) -> None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from pithwood.checkpoint.rng import capture_rng, restore_rng
 from pithwood.checkpoint.save import save_checkpoint
 from pithwood.checkpoint.storage import read_manifest, read_state
 from pithwood.config import config_hash
-from pithwood.data.batches import Batch, cut_batch
+from pithwood.data.batches import Batch
 from pithwood.data.corpus import Corpus
 from pithwood.data.mixture import Mixture
 from pithwood.evaluate.loss import check_strictly_causal, loss_sums
@@ -40,7 +39,6 @@ from pithwood.models.pipelined import MicroBatch, ModelPipeline
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.moe.balance import load_stats
 from pithwood.moe.layer import MoELayer, step_counts
-from pithwood.objectives import Objective
 from pithwood.observe.metrics import (
     block_fields,
     measure_peak_flops,
@@ -52,9 +50,9 @@ from pithwood.ops.master import keep_copies
 from pithwood.ops.packing import Selection
 from pithwood.optim.groups import ParamRole
 from pithwood.optim.optimizer import Optimizer
-from pithwood.parallel.context import ContextGroup
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.totals import Totals, scalar
+from pithwood.passes import Local, context_fields, forward_backward, loss_of
 from pithwood.run import DTYPES, Run
 from pithwood.run_folder import (
     check_fits,
@@ -64,23 +62,6 @@ from pithwood.run_folder import (
 
 Replay = list[dict[str, Any]] | None
 """Decisions to reuse, for each micro-batch of a step."""
-
-
-@dataclass(frozen=True)
-class Local:
-    """What this process has of a micro-batch, on its device."""
-
-    batch: Batch
-    """Its tokens."""
-    cp: ContextGroup | None
-    """The processes that have the other tokens of the same samples; None: there are none."""
-
-    @staticmethod
-    def of(batch: Batch, mesh: Mesh, device: torch.device) -> Local:
-        """From a batch of the data rank, on the host."""
-        mine, whole = cut_batch(batch, mesh.cp.rank, mesh.cp.size)
-        cp = ContextGroup.of(mesh.cp, whole, mesh.cfg.context)
-        return Local(mine.to(device), None if cp is None else cp.to(device))
 
 
 class Trainer:
@@ -95,6 +76,8 @@ class Trainer:
         self.share = (self.mesh.data.rank, self.mesh.data.size)
         """Which part of each micro-batch's samples this process reads."""
         self.totals = Totals(self.mesh)
+        self.tell_phase: Callable[[str], None] = lambda name: None
+        """Told what begins, in a word or two."""
         self.step = 0
         """Optimizer steps done."""
         self.tokens = 0
@@ -293,6 +276,7 @@ class Trainer:
             self.optimizer.zero_grad()
 
     def _gradients_once(self, step: int, here: list[Local], probe: dict[str, Any] | None, replay: Replay) -> LossLedger:
+        self.tell_phase("forward and backward")
         objective = self.run.phase(step).objective
         tokens = float(sum(local.batch.num_tokens for local in here) * self.mesh.tokens.size)
         totals = objective.totals([local.batch for local in here])
@@ -307,14 +291,16 @@ class Trainer:
             self.pipeline.run(
                 [
                     self._micro_batch(local, partial(loss_of, self.model, objective, local.batch, ledger), fields)
-                    for local, fields in zip(here, _fields(ledger, replays, probes), strict=True)
+                    for local, fields in zip(here, context_fields(ledger, replays, probes), strict=True)
                 ]
             )
         else:
-            for local, fields in zip(here, _fields(ledger, replays, probes), strict=True):
+            for local, fields in zip(here, context_fields(ledger, replays, probes), strict=True):
                 forward_backward(self.model, objective, local.batch, dtype=self.dtype, cp=local.cp, **fields)
         if self.part is not None:
+            self.tell_phase("gradients between processes")
             self.part.shards.finish_step()
+        self.tell_phase("update")
         return ledger
 
     def _micro_batch(self, local: Local, loss: Callable[[Tensor], Any], fields: dict[str, Any]) -> MicroBatch:
@@ -554,41 +540,6 @@ class Trainer:
             "train_tokens": corpus.num_tokens("train"),
             "gzip_bits_per_byte": corpus.gzip_bits_per_byte,
         }
-
-
-def forward_backward(
-    model: Qwen3MoE,
-    objective: Objective,
-    batch: Batch,
-    ledger: LossLedger,
-    dtype: torch.dtype,
-    *,
-    replay: dict[str, Any] | None = None,
-    probe: dict[str, Any] | None = None,
-    cp: ContextGroup | None = None,
-) -> None:
-    """Add one micro-batch's gradients, scaled by the step's global counts, and record its loss terms in the ledger."""
-    hidden_TD = model.hidden(
-        batch.columns["tokens"], batch.packing, dtype=dtype, ledger=ledger, replay=replay, probe=probe, cp=cp
-    )
-    loss_of(model, objective, batch, ledger, hidden_TD).backward()
-
-
-def loss_of(model: Qwen3MoE, objective: Objective, batch: Batch, ledger: LossLedger, hidden_TD: Tensor) -> Tensor:
-    """The scalar whose gradient a micro-batch adds: the objective's terms, over the step's global counts; they are
-    recorded in the ledger."""
-    loss: Tensor | None = None
-    for term in objective.terms(hidden_TD, model, batch):
-        ledger.record(term)
-        part = term.sum * (term.coef / ledger.total(term.name))
-        loss = part if loss is None else loss + part
-    assert loss is not None
-    return loss
-
-
-def _fields(ledger: LossLedger, replays: Sequence[Any], probes: Sequence[Any]) -> list[dict[str, Any]]:
-    """Of each micro-batch's context."""
-    return [{"ledger": ledger, "replay": replay, "probe": probe} for replay, probe in zip(replays, probes, strict=True)]
 
 
 def attention_backend(device: torch.device) -> str:

@@ -40,6 +40,7 @@ LAYERS: tuple[set[str], ...] = (
     {"memory", "run_folder", "recipes"},
     {"plan"},
     {"generate", "evaluate", "facts", "estimate"},
+    {"passes"},
     {"trainer"},
     {"finish", "delete_run"},
     {"train", "report"},

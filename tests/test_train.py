@@ -26,10 +26,11 @@ from pithwood.observe.events import read_events
 from pithwood.ops.packing import Packing
 from pithwood.optim.config import AdamWConfig, MuonConfig
 from pithwood.optim.schedule import WarmupStableDecay
+from pithwood.passes import forward_backward
 from pithwood.plan import plan
 from pithwood.run import Phase, Run
 from pithwood.train import train
-from pithwood.trainer import Trainer, forward_backward
+from pithwood.trainer import Trainer
 from tests.numerics import assert_close
 
 

@@ -25,10 +25,11 @@ from pithwood.data.batches import Batch
 from pithwood.data.mixture import open_data
 from pithwood.data.usage import training_batches
 from pithwood.losses import LossLedger
+from pithwood.passes import forward_backward
 from pithwood.plan import check_phases
 from pithwood.recipes import load_recipe
 from pithwood.run import Run, pick_device
-from pithwood.trainer import Trainer, forward_backward
+from pithwood.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -264,6 +264,8 @@ def _new_group(members: Sequence[int]) -> Any:
 def topology(mesh: Mesh, hosts: Iterable[str]) -> list[str]:
     """Lines that say how the mesh lies on the hosts; one host per rank, in order."""
     cfg, hosts = mesh.cfg, list(hosts)
+    if cfg.size == 1:
+        return []
     sizes = [f"{name} {getattr(cfg, name)}" for name in ("pp", "dp_replicate", "dp_shard", "cp", "ep")]
     lines = [f"mesh: {cfg.size} processes on {len(set(hosts))} hosts: {', '.join(sizes)}"]
     for name in ("ep", "cp", "shard", "pp"):

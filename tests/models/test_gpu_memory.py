@@ -18,7 +18,7 @@ from pithwood.moe.config import MoEConfig
 from pithwood.objectives import NextToken
 from pithwood.ops.master import keep_copies
 from pithwood.ops.packing import Packing
-from pithwood.trainer import forward_backward
+from pithwood.passes import forward_backward
 from tests.numerics import rel_error
 
 pytestmark = pytest.mark.gpu

@@ -20,7 +20,7 @@ from pithwood.moe.config import MoEConfig
 from pithwood.objectives import NextToken
 from pithwood.observe.norms import NormRecorder
 from pithwood.ops.packing import Packing, Selection
-from pithwood.trainer import forward_backward
+from pithwood.passes import forward_backward
 from tests.numerics import assert_close
 from tests.toy_mixer import ToyRecurrenceConfig
 

@@ -19,7 +19,7 @@ from pithwood.ops.master import keep_copies
 from pithwood.ops.packing import Packing
 from pithwood.parallel.config import MeshConfig, Schedule
 from pithwood.parallel.mesh import Mesh
-from pithwood.trainer import forward_backward
+from pithwood.passes import forward_backward
 from tests.numerics import rel_error
 from tests.parallel.test_pipeline import divide_experts, scaled_loss
 from tests.processes import run_on

@@ -30,7 +30,7 @@ from pithwood.parallel.links import Links, rounds
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.pipeline import PipelineExecutor, Travels
 from pithwood.parallel.schedule import parts_of, pipeline_actions
-from pithwood.trainer import forward_backward
+from pithwood.passes import forward_backward
 from tests.numerics import rel_error
 from tests.processes import run_on
 from tests.toy_mixer import ToyRecurrenceConfig
