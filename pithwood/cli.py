@@ -33,6 +33,7 @@ from pithwood.commands import (
     report,
     runs,
     train,
+    verify,
 )
 from pithwood.commands.common import Parser, new_parser
 from pithwood.errors import explain_failure
@@ -53,6 +54,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "inspect": inspect,
     "runs": runs,
+    "verify": verify,
     "report": report,
     "explain": explain,
     "config": config,

@@ -100,6 +100,34 @@ def read_tensors(folder: Path, manifest: Manifest, into: Mapping[str, Held]) -> 
             held.tensor.detach().copy_(flat[name].view(held.tensor.shape))
 
 
+def check_entries(folder: Path, manifest: Manifest) -> None:
+    """Raise DamagedCheckpoint unless every tensor file holds just the entries that the manifest says, in their dtypes
+    and with as many elements; hashes and ranges are `read_manifest`'s.
+    """
+    expected: dict[str, dict[str, str]] = {}
+    for stored in manifest.tensors.values():
+        for chunk in stored.chunks:
+            entry = _entry(DTYPE_CODES[stored.dtype], chunk.stop - chunk.start)
+            expected.setdefault(chunk.file, {})[chunk.key] = entry
+    for file, entries in expected.items():
+        found = {}
+        try:
+            with safe_open(folder / file, framework="pt") as source:
+                for key in source.keys():  # noqa: SIM118
+                    part = source.get_slice(key)
+                    found[key] = _entry(part.get_dtype(), math.prod(part.get_shape()))
+        except SafetensorError as error:
+            raise damaged(folder, file, str(error)) from error
+        for key in sorted(entries.keys() | found.keys()):
+            is_, should = found.get(key, "absent"), entries.get(key, "absent")
+            if is_ != should:
+                raise damaged(folder, file, f"entry {key} is {is_}, but {should} in {MANIFEST}")
+
+
+def _entry(dtype: str, num_elements: int) -> str:
+    return f"{num_elements} x {dtype}"
+
+
 def _flat(tensor: Tensor) -> Tensor:
     """A flat view, or memory for as many elements where none is possible."""
     return tensor.view(-1) if tensor.is_contiguous() else torch.empty(tensor.numel(), dtype=tensor.dtype)

@@ -182,11 +182,12 @@ def test_a_mesh_killed_at_random_moments_goes_on_from_its_last_checkpoint(tmp_pa
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_killed_before_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path, capsys, rank):
     with writers() as process:
-        for nth in range(1, 200):
+        # of the first process's many operations every other one, the second save being like the first
+        for nth in range(1, 200, 2 - rank):
             ask(process, run_dir=str(tmp_path / str(nth)), store=str(tmp_path / f"store{nth}"), nth=nth, rank=rank)
             said = read_until(process, {"dead"})
             step = check_whole(tmp_path / str(nth))
-            assert step == 2 if 2 in said["saved"] else step in (1, 2), nth
+            assert step == 2 if 2 in said.get("saved", []) else step in (1, 2), nth
             if said["dead"] == [0]:
                 break
             assert said["dead"] == [-signal.SIGKILL]
