@@ -45,14 +45,16 @@ class Held:
         return self.tensor.numel() * self.tensor.dtype.itemsize if self.writes else 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Elements start:stop of a tensor in row-major order, and the safetensors entry that holds them."""
 
     start: int
     stop: int
-    file: str
+    writer: int
+    """Rank of the process that wrote it, by which its file is named."""
     key: str
+    """Of the entry in that file."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@
     SHA256SUMS               written last; `sha256sum -c SHA256SUMS` checks it too
 
 A tensor that one process holds whole is an entry of its own shape under its own name; a part of one is a flat entry
-`NAME@START:STOP`. Format 1 described a part by offsets and lengths along each dimension; it is read where those are a
-range. Nothing here is ever unpickled: whoever loads a pickle runs its author's code.
+`NAME@START:STOP`; the manifest lists each as [start, stop, rank of its writer]. Format 1 described a part by offsets
+and lengths along each dimension; it is read where those are a range of elements. Nothing here is ever unpickled:
+whoever loads a pickle runs its author's code.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Manifest:
     @property
     def files(self) -> list[str]:
         """Names of the tensor files, sorted."""
-        return sorted({chunk.file for tensor in self.tensors.values() for chunk in tensor.chunks})
+        writers = {chunk.writer for tensor in self.tensors.values() for chunk in tensor.chunks}
+        return [tensor_file(writer) for writer in sorted(writers)]
 
 
 def tensor_file(rank: int) -> str:
@@ -58,17 +60,22 @@ def tensor_file(rank: int) -> str:
 
 def write_tensors(folder: Path, rank: int, tensors: Mapping[str, Held]) -> Listing:
     """Write what a process is the writer of into its file, synced; a process that writes nothing makes no file."""
-    file = tensor_file(rank)
     entries, stored = [], {}
     for name, held in tensors.items():
         piece, chunks = held.piece, tuple[Chunk, ...]()
         if held.writes and (piece.numel or piece.is_whole):
-            key = name if piece.is_whole else f"{name}@{piece.start}:{piece.stop}"
+            key = _key(name, piece.start, piece.stop, piece.shape)
             shape = piece.shape if piece.is_whole else (piece.numel,)
             entries.append(TensorEntry(key, shape, held.tensor.dtype, partial(held.tensor.detach().reshape, shape)))
-            chunks = (Chunk(piece.start, piece.stop, file, key),)
+            chunks = (Chunk(piece.start, piece.stop, rank, key),)
         stored[name] = StoredTensor(held.tensor.dtype, piece.shape, chunks)
+    file = tensor_file(rank)
     return Listing(stored, {file: write_safetensors(folder / file, entries)} if entries else {})
+
+
+def _key(name: str, start: int, stop: int, shape: tuple[int, ...]) -> str:
+    """What the entry of a range of a tensor is called in its file."""
+    return name if stop - start == math.prod(shape) else f"{name}@{start}:{stop}"
 
 
 def read_tensors(folder: Path, manifest: Manifest, into: Mapping[str, Held]) -> None:
@@ -77,11 +84,12 @@ def read_tensors(folder: Path, manifest: Manifest, into: Mapping[str, Held]) -> 
     Raises DamagedCheckpoint if a file does not hold what the manifest says.
     """
     flat = {name: _flat(held.tensor.detach()) for name, held in into.items()}
-    by_file: dict[str, list[tuple[str, Chunk]]] = {}
+    by_writer: dict[int, list[tuple[str, Chunk]]] = {}
     for name, held in into.items():
         for chunk in manifest.tensors[name].overlapping(held.piece):
-            by_file.setdefault(chunk.file, []).append((name, chunk))
-    for file, wanted in sorted(by_file.items()):
+            by_writer.setdefault(chunk.writer, []).append((name, chunk))
+    for writer, wanted in sorted(by_writer.items()):
+        file = tensor_file(writer)
         try:
             with safe_open(folder / file, framework="pt") as source:
                 for name, chunk in wanted:
@@ -108,7 +116,7 @@ def check_entries(folder: Path, manifest: Manifest) -> None:
     for stored in manifest.tensors.values():
         for chunk in stored.chunks:
             entry = _entry(DTYPE_CODES[stored.dtype], chunk.stop - chunk.start)
-            expected.setdefault(chunk.file, {})[chunk.key] = entry
+            expected.setdefault(tensor_file(chunk.writer), {})[chunk.key] = entry
     for file, entries in expected.items():
         found = {}
         try:
@@ -139,7 +147,7 @@ def write_manifest(folder: Path, manifest: Manifest, state: bytes, tensor_sums: 
         name: {
             "dtype": DTYPE_CODES[tensor.dtype],
             "shape": tensor.shape,
-            "chunks": [{"start": c.start, "stop": c.stop, "file": c.file, "key": c.key} for c in tensor.chunks],
+            "chunks": [(c.start, c.stop, c.writer) for c in tensor.chunks],
         }
         for name, tensor in manifest.tensors.items()
     }
@@ -247,27 +255,31 @@ def _check_hash(folder: Path, name: str, sums: dict[str, str]) -> None:
 def _parse_manifest(data: dict[str, Any]) -> Manifest:
     version = int(data["format_version"])
 
-    def chunk(c: dict[str, Any], shape: tuple[int, ...]) -> Chunk:
-        if re.fullmatch(r"tensors-\d+\.safetensors", c["file"]) is None:
-            raise ValueError(f"{c['file']!r} is no tensor file")
-        start, stop = _range_of_box(c, shape) if version < 2 else (int(c["start"]), int(c["stop"]))
-        return Chunk(start, stop, c["file"], str(c["key"]))
+    def chunk(c: Any, name: str, shape: tuple[int, ...]) -> Chunk:
+        if version < 2:
+            return _chunk_of_box(c, shape)
+        start, stop, writer = _ints(c)
+        return Chunk(start, stop, writer, _key(name, start, stop, shape))
 
     def tensor(name: str, t: dict[str, Any]) -> StoredTensor:
         shape = _ints(t["shape"])
-        return complete(name, DTYPES[t["dtype"]], shape, [chunk(c, shape) for c in t["chunks"]])
+        return complete(name, DTYPES[t["dtype"]], shape, [chunk(c, name, shape) for c in t["chunks"]])
 
     tensors = {name: tensor(name, t) for name, t in data["tensors"].items()}
     return Manifest(int(data["step"]), str(data["torch_version"]), tensors, version)
 
 
-def _range_of_box(chunk: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, int]:
+def _chunk_of_box(chunk: dict[str, Any], shape: tuple[int, ...]) -> Chunk:
     """The elements of a box of format 1: whole rows of a tensor; ValueError if it is another part."""
+    file = re.fullmatch(r"tensors-(\d{5})\.safetensors", chunk["file"])
+    if file is None:
+        raise ValueError(f"{chunk['file']!r} is no tensor file")
     offsets, lengths = _ints(chunk["offsets"]), _ints(chunk["shape"])
     if any(offsets[1:]) or lengths[1:] != shape[1:] or len(lengths) != len(shape):
         raise ValueError(f"a part at {offsets} of {lengths} is not a range of the elements of {shape}")
     row = math.prod(shape[1:])
-    return (offsets[0] * row, (offsets[0] + lengths[0]) * row) if shape else (0, 1)
+    start, stop = (offsets[0] * row, (offsets[0] + lengths[0]) * row) if shape else (0, 1)
+    return Chunk(start, stop, int(file[1]), str(chunk["key"]))
 
 
 def _ints(values: Sequence[int]) -> tuple[int, ...]:

@@ -174,7 +174,7 @@ def _unpacked(packed: dict[str, Any], rank: int | None = None) -> Exception:
 def _packed_listing(listing: Listing | None) -> dict[str, Any]:
     assert listing is not None
     tensors = {
-        name: [DTYPE_CODES[t.dtype], t.shape, [(c.start, c.stop, c.file, c.key) for c in t.chunks]]
+        name: [DTYPE_CODES[t.dtype], t.shape, [(c.start, c.stop, c.writer, c.key) for c in t.chunks]]
         for name, t in listing.tensors.items()
     }
     return {"tensors": tensors, "sums": listing.sums}

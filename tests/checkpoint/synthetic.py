@@ -1,14 +1,19 @@
-"""Tensors with known elements, divided over a mesh as a training run divides its own."""
+"""Tensors with known elements, divided over a mesh as a training run divides its own; manifests of other contents."""
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pithwood.checkpoint.files import hash_file
 from pithwood.checkpoint.ranges import Held
+from pithwood.checkpoint.storage import MANIFEST, SUMS, tensor_file
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.pieces import Piece
 
@@ -56,3 +61,26 @@ def wrong(held: dict[str, Held]) -> list[str]:
         for name, part in held.items()
         if not torch.equal(part.tensor.view(-1), whole_tensor(name).view(-1)[part.piece.start : part.piece.stop])
     ]
+
+
+def rewrite_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Give a checkpoint another manifest, with its hash."""
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    lines = [line for line in (path / SUMS).read_text().splitlines() if MANIFEST not in line]
+    (path / SUMS).write_text("\n".join([f"{hash_file(path / MANIFEST)}  {MANIFEST}", *lines]) + "\n")
+
+
+def as_format_1(path: Path) -> None:
+    """Rewrite a manifest as the first format described it: boxes in place of ranges."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["format_version"] = 1
+    for name, tensor in manifest["tensors"].items():
+        shape, boxes = tensor["shape"], []
+        row = math.prod(shape[1:])
+        for start, stop, writer in tensor["chunks"]:
+            key = name if stop - start == math.prod(shape) else f"{name}@{start}:{stop}"
+            first, rows = ([start // row], [(stop - start) // row]) if shape else ([], [])
+            box = {"offsets": first + [0] * len(shape[1:]), "shape": rows + shape[1:]}
+            boxes.append({**box, "file": tensor_file(writer), "key": key})
+        tensor["chunks"] = boxes
+    rewrite_manifest(path, manifest)

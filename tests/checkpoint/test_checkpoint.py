@@ -20,6 +20,7 @@ from pithwood.checkpoint.load import latest_checkpoint, list_checkpoints, load_c
 from pithwood.checkpoint.rng import capture_rng, restore_rng
 from pithwood.checkpoint.save import check_can_save, clean_leftovers, save_checkpoint
 from pithwood.checkpoint.storage import SUMS
+from tests.checkpoint.synthetic import as_format_1, rewrite_manifest
 
 
 def assert_bitwise(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -283,12 +284,11 @@ def test_foreign_folders_are_refused(tmp_path):
         load_checkpoint(tmp_path)
 
 
-def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
+@pytest.mark.parametrize("name", ["../x/tensors-00000.safetensors", "state.json"])
+def test_a_manifest_cannot_point_outside_its_tensor_files(tmp_path, name):
     path = save_checkpoint(tmp_path, 1, {"a": torch.zeros(2)}, {})
-    text = (path / "manifest.json").read_text().replace("tensors-00000.safetensors", "../x/tensors-00000.safetensors")
-    (path / "manifest.json").write_text(text)
-    sums = [line for line in (path / SUMS).read_text().splitlines() if "manifest" not in line]
-    (path / SUMS).write_text("\n".join(sums) + "\n")
+    as_format_1(path)
+    rewrite_manifest(path, json.loads((path / "manifest.json").read_text().replace("tensors-00000.safetensors", name)))
     with pytest.raises(ValueError, match="is no tensor file"):
         load_checkpoint(path)
 

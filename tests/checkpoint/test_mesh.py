@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from pithwood.checkpoint.files import hash_file
 from pithwood.checkpoint.load import latest_checkpoint, list_checkpoints, load_checkpoint, verify_checkpoint
 from pithwood.checkpoint.ranges import Chunk, Held, Listing, StoredTensor, merge_listings
 from pithwood.checkpoint.save import check_can_save, save_checkpoint
-from pithwood.checkpoint.storage import MANIFEST, SUMS
+from pithwood.checkpoint.storage import MANIFEST
 from pithwood.parallel.config import MeshConfig
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.pieces import Piece
 from tests import processes
-from tests.checkpoint.synthetic import LAYER, NUM_LAYERS, held_on, whole_tensor, wrong
+from tests.checkpoint.synthetic import LAYER, NUM_LAYERS, as_format_1, held_on, rewrite_manifest, whole_tensor, wrong
 
 MESHES = {
     "one": MeshConfig(),
@@ -275,7 +274,7 @@ def test_retention_counts_the_meshs_checkpoints_once(tmp_path):
 @pytest.mark.quick
 def test_ranges_that_do_not_cover_a_tensor_once_are_told():
     def gap(shape: tuple[int, ...], *ranges: tuple[int, int]) -> str | None:
-        return StoredTensor(torch.float32, shape, tuple(Chunk(a, b, "f", "k") for a, b in ranges)).gap()
+        return StoredTensor(torch.float32, shape, tuple(Chunk(a, b, 0, "k") for a, b in ranges)).gap()
 
     assert gap((2, 3), (0, 2), (2, 6)) is None
     assert gap((2, 3), (0, 2), (3, 6)) == "elements 2:3 are missing"
@@ -301,23 +300,6 @@ def test_a_piece_of_another_size_is_refused():
         Held(torch.zeros(3), Piece((2, 3), 2, 6))
 
 
-def as_format_1(path: Path) -> None:
-    """Rewrite a manifest as the first format described it: boxes in place of ranges."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    manifest["format_version"] = 1
-    for tensor in manifest["tensors"].values():
-        shape, boxes = tensor["shape"], []
-        row = torch.Size(shape[1:]).numel()
-        for chunk in tensor["chunks"]:
-            start, stop = chunk.pop("start"), chunk.pop("stop")
-            first, rows = ([start // row], [(stop - start) // row]) if shape else ([], [])
-            boxes.append({**chunk, "offsets": first + [0] * len(shape[1:]), "shape": rows + shape[1:]})
-        tensor["chunks"] = boxes
-    (path / MANIFEST).write_text(json.dumps(manifest))
-    lines = [line for line in (path / SUMS).read_text().splitlines() if MANIFEST not in line]
-    (path / SUMS).write_text("\n".join([f"{hash_file(path / MANIFEST)}  {MANIFEST}", *lines]) + "\n")
-
-
 @pytest.mark.parametrize("name", ["one", "shard"])
 def test_the_first_format_is_still_read(written, tmp_path, name):
     path = shutil.copytree(written(name) / "checkpoints" / "step-00000003", tmp_path / "copy")
@@ -335,8 +317,6 @@ def test_a_box_of_the_first_format_that_is_no_range_is_refused(written, tmp_path
     as_format_1(path)
     manifest = json.loads((path / MANIFEST).read_text())
     manifest["tensors"]["0.proj"]["chunks"][0].update(offsets=[0, 4], shape=[6, 4])
-    (path / MANIFEST).write_text(json.dumps(manifest))
-    lines = [line for line in (path / SUMS).read_text().splitlines() if MANIFEST not in line]
-    (path / SUMS).write_text("\n".join(lines) + "\n")
+    rewrite_manifest(path, manifest)
     with pytest.raises(ValueError, match=r"is not a range of the elements of \(6, 8\)"):
         load_checkpoint(path)

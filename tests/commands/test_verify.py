@@ -78,7 +78,7 @@ def test_an_altered_byte_fails_and_the_file_is_named(folder, capsys):
 def test_elements_that_no_file_holds_fail(folder, capsys):
     path = folder / "checkpoints" / "step-00000020"
     manifest = json.loads((path / MANIFEST).read_text())
-    manifest["tensors"]["a"]["chunks"][0]["stop"] = 4
+    manifest["tensors"]["a"]["chunks"][0][1] = 4
     (path / MANIFEST).write_text(json.dumps(manifest))
     rewrite_sums(path, MANIFEST)
     assert main(["verify", f"{folder}@20"]) == 1
