@@ -173,7 +173,6 @@ def _train(
         try:
             events.emit("resume" if start else "run", start, **trainer.origin_fields(corpus), epochs=epochs)
             signal_number = _loop(trainer, source, corpus, folder, events, start, stop, watch)
-            trainer.wait_for_save()
             if trainer.step < run.steps:
                 return _interrupted(run, folder, trainer.step, trainer.tokens, signal_number, command)
             watch.phase("last validation", math.inf)
@@ -214,8 +213,19 @@ def _loop(
         trainer.spikes.look(events, written, lambda done: step_origins(source, corpus, done - 1))
         report_skips(run, events, folder, written)
 
+    held_s = 0.0
+
+    def complete(wait: bool) -> None:
+        """Log a checkpoint that was written beside the training: when it is there, not before."""
+        saving = trainer.saving
+        if saving is not None and (wait or saving.path is not None):
+            watch.phase("save", math.inf)
+            events.emit("checkpoint", saving.step, path=saving.wait().name, seconds=held_s)
+            trainer.saving = None
+
     with StopAgreement(trainer.mesh) as agreement:
         for step in range(start, run.steps):
+            complete(wait=run.phase_index(step) != trainer.phase)
             if trainer.enter_phase(step):
                 look(events.emit("phase", step, index=trainer.phase, **source.curriculum.settings(step)))
             done, last = step + 1, step + 1 == run.steps
@@ -235,12 +245,15 @@ def _loop(
                 events.emit("validation", done, tokens=trainer.tokens, **fields, seconds=time.perf_counter() - started)
             stopping = agreement.after_step(stop.signal_number)
             if done % run.checkpoint_every == 0 or last or stopping:
+                complete(wait=True)
                 # The log up to here is on disk before the checkpoint exists: a run resumed from it misses no line.
                 started = time.perf_counter()
                 look(events.sync())
                 watch.phase("save", math.inf)
                 path = trainer.save(folder, wait=last or bool(stopping))
-                events.emit("checkpoint", done, path=path.name, seconds=time.perf_counter() - started)
+                held_s = time.perf_counter() - started
+                if path is not None:
+                    events.emit("checkpoint", done, path=path.name, seconds=held_s)
             if stopping:
                 return stopping
     return 0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pithwood.attention.base import Cost
 from pithwood.checkpoint.background import Saving, begin_save
-from pithwood.checkpoint.load import checkpoints_folder, latest_checkpoint, load_checkpoint
+from pithwood.checkpoint.load import latest_checkpoint, load_checkpoint
 from pithwood.checkpoint.ranges import Held
 from pithwood.checkpoint.rng import capture_rng, restore_rng
 from pithwood.checkpoint.save import save_checkpoint
@@ -443,8 +443,8 @@ class Trainer:
         found = self.tensors().values()
         return float(sum(value.num_bytes if isinstance(value, Held) else value.nbytes for value in found))
 
-    def save(self, folder: Path, *, wait: bool = True) -> Path:
-        """Save a checkpoint; with wait=False a spread run goes on while it is written, until `wait_for_save`."""
+    def save(self, folder: Path, *, wait: bool = True) -> Path | None:
+        """Save a checkpoint; with wait=False a spread run goes on while it is written, and gets None."""
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -463,14 +463,7 @@ class Trainer:
         if self.part is None:
             return save_checkpoint(folder, self.step, self.tensors(), state, keep=keep)
         self.saving = begin_save(folder, self.step, self.tensors(), state, keep, mesh=self.mesh, after=self.saving)
-        if wait:
-            return self.saving.wait()
-        return checkpoints_folder(folder) / f"step-{self.step:08d}"
-
-    def wait_for_save(self) -> None:
-        """Until the last checkpoint is complete; raises what went wrong with it."""
-        if self.saving is not None:
-            self.saving.wait()
+        return self.saving.wait() if wait else None
 
     def resume(self, folder: Path, origin: Path | None) -> int:
         """Load the folder's newest checkpoint, else the one to branch from; returns the number of steps done."""

@@ -64,6 +64,11 @@ class Saving:
         """Whether `wait` would return, or raise, at once."""
         return not self._thread.is_alive()
 
+    @property
+    def path(self) -> Path | None:
+        """The checkpoint's folder if it is complete by now."""
+        return self._path
+
     def wait(self) -> Path:
         """The checkpoint's folder, once it is complete; raises what went wrong, the same on all processes."""
         self._thread.join()
