@@ -61,6 +61,9 @@ from pithwood.run_folder import (
 )
 from pithwood.trainer import Trainer
 
+LONG_S = 3600.0
+"""How long a validation or a checkpoint may take before the process counts as hanging."""
+
 
 def train(
     run: Run,
@@ -176,7 +179,7 @@ def _train(
             trainer.wait_for_save()
             if trainer.step < run.steps:
                 return _interrupted(run, folder, trainer.step, trainer.tokens, signal_number, command)
-            watch.phase("last validation", math.inf)
+            watch.phase("last validation", LONG_S)
             return mesh.world.agree(finish(trainer, corpus, folder, events, source.curriculum))
         finally:
             events.close()
@@ -217,6 +220,7 @@ def _loop(
     with StopAgreement(trainer.mesh) as agreement:
         for step in range(start, run.steps):
             if trainer.enter_phase(step):
+                watch.begin_anew()
                 look(events.emit("phase", step, index=trainer.phase, **source.curriculum.settings(step)))
             done, last = step + 1, step + 1 == run.steps
             logged = done % run.log_every == 0 or last
@@ -227,9 +231,18 @@ def _loop(
             look(events.emit("train", done, tokens=trainer.tokens, training_flops=flops, **values, **speed))
             if logged:
                 look(events.flush())
+                for slow in watch.stragglers():
+                    events.emit(
+                        "straggler",
+                        done,
+                        rank=slow.rank,
+                        host=slow.host,
+                        worked_s=slow.worked_s,
+                        median_s=slow.median_s,
+                    )
             if done % run.validate_every == 0 and not last and trainer.strictly_causal():
                 look(events.flush())
-                watch.phase("validation", math.inf)
+                watch.phase("validation", LONG_S)
                 started = time.perf_counter()
                 fields = trainer.validate(corpus, run.validation_samples) | read_so_far(corpus, source.curriculum, done)
                 events.emit("validation", done, tokens=trainer.tokens, **fields, seconds=time.perf_counter() - started)
@@ -238,7 +251,7 @@ def _loop(
                 # The log up to here is on disk before the checkpoint exists: a run resumed from it misses no line.
                 started = time.perf_counter()
                 look(events.sync())
-                watch.phase("save", math.inf)
+                watch.phase("save", LONG_S)
                 path = trainer.save(folder, wait=last or bool(stopping))
                 events.emit("checkpoint", done, path=path.name, seconds=time.perf_counter() - started)
             if stopping:
