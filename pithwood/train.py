@@ -61,6 +61,9 @@ from pithwood.run_folder import (
 )
 from pithwood.trainer import Trainer
 
+LONG_S = 3600.0
+"""How long a validation or a checkpoint may take before the process counts as hanging."""
+
 
 def train(
     run: Run,
@@ -175,7 +178,7 @@ def _train(
             signal_number = _loop(trainer, source, corpus, folder, events, start, stop, watch)
             if trainer.step < run.steps:
                 return _interrupted(run, folder, trainer.step, trainer.tokens, signal_number, command)
-            watch.phase("last validation", math.inf)
+            watch.phase("last validation", LONG_S)
             return mesh.world.agree(finish(trainer, corpus, folder, events, source.curriculum))
         finally:
             events.close()
@@ -227,6 +230,7 @@ def _loop(
         for step in range(start, run.steps):
             complete(wait=run.phase_index(step) != trainer.phase)
             if trainer.enter_phase(step):
+                watch.begin_anew()
                 look(events.emit("phase", step, index=trainer.phase, **source.curriculum.settings(step)))
             done, last = step + 1, step + 1 == run.steps
             logged = done % run.log_every == 0 or last
@@ -237,9 +241,18 @@ def _loop(
             look(events.emit("train", done, tokens=trainer.tokens, training_flops=flops, **values, **speed))
             if logged:
                 look(events.flush())
+                for slow in watch.stragglers():
+                    events.emit(
+                        "straggler",
+                        done,
+                        rank=slow.rank,
+                        host=slow.host,
+                        worked_s=slow.worked_s,
+                        median_s=slow.median_s,
+                    )
             if done % run.validate_every == 0 and not last and trainer.strictly_causal():
                 look(events.flush())
-                watch.phase("validation", math.inf)
+                watch.phase("validation", LONG_S)
                 started = time.perf_counter()
                 fields = trainer.validate(corpus, run.validation_samples) | read_so_far(corpus, source.curriculum, done)
                 events.emit("validation", done, tokens=trainer.tokens, **fields, seconds=time.perf_counter() - started)
@@ -249,7 +262,7 @@ def _loop(
                 # The log up to here is on disk before the checkpoint exists: a run resumed from it misses no line.
                 started = time.perf_counter()
                 look(events.sync())
-                watch.phase("save", math.inf)
+                watch.phase("save", LONG_S)
                 path = trainer.save(folder, wait=last or bool(stopping))
                 held_s = time.perf_counter() - started
                 if path is not None:

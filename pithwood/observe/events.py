@@ -32,7 +32,18 @@ from torch import Tensor
 from pithwood.errors import naming
 
 EventKind = Literal[
-    "run", "resume", "train", "validation", "checkpoint", "skip", "phase", "spike", "spike_step", "sink", "done"
+    "run",
+    "resume",
+    "train",
+    "validation",
+    "checkpoint",
+    "skip",
+    "phase",
+    "spike",
+    "spike_step",
+    "straggler",
+    "sink",
+    "done",
 ]
 
 EVENTS_FILE = "events.jsonl"

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -29,7 +30,8 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from types import TracebackType
+from dataclasses import dataclass
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -43,6 +45,18 @@ from pithwood.parallel.verdicts import Beat, Bounds, Sign, Stragglers, hang_line
 OTHER_FAILED = 4
 """Exit code of a process that ends because another one failed."""
 VERDICT = "verdict"
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """A process that needs longer for the work of a step than the others."""
+
+    rank: int
+    host: str
+    worked_s: float
+    """Of a step, without waiting for others."""
+    median_s: float
+    """The same of the median process."""
 
 
 class Watch:
@@ -68,11 +82,13 @@ class Watch:
         self._phases, self._step, self._beats = 0, -1, 0
         self._step_began, self._step_times = 0.0, deque[float](maxlen=64)
         self._ended, self._left = threading.Event(), threading.Event()
-        self._done = self._lost = False
+        self._done = self._lost = self._leaving = False
+        self._handler: Any = None
+        """What SIGTERM did before."""
         self._asked = math.inf
         """When the store was asked something that it has not answered."""
         self._verdict: dict[str, Any] | None = None
-        self._warnings: list[dict[str, Any]] = []
+        self._found: list[Straggler] = []
         self._samples, self._waited, self._window, self._worked_s = 0, 0, 0, 0.0
         self._window_began, self._window_steps, self._steps_done = time.monotonic(), 0, 0
         self._waits, self._place, self._excused_s = False, "", 0.0
@@ -104,16 +120,20 @@ class Watch:
         self._step, self._step_began = number, now
         self.phase("begins")
 
-    def warnings(self) -> list[dict[str, Any]]:
-        """What was found since the last call and does not end the run, on rank 0: stragglers, as
-        {"rank", "host", "worked_s", "median_s"}.
-        """
-        found, self._warnings = self._warnings, []
+    def begin_anew(self) -> None:
+        """Say that this step may take as long as a first one: what it computes has changed."""
+        self._step_times.clear()
+
+    def stragglers(self) -> list[Straggler]:
+        """Those found since the last call, on rank 0."""
+        found, self._found = self._found, []
         return found
 
     def __enter__(self) -> Watch:
         if not self.active:
             return self
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._terminated)
         rank, size = self.mesh.rank, self.mesh.world.size
         # rank 0 holds the store of all, the last rank the one that remains if rank 0 goes
         self._held: dist.TCPStore | None = None
@@ -145,10 +165,18 @@ class Watch:
     ) -> None:
         if not self.active:
             return
+        self._leaving = True
         if error is None or (isinstance(error, SystemExit) and error.code in (0, None)):
             self._leave_in_order()
         else:
             self._fail(error)
+
+    def _terminated(self, number: int, frame: FrameType | None) -> None:
+        """SIGTERM where nobody else handles it. When a process has died the launcher sends it to all others: they stay
+        until it is told why.
+        """
+        if not self._leaving and self._verdict is None:
+            raise SystemExit(128 + number)
 
     def _leave_in_order(self) -> None:
         """Stop the thread; rank 0 stays for as long as others are at work, since they need its store."""
@@ -172,6 +200,8 @@ class Watch:
         self._nothing.close()
         if self._neighbour is not None:
             os.close(self._neighbour[1])
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Report an error, unless another one was first; leave."""
@@ -327,9 +357,7 @@ class Watch:
 
     def _compare(self, beats: dict[int, Beat]) -> None:
         for rank, (worked, median) in self._stragglers.look(beats).items():
-            self._warnings.append(
-                {"rank": rank, "host": self._places[rank].host, "worked_s": worked, "median_s": median}
-            )
+            self._found.append(Straggler(rank, self._places[rank].host, worked, median))
             self._tell(
                 f"WARNING: {self._name(rank)} is slow: {worked:.3g} s of work in a step, {worked / median - 1:.0%} "
                 f"over the median process ({median:.3g} s); all others wait for it"

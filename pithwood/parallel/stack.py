@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import linecache
+import functools
 import re
 import sys
 import sysconfig
@@ -30,8 +30,22 @@ def place_and_waiting(thread: int | None) -> tuple[str, bool]:
     if frame is None:
         return "unknown", False
     name, line = frame.f_code.co_filename, frame.f_lineno
-    waits = name.startswith(_EXCHANGES) or _WAITING.search(linecache.getline(name, line)) is not None
+    waits = name.startswith(_EXCHANGES) or _WAITING.search(_line(name, line)) is not None
     while frame.f_code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
         frame = frame.f_back
     path = Path(frame.f_code.co_filename)
     return f"{path.parent.name}/{path.name}:{frame.f_lineno} ({frame.f_code.co_name})", waits
+
+
+def _line(path: str, number: int) -> str:
+    lines = _lines(path)
+    return lines[number - 1] if 0 < number <= len(lines) else ""
+
+
+@functools.lru_cache(maxsize=256)
+def _lines(path: str) -> list[str]:
+    """The lines of a source file; none if there is no such file, as for code that was made at run time."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except (OSError, ValueError):
+        return []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pithwood.checkpoint.signals import StopRequest
 from pithwood.parallel.agreement import StopAgreement
 from pithwood.parallel.config import MeshConfig
 from pithwood.parallel.faults import Watch
@@ -26,14 +27,12 @@ def loop(
 ) -> None:
     """Steps of a sleep and a sum over all processes; in the given rank and step, the fault."""
     torch.set_num_threads(1)
-    stop = [0]
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.__setitem__(0, number))
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     mesh = join_mesh(MeshConfig(dp_shard=size), device, rank, size, dist.FileStore(f"{folder}/store", size))
     mine = fault.get("rank") == rank
-    with Watch(mesh, bounds=Bounds(**bounds)) as watch, StopAgreement(mesh) as agreement:
+    with Watch(mesh, bounds=Bounds(**bounds)) as watch, StopRequest() as stop, StopAgreement(mesh) as agreement:
         if mine and fault.get("step") == -1:
             misfortune(fault, folder)
         for step in range(steps):
@@ -53,7 +52,7 @@ def loop(
             total = torch.ones(8, device=device)
             mesh.world.all_reduce(total)
             assert total[0].item() == size
-            if agreement.after_step(stop[0]):
+            if agreement.after_step(stop.signal_number):
                 break
     if "folder" in fault:
         Path(fault["folder"], f"done.{rank}").write_text(str(step))
