@@ -218,7 +218,7 @@ class Trainer:
                 parts["all"] = torch.stack(shares).sum()
             if num_bytes is not None:
                 parts["bytes"] = num_bytes
-            everywhere = self.totals.add_up(parts)
+            everywhere = self.totals.add_up("losses", parts)
             nats, num_bytes = everywhere.get("sum/loss"), everywhere.get("bytes")
             names = [name.removeprefix("sum/") for name in everywhere if name.startswith("sum/")]
             means = {name: everywhere[f"sum/{name}"] / everywhere[f"count/{name}"] for name in names}
@@ -245,7 +245,9 @@ class Trainer:
         selecting = sum(isinstance(value, Selection) for value in probe.values())
         layers = {name: float(selecting if name.startswith("block_") else len(loads)) for name in values}
         sums: dict[str, Tensor | float] = {name: value * layers[name] for name, value in values.items()}
-        everywhere = self.totals.add_up(sums | {f"layers/{name}": count for name, count in layers.items()})
+        everywhere = self.totals.add_up(
+            "statistics", sums | {f"layers/{name}": count for name, count in layers.items()}
+        )
         most = scalar(peak, self.device, torch.float32)
         self.mesh.world.all_reduce(most, "max")
         means = {name: everywhere[name] / everywhere[f"layers/{name}"] for name in everywhere if "/" not in name}
@@ -336,6 +338,7 @@ class Trainer:
         if index == self.phase:
             return False
         self.phase = index
+        self.totals.forget()
         phase = self.run.phase(step)
         if phase.attention != self.model.cfg.attention:
             new, unused = self.model.set_attention(phase.attention)

@@ -14,26 +14,33 @@ class Totals:
     """Adds up named scalars over all tokens and all stages of a mesh; in one process they stay as they are.
 
     Names may differ between stages, not between the processes of a stage. Which there are is asked once for each set of
-    own names, so every process must come with new names at the same call.
+    values, until `forget`: a stage that has none of them cannot see that those of others have changed.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self._names: dict[tuple[str, ...], list[str]] = {}
+        self._names: dict[str, list[str]] = {}
 
-    def add_up(self, values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
-        """The sums, by name; those of other stages' names too."""
+    def forget(self) -> None:
+        """Ask for names anew; all processes call it together, when layers or loss terms have changed."""
+        self._names.clear()
+
+    def add_up(self, what: str, values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+        """The sums, by name; those of other stages' names too.
+
+        what    names the set of values, the same in all processes
+        """
         device = self.mesh.device
         # gloo adds in fp64; on a GPU fp32 is what the values have
         dtype = torch.float64 if device.type == "cpu" else torch.float32
         own = {name: scalar(value, device, dtype) for name, value in values.items()}
         if self.mesh.world.size == 1:
             return own
-        key = tuple(own)
-        if key not in self._names:
-            found = self.mesh.pp.all_gather_objects(list(key))
-            self._names[key] = sorted({name for names in found for name in names})
-        names, nothing = self._names[key], torch.zeros((), dtype=dtype, device=device)
+        if what not in self._names:
+            found = self.mesh.pp.all_gather_objects(list(own))
+            self._names[what] = sorted({name for names in found for name in names})
+        names, nothing = self._names[what], torch.zeros((), dtype=dtype, device=device)
+        assert own.keys() <= set(names), f"{what} has other names than before"
         flat = torch.stack([own.get(name, nothing) for name in names])
         self.mesh.tokens.all_reduce(flat)
         self.mesh.pp.all_reduce(flat)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from pithwood.data.batches import Batch
-from pithwood.ops.packing import Packing
+from pithwood.ops.packing import Packing, Selection
+from pithwood.parallel.context import decisions_in_context, decisions_of_rows
 from pithwood.parallel.mesh import Mesh
+from pithwood.passes import Local
 from pithwood.recipes import load_recipe
 from pithwood.run import Run
 from pithwood.trainer import Trainer
@@ -73,17 +75,32 @@ Pieces = dict[str, tuple[int, Tensor]]
 """By name: the number of the first element, and the elements, of a tensor that is whole in one process."""
 
 
-def steps_on(mesh: Mesh, run: Run, steps: int, update: str | None) -> dict[str, Any]:
-    """Pieces of initial weights, first raw gradients and last weights, and what each step's log says.
+Decisions = list[dict[str, Any]]
+"""Of each micro-batch: the ids of blocks and experts, by layer."""
+
+
+def steps_on(mesh: Mesh, run: Run, steps: int, update: str | None, replay: Decisions | None = None) -> dict[str, Any]:
+    """Pieces of initial weights, first raw gradients and last weights, what each step's log says, the first step's
+    decisions (of one process), and which of them this process would make in another way (in a mesh).
 
     update  "run": by the run's optimizer. "sgd": by plain gradient descent. None: no update, one step's gradients
+    replay  one process's decisions, which the first raw gradients are those of
     """
     torch.manual_seed(0)
     trainer = Trainer(run, mesh.device, None, None if mesh.world.size == 1 else mesh)
     source = Documents(run)
     found: dict[str, Any] = {"initial": _pieces(trainer), "logs": []}
     here = trainer.local(source.step(0, trainer.share))
-    ledger = trainer.gradients(0, here)
+    own = None
+    if replay is not None:
+        own = [_own(decisions, local, mesh, run) for decisions, local in zip(replay, here, strict=True)]
+        probe: dict[str, Any] = {}
+        trainer.gradients(0, here, probe)
+        trainer.optimizer.zero_grad()
+        found["unlike"] = _unlike(_ids(probe), own[-1])
+    elif mesh.world.size == 1:
+        found["decisions"] = [_decisions(trainer, local) for local in here]
+    ledger = trainer.gradients(0, here, replay=own)
     found["gradients"] = _pieces(trainer, gradients=True)
     found["losses"] = {k: float(v) for k, v in trainer._losses(ledger, here).items()}
     trainer.optimizer.zero_grad()
@@ -102,6 +119,36 @@ def steps_on(mesh: Mesh, run: Run, steps: int, update: str | None) -> dict[str, 
             trainer.renew_copies()
     found["last"] = _pieces(trainer)
     return found
+
+
+@torch.no_grad()
+def _decisions(trainer: Trainer, local: Local) -> dict[str, Any]:
+    """What one process decides about a micro-batch."""
+    probe: dict[str, Any] = {}
+    trainer.model.hidden(local.batch.columns["tokens"], local.batch.packing, dtype=trainer.dtype, probe=probe)
+    return _ids(probe)
+
+
+def _ids(probe: dict[str, Any]) -> dict[str, Any]:
+    """The ids among what a probe collected; counts follow from them."""
+    return {name: value for name, value in probe.items() if name.endswith((".experts", ".blocks"))}
+
+
+def _own(decisions: dict[str, Any], local: Local, mesh: Mesh, run: Run) -> dict[str, Any]:
+    """One process's decisions about a micro-batch, as a process of the mesh replays them."""
+    total = run.samples_per_micro_batch * run.seq_len
+    count = total // mesh.data.size
+    mine = decisions_of_rows(decisions, mesh.data.rank * count, count, total)
+    return mine if local.cp is None else decisions_in_context(mine, local.cp, run.model.num_kv_heads)
+
+
+def _unlike(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Names of the decisions found that are not those wanted."""
+
+    def plain(value: Any) -> Tensor:
+        return value.ids if isinstance(value, Selection) else value
+
+    return [name for name, value in found.items() if not torch.equal(plain(value), plain(wanted[name]))]
 
 
 def _pieces(trainer: Trainer, gradients: bool = False) -> Pieces:
