@@ -50,6 +50,7 @@ def test_a_skill_says_its_name_its_use_its_check_and_what_to_do_on_failure(skill
         ("add-model", ["no_such_model"], "FAIL file: pithwood/models/no_such_model.py does not exist"),
         ("run-experiment", ["nothing", "--baseline", "nothing"], "FAIL runs: ValueError: no run 'nothing'"),
         ("validate-correctness", ["debug"], "FAIL arguments: the line above says what to change"),
+        ("check-mesh-parity", ["mesh.ep=3"], "FAIL arguments: the line above says what to change"),
         ("speed-up-training", ["no_such_recipe"], "FAIL arguments: the line above says what to change"),
     ],
 )
