@@ -44,7 +44,7 @@ def parity_gates(run: Run) -> Iterator[Gate]:
 
     def compute(update: str) -> str:
         found["alone"] = steps_on(Mesh.single(), run, STEPS, update)
-        found["spread"] = run_on(run.mesh, steps_on, run, STEPS, update, seconds=600)
+        found["spread"] = run_on(run.mesh, steps_on, run, STEPS, update, found["alone"]["decisions"], seconds=600)
         return f"{STEPS} steps by {run.mesh.size} processes, and by one"
 
     yield Gate("optimizer", lambda: compute("run"))
@@ -59,6 +59,7 @@ def comparison_gates(spread: list[dict[str, Any]], alone: dict[str, Any]) -> lis
         Gate("initial weights", lambda: _same(spread, alone, "initial")),
         Gate("loss", lambda: _close([each["losses"] for each in spread], alone["losses"], BOUND)),
         Gate("gradients", lambda: _same(spread, alone, "gradients")),
+        Gate("decisions", lambda: _alike(spread)),
         Gate("log", lambda: _logs(spread, alone)),
         Gate("weights", lambda: _same(spread, alone, "last")),
     ]
@@ -77,6 +78,13 @@ def _close(spread: list[dict[str, float]], alone: dict[str, float], bound: float
                 f"{name} is {values[name]:.9g} in process {rank}, and {value:.9g} in one process",
             )
     return f"{', '.join(alone)} within {bound:g}"
+
+
+def _alike(spread: list[dict[str, Any]]) -> str:
+    """Gradients are those of one process's decisions; left alone, every process decides the same."""
+    for rank, each in enumerate(spread):
+        require(not each["unlike"], f"process {rank} chooses otherwise: {', '.join(each['unlike'])}")
+    return "experts and blocks are the same where nothing is replayed"
 
 
 def _logs(spread: list[dict[str, Any]], alone: dict[str, Any]) -> str:
