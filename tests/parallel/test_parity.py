@@ -23,7 +23,7 @@ def one_process() -> dict[str, Any]:
 
 def outcome(spread: dict[str, Any]) -> tuple[str, bool]:
     """The last gate tried on what a process gave, and whether it held."""
-    last = run_gates(comparison_gates([spread], one_process()))[-1]
+    last = run_gates(comparison_gates([{"unlike": [], **spread}], one_process()))[-1]
     return last.name, last.passed
 
 
@@ -46,6 +46,10 @@ def test_elements_that_nobody_holds_fail_the_gate():
     start, values = other["gradients"]["lm_head.weight"]
     other["gradients"]["lm_head.weight"] = start, values[:-1]
     assert outcome(other) == ("gradients", False)
+
+
+def test_a_process_that_chooses_other_experts_fails_the_gate():
+    assert outcome({**one_process(), "unlike": ["layers.0.experts"]}) == ("decisions", False)
 
 
 def test_another_loss_or_norm_fails_its_gate():
