@@ -48,6 +48,7 @@ from pithwood.parallel.mesh import (
     topology,
     world_from_environment,
 )
+from pithwood.parallel.verdicts import Bounds
 from pithwood.plan import plan
 from pithwood.run import Run, check_device_settings, pick_device
 from pithwood.run_folder import (
@@ -85,6 +86,7 @@ def train(
     """
     figures = plan(run)
     check_sinks(run.logging)
+    bounds = Bounds.from_environment()
     _, size, local_rank = world_from_environment()
     check_world(run.mesh, size)
     device = pick_device(run)
@@ -95,7 +97,7 @@ def train(
     if run.threads:
         torch.set_num_threads(run.threads)
     mesh = start_mesh(run.mesh, device)
-    with Watch(mesh) as watch:
+    with Watch(mesh, bounds=bounds) as watch:
         summary = _train(run, mesh, watch, runs_dir, new, branch_from, console and mesh.is_first, command, crowded)
     stop_mesh(mesh)
     return summary

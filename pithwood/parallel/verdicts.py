@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 
 Sign = Literal["alive", "late", "done"]
+BOUNDS_VARIABLE = "PITHWOOD_BOUNDS"
 _MARKS: dict[Sign, str] = {"alive": ".", "late": "!", "done": "/"}
 
 
@@ -43,6 +45,28 @@ class Bounds:
     """Work of a step above the median process's at which a process is a straggler."""
     straggler_windows: int = 3
     """Windows in a row for which it must be one before that is told."""
+
+    @staticmethod
+    def from_environment() -> Bounds:
+        """Those of a run: other numbers than here as the variable PITHWOOD_BOUNDS says, "hang_s=120,silent_s=30".
+
+        raises  ValueError for names that are none, and values that are no positive number
+        """
+        given, known = os.environ.get(BOUNDS_VARIABLE, ""), asdict(Bounds())
+        changes: dict[str, Any] = {}
+        for part in filter(None, given.split(",")):
+            name, _, text = part.partition("=")
+            if name not in known:
+                raise ValueError(
+                    f"{BOUNDS_VARIABLE} holds {part!r}; write name=number, with a name of {', '.join(known)}"
+                )
+            try:
+                changes[name] = type(known[name])(text)
+            except ValueError:
+                changes[name] = math.nan
+            if not changes[name] > 0:
+                raise ValueError(f"{BOUNDS_VARIABLE} holds {part!r}; write a positive number after {name}=")
+        return Bounds(**changes)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def tiny_run(model: dict[str, Any] | None = None, moe: dict[str, Any] | None = N
     sizes = {"seq_len": SEQ_LEN, "samples_per_step": 8, "samples_per_micro_batch": 4, "steps": 100, "threads": 0}
     # Adam divides by what it knows of a gradient's size: of the smallest ones that would be rounding
     optim = dataclasses.replace(run.optim, eps=1e-5)
-    return dataclasses.replace(run, model=cfg, optim=optim, device="cpu", **{**sizes, **changes})
+    return dataclasses.replace(run, model=cfg, device="cpu", **{**sizes, "optim": optim, **changes})
 
 
 class Documents:

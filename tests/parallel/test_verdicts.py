@@ -134,3 +134,24 @@ def test_a_thread_that_waits_for_an_exchange_is_seen_at_its_line():
     assert where.startswith("parallel/test_verdicts.py:")
     assert place.endswith("(works)")
     assert place_and_waiting(None) == ("unknown", False)
+
+
+def test_the_environment_changes_the_bounds_that_it_names(monkeypatch):
+    monkeypatch.setenv("PITHWOOD_BOUNDS", "hang_s=120,straggler_windows=5")
+    assert Bounds.from_environment() == replace(BOUNDS, hang_s=120.0, straggler_windows=5)
+    monkeypatch.delenv("PITHWOOD_BOUNDS")
+    assert Bounds.from_environment() == BOUNDS
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("hang=120", "holds 'hang=120'; write name=number, with a name of beat_s, silent_s, hang_s"),
+        ("hang_s=", "holds 'hang_s='; write a positive number after hang_s="),
+        ("hang_s=-1", "holds 'hang_s=-1'; write a positive number after hang_s="),
+    ],
+)
+def test_bounds_that_cannot_be_are_refused(monkeypatch, given, words):
+    monkeypatch.setenv("PITHWOOD_BOUNDS", given)
+    with pytest.raises(ValueError, match=words):
+        Bounds.from_environment()
