@@ -33,13 +33,17 @@ def check_memory(run: Run, figures: dict[str, Any], device: torch.device) -> lis
     """Refuse a run that cannot fit, by the estimates of `plan`; returns a warning if it may not fit beside what runs.
 
     The estimates leave out what torch itself takes, so a run that is refused would not have worked: the kernel would
-    have killed it without a word. Raises ValueError with the numbers and what to lower.
+    have killed it without a word. Raises ValueError with the numbers and what to lower. On a mesh it is the least that
+    a process can have: what is gathered, and stages that are not alike, come on top.
     """
-    need = 1e9 * (figures["weights_gradients_optimizer_gb"] + figures["activations_gb"])
+    mesh = run.mesh
+    weights = figures["weights_gradients_optimizer_gb"] / (mesh.pp * mesh.dp_shard * mesh.cp)
+    activations = figures["activations_gb"] / (mesh.data_size * mesh.cp)
+    need = 1e9 * (weights + activations)
     limit, owner = memory_limit(device)
     estimate = (
-        f"about {_gb(need)} ({figures['weights_gradients_optimizer_gb']:,.1f} GB of weights, gradients and optimizer "
-        f"state, {figures['activations_gb']:,.1f} GB of activations)"
+        f"about {_gb(need)}{' or more in each process' if mesh.size > 1 else ''} ({weights:,.1f} GB of weights, "
+        f"gradients and optimizer state, {activations:,.1f} GB of activations)"
     )
     if need > limit:
         raise ValueError(f"the run needs {estimate}, but {owner} is {_gb(limit)}; {knobs(run)}")
@@ -179,12 +183,17 @@ def keeps_copies(run: Run, device: torch.device, memory_bytes: float | None = No
         return run.keep_weight_copies == "always"
     if not _wants_copies(run, device):
         return False
+    if run.mesh.size > 1:
+        # of divided weights a process gathers copies anyway
+        return True
     limit = memory_limit(device)[0] if memory_bytes is None else memory_bytes
     return sum(memory_by_kind(run, device, copies=True).values()) <= SHARE_FOR_COPIES * limit
 
 
 def memory_line(run: Run, device: torch.device, copies: bool) -> str:
     """What a run will take and what it does about it, in words: for the lines at its start."""
+    if run.mesh.size > 1:
+        return "`pithwood estimate` tells the share of a process"
     kinds = memory_by_kind(run, device, copies=copies)
     each = run.recompute_by_block()
     kept = {

@@ -171,15 +171,6 @@ class Run:
             )
         if self.mesh.size > 1 and self.compile:
             raise ValueError("compile=true runs in one process; set compile=false, or all sizes of mesh to 1")
-        self.mesh.check(
-            num_layers=self.model.num_layers,
-            num_experts=self.model.moe.num_experts,
-            num_kv_heads=self.model.num_kv_heads,
-            samples_per_step=self.samples_per_step,
-            samples_per_micro_batch=self.samples_per_micro_batch,
-            seq_len=self.seq_len,
-            tied=self.model.tie_embeddings,
-        )
         layers = self.model.num_layers
         if not isinstance(self.recompute, str) and len(self.recompute) != layers:
             raise ValueError(
@@ -204,6 +195,16 @@ class Run:
         for number in range(len(self.phases)):
             self._check_phase_data(number)
         check_lengths([stage.seq_len for stage in self.stages()])
+        for stage in self.stages():
+            self.mesh.check(
+                num_layers=self.model.num_layers,
+                num_experts=self.model.moe.num_experts,
+                num_kv_heads=self.model.num_kv_heads,
+                samples_per_step=stage.samples_per_step,
+                samples_per_micro_batch=stage.samples_per_batch,
+                seq_len=stage.seq_len,
+                tied=self.model.tie_embeddings,
+            )
 
     def _check_phase_data(self, number: int) -> None:
         """What a phase changes about the samples."""

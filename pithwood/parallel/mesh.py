@@ -267,7 +267,7 @@ def topology(mesh: Mesh, hosts: Iterable[str]) -> list[str]:
     if cfg.size == 1:
         return []
     sizes = [f"{name} {getattr(cfg, name)}" for name in ("pp", "dp_replicate", "dp_shard", "cp", "ep")]
-    lines = [f"mesh: {cfg.size} processes on {len(set(hosts))} hosts: {', '.join(sizes)}"]
+    lines = [f"mesh: {cfg.size} processes on {len(set(hosts))} host{'s' * (len(set(hosts)) > 1)}: {', '.join(sizes)}"]
     for name in ("ep", "cp", "shard", "pp"):
         members = getattr(mesh, name).ranks
         if len(members) > 1:
