@@ -44,11 +44,7 @@ def parity_gates(run: Run) -> Iterator[Gate]:
 
     def compute(update: str) -> str:
         found["alone"] = steps_on(Mesh.single(), run, STEPS, update)
-<<<<<<< HEAD
-        found["spread"] = run_on(run.mesh, steps_on, run, STEPS, update, seconds=600)
-=======
         found["spread"] = run_on(run.mesh, steps_on, run, STEPS, update, found["alone"]["decisions"], seconds=600)
->>>>>>> docs6
         return f"{STEPS} steps by {run.mesh.size} processes, and by one"
 
     yield Gate("optimizer", lambda: compute("run"))
@@ -63,10 +59,7 @@ def comparison_gates(spread: list[dict[str, Any]], alone: dict[str, Any]) -> lis
         Gate("initial weights", lambda: _same(spread, alone, "initial")),
         Gate("loss", lambda: _close([each["losses"] for each in spread], alone["losses"], BOUND)),
         Gate("gradients", lambda: _same(spread, alone, "gradients")),
-<<<<<<< HEAD
-=======
         Gate("decisions", lambda: _alike(spread)),
->>>>>>> docs6
         Gate("log", lambda: _logs(spread, alone)),
         Gate("weights", lambda: _same(spread, alone, "last")),
     ]
@@ -87,8 +80,6 @@ def _close(spread: list[dict[str, float]], alone: dict[str, float], bound: float
     return f"{', '.join(alone)} within {bound:g}"
 
 
-<<<<<<< HEAD
-=======
 def _alike(spread: list[dict[str, Any]]) -> str:
     """Gradients are those of one process's decisions; left alone, every process decides the same."""
     for rank, each in enumerate(spread):
@@ -96,7 +87,6 @@ def _alike(spread: list[dict[str, Any]]) -> str:
     return "experts and blocks are the same where nothing is replayed"
 
 
->>>>>>> docs6
 def _logs(spread: list[dict[str, Any]], alone: dict[str, Any]) -> str:
     for step, wanted in enumerate(alone["logs"]):
         # statistics of chosen blocks are means over processes, whatever each one's number of queries
