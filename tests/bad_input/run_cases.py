@@ -113,6 +113,14 @@ SETTINGS = (
          arrange=_recipe("def small():\n    return 1 / 0\n")),
     Case("other-result", "A recipe that returns something else", "train mine.py:small", ("returned a dict", "Run"),
          arrange=_recipe("def small():\n    return {}\n")),
+    Case("mesh-world", "A mesh of more processes than were started", f"{TRAIN} steps=6 mesh.dp_shard=2",
+         ("the mesh has 2 processes", "but 1 were started; start 2", "torchrun --nproc-per-node 2")),
+    Case("mesh-experts", "Experts divided between more processes than there are",
+         f"{TRAIN} steps=6 mesh.dp_shard=2 mesh.ep=4", ("mesh.ep=4 must divide", "try mesh.dp_shard=4")),
+    Case("mesh-samples", "Samples that cannot be divided between processes", f"{TRAIN} steps=6 mesh.dp_shard=8",
+         ("samples_per_micro_batch=4", "8 processes", "a multiple of 8")),
+    Case("mesh-stages", "A pipeline of more stages than layers", f"{TRAIN} steps=6 mesh.pp=4",
+         ("mesh.pp=4", "4 stages", "2 layers", "lower mesh.pp")),
 )  # fmt: skip
 
 SYSTEM = (

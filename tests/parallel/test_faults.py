@@ -32,7 +32,7 @@ LEAVING_S = BOUNDS["grace_s"] + 3.5 * BOUNDS["beat_s"]
 """From a verdict until the last process has left: that it is read, the grace period, and a store that stays a while."""
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("rank", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_ends_all_and_is_named(rank):
     ended = run_doomed(3, {"what": "kill", "rank": rank, "step": 30})
     assert ended.codes[rank] == -9
@@ -66,7 +66,7 @@ def test_an_interruption_ends_all():
     assert ended.error_line().endswith("failed in step 4 forward: interrupted")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_hang_is_named_with_rank_phase_and_place(rank):
     limit = 1.5
     ended = run_doomed(3, {"what": "hang", "rank": rank, "step": 30}, {"hang_s": limit})
@@ -79,6 +79,7 @@ def test_a_hang_is_named_with_rank_phase_and_place(rank):
     assert line.endswith("while 2 others wait")
 
 
+@pytest.mark.slow
 def test_a_hang_before_the_first_step_has_the_time_of_the_start():
     limit = 3.0
     ended = run_doomed(2, {"what": "hang", "rank": 1, "step": -1}, {"hang_s": 0.5, "startup_s": limit})
@@ -88,8 +89,15 @@ def test_a_hang_before_the_first_step_has_the_time_of_the_start():
     assert "hangs in start" in ended.error_line()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("what", ["freeze", "hang holding the interpreter"])
+@pytest.mark.parametrize(
+    ("what", "rank"),
+    [
+        ("freeze", 0),
+        ("hang holding the interpreter", 1),
+        pytest.param("freeze", 1, marks=pytest.mark.slow),
+        pytest.param("hang holding the interpreter", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_that_cannot_answer_is_named_and_the_others_end(what, rank):
     ended = run_doomed(3, {"what": what, "rank": rank, "step": 30})
     assert_others_left_quietly(ended, rank, BOUNDS["silent_s"] + 3 * BOUNDS["beat_s"] + LEAVING_S)
@@ -97,6 +105,7 @@ def test_a_process_that_cannot_answer_is_named_and_the_others_end(what, rank):
     assert re.match(rf"rank {rank} of 3 \(.*(has not answered for \d s|is gone or stopped)", ended.error_line())
 
 
+@pytest.mark.slow
 def test_a_process_that_saves_alone_for_long_is_no_hang_and_no_straggler():
     fault = {"what": "save", "rank": 0, "step": 10, "seconds": 4.0}
     ended = run_doomed(3, fault, {"hang_s": 2.0}, steps=150)
@@ -104,6 +113,7 @@ def test_a_process_that_saves_alone_for_long_is_no_hang_and_no_straggler():
     assert not ended.lines
 
 
+@pytest.mark.slow
 def test_a_starved_process_is_reported_once_and_the_run_goes_on():
     ended = run_doomed(3, {"what": "slow", "rank": 1, "step": 4, "seconds": 0.04}, steps=100)
     assert ended.codes == [0, 0, 0]
@@ -152,6 +162,7 @@ stop_mesh(mesh)
 """
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     words = [

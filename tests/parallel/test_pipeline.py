@@ -157,7 +157,7 @@ def assert_all(results: list[list[tuple[float, set[str]]]], cfg: Qwen3MoEConfig 
     ("schedule", "counts"),
     [("1f1b", (1, 2, 3, 8)), ("interleaved", (2, 3, 5, 8)), ("zero_bubble_v", (1, 2, 3, 8)), ("dualpipe_v", (4, 5, 8))],
 )
-@pytest.mark.parametrize("pauses", [False, True])
+@pytest.mark.parametrize("pauses", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_losses_and_gradients_are_those_of_one_process(schedule: Schedule, counts: tuple[int, ...], pauses: bool):
     assert_all(run_on(MeshConfig(pp=2, schedule=schedule), compared, CFG, counts, pauses))
 
