@@ -22,12 +22,19 @@ def length_words(tokens: int) -> str:
     return f"{tokens >> 10}K" if tokens and tokens % 2**10 == 0 else f"{tokens}"
 
 
+def mesh_words(mesh: dict[str, int]) -> str:
+    """ "dp_shard 2, ep 2"; nothing for one process."""
+    return ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
+
+
 def workload_words(row: Row) -> str:
     """What a row trains, in a line."""
     settings = f", {' '.join(row['settings'])}" if row["settings"] else ""
+    mesh = mesh_words(row["mesh"])
+    where = f" on {mesh}" if mesh else ""
     return (
-        f"{row['recipe']}: {row['layers']} layers, {row['sequences']} x {length_words(row['seq_len'])} a step in "
-        f"micro-batches of {row['micro_batch']}, {attention_words(row['attention'])}, {row['optimizer']}, "
+        f"{row['recipe']}{where}: {row['layers']} layers, {row['sequences']} x {length_words(row['seq_len'])} a step "
+        f"in micro-batches of {row['micro_batch']}, {attention_words(row['attention'])}, {row['optimizer']}, "
         f"{row['precision']}, {row['routing']} routing, {row['tokens']} tokens{settings}"
     )
 

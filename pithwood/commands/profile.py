@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pithwood.commands.common import add_command, add_common, json_text
-from pithwood.commands.train_arguments import add_train_arguments, run_of, tell
+from pithwood.commands.train_arguments import add_train_arguments, run_of, silent, tell
 
 HELP = """examples:
   pithwood profile debug --steps 7
@@ -47,18 +47,22 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
 
     import statistics
 
-    from pithwood.bench.train import start, timed
+    from pithwood.bench.train import is_first, lengthened, mesh_of, start, timed
     from pithwood.bench.train_profile import profile_lines, profile_steps, write_kernels
     from pithwood.memory import explained_memory
 
-    settings = run_of(args)
+    settings = lengthened(run_of(args), args.steps)
+    first = is_first()
+    say = tell if first else silent
     profiled = 1 + max(1, args.steps // 3)
     plain = args.steps - profiled
-    with explained_memory(settings, args.runs_dir):
-        started = start(settings, args.steps, args.tokens, args.runs_dir, tell)
-        measured = timed(started, plain, plain // 2, tell, args.started)
+    with explained_memory(settings, args.runs_dir), mesh_of(settings, say) as (mesh, watch):
+        started = start(settings, mesh, watch, args.tokens, args.runs_dir, say)
+        measured = timed(started, plain, plain // 2, say, args.started)
         step_ms = 1e3 * statistics.median(measured.seconds)
-        found = profile_steps(started, plain, profiled, step_ms, tell, args.trace)
+        found = profile_steps(started, plain, profiled, step_ms, say, args.trace if first else None)
+    if not first:
+        return 0, ""
     if args.csv is not None:
         write_kernels(found, args.csv)
     if args.json:
