@@ -77,7 +77,17 @@ def breakdown_lines(breakdown: dict[str, Any]) -> list[str]:
         floor = breakdown["floor_ms"].get(part)
         lines.append(f"    {part:<20}{ms:>10.2f}{ms / total:>8.1%}" + ("" if not floor else f"{floor:>10.2f}"))
     floors = sum(breakdown["floor_ms"].values())
-    return [*lines, f"    {'all':<20}{total:>10.2f}{'':>8}{floors:>10.2f}"]
+    lines.append(f"    {'all':<20}{total:>10.2f}{'':>8}{floors:>10.2f}")
+    exchanged = breakdown.get("communication")
+    return lines if exchanged is None else [*lines, f"    {communication_line(exchanged)}"]
+
+
+def communication_line(found: dict[str, float]) -> str:
+    """What was hidden of a step's exchanges."""
+    return (
+        f"exchanges: {found['ms']:.1f} ms a step in kernels of NCCL (what they wait for partners included), "
+        f"{found['hidden_share']:.0%} of it hidden under other kernels"
+    )
 
 
 def comparison_lines(rows: list[Row]) -> list[str]:

@@ -28,7 +28,8 @@ it is needed. PITHWOOD_COMMIT, where it is set, names the commit of code that wa
 
 Under torchrun all processes of the run's mesh do the steps, and the first writes the row: MFU is relative to all
 devices, peak memory that of the fullest. If one of several runs out of memory, all end with exit code 3 or 4, and there
-is no row."""
+is no row. --breakdown then also says how much of the communication is hidden and draws a step of all processes as
+timeline-MESH.png beside the results file."""
 
 
 def add(subjects: Any) -> None:
@@ -107,9 +108,13 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
         )
         path = save(row) if first else folder
         if args.breakdown and started is not None:
-            from pithwood.bench.train_profile import breakdown
+            from pithwood.bench.train_profile import breakdown, timeline_name
+            from pithwood.bench.train_text import workload_words
+            from pithwood.observe.step_timeline import plot_timelines
 
-            row["breakdown"] = breakdown(started, args.steps, row["step_ms"], say)
+            row["breakdown"], timelines = breakdown(started, args.steps, row["step_ms"], say)
+            if timelines:
+                plot_timelines(timelines, folder / timeline_name(settings.mesh), workload_words(row))
             if first:
                 save(row)
     if not first:

@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 
+from pithwood.bench.train_profile import timeline_name
 from pithwood.cli import main
+from pithwood.config import apply_overrides
+from pithwood.estimate.work import Peaks, floors_ms, step_work
+from pithwood.parallel.config import MeshConfig
+from pithwood.recipes import load_recipe
 
 SMALL = ["seq_len=64", "samples_per_step=4", "samples_per_micro_batch=2", "threads=1"]
 STEPS = ["--steps", "3", "--drop", "1"]
@@ -31,8 +36,8 @@ def alone_and_together(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]
     """The row of one process, that of two with all that they printed, and the folder that the two wrote."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     assert main(["bench", "train", "debug", *SMALL, *STEPS, "--out", str(one), "--json"]) == 0
-    words = [*SMALL, "mesh.dp_shard=2", "mesh.ep=2", "mesh.gather=forward", *STEPS, "--out", str(two), "--json"]
-    done = together("bench", "train", "debug", *words)
+    words = [*SMALL, "mesh.dp_shard=2", "mesh.ep=2", "mesh.gather=forward", *STEPS, "--out", str(two)]
+    done = together("bench", "train", "debug", *words, "--breakdown", "--json")
     assert done.returncode == 0, done.stderr
     (alone,) = json.loads((one / "train.json").read_text())["rows"]
     return alone, {"stdout": done.stdout, "stderr": done.stderr}, two
@@ -50,6 +55,15 @@ def test_two_processes_make_one_row_of_all_that_they_do(alone_and_together):
     assert json.loads((folder / "train.json").read_text())["rows"] == [row]
 
 
+def test_a_breakdown_of_several_processes_adds_up_and_shares_the_floors(alone_and_together):
+    found = json.loads(alone_and_together[1]["stdout"])["row"]["breakdown"]
+    assert sum(found["ms"].values()) == pytest.approx(found["total_ms"])
+    assert found["communication"] is None, "on a CPU there are no kernels to tell it by"
+    run = apply_overrides(load_recipe("debug"), SMALL)
+    floors = floors_ms(step_work(run), Peaks(**found["peaks"]))
+    assert found["floor_ms"] == pytest.approx({part: ms / 2 for part, ms in floors.items()})
+
+
 def test_the_first_of_several_processes_tells_alone(alone_and_together):
     _, printed, folder = alone_and_together
     assert len(printed["stdout"].splitlines()) == 1
@@ -62,6 +76,12 @@ def test_a_mesh_without_its_processes_is_refused(tmp_path, capsys):
     assert main(["bench", "train", "debug", *SMALL, "mesh.dp_shard=2", "--out", str(tmp_path)]) == 2
     assert "torchrun --nproc-per-node 2" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.quick
+def test_pictures_are_named_by_the_mesh_and_the_order_of_its_passes():
+    assert timeline_name(MeshConfig(dp_shard=2, ep=2)) == "timeline-dp_shard2-ep2.png"
+    assert timeline_name(MeshConfig(pp=2, schedule="dualpipe_v")) == "timeline-pp2-dualpipe_v.png"
 
 
 @pytest.mark.quick
