@@ -87,12 +87,14 @@ class Trainer:
         self.parked: dict[str, Tensor] = {}
         """Parameters that the present phase's mixers do not use; they are saved and come back with a phase that
         does."""
-        self.peaks: dict[str, float | None] = (
+        peaks = (
             {"mfu": peak_flops(device), "mfu_measured": peak_flops(device, measured=True)}
             if device.type == "cuda"
             else {"mfu": measure_peak_flops(device)}
         )
-        """What MFU is relative to: stated and measured peaks of the GPU, or a matmul measured here on a CPU."""
+        self.peaks = {name: None if peak is None else peak * self.mesh.world.size for name, peak in peaks.items()}
+        """What MFU is relative to, of all processes' devices: stated and measured peaks of GPUs, or a matmul measured
+        here on a CPU."""
         phase = run.phase(0)
         # made where it will lie: no copy of it ever exists on the host
         cfg = dataclasses.replace(run.model, attention=phase.attention)
@@ -171,9 +173,10 @@ class Trainer:
     def train_step(self, step: int, batches: list[Batch], statistics: bool = False) -> tuple[dict[str, Any], float]:
         """Forward, backward and update over the micro-batches of one optimizer step.
 
-        returns  event fields (device scalars), and the FLOPs that the mathematics of the step needs, backward included
+        returns  event fields (device scalars), and the FLOPs that the mathematics of the step needs, backward included:
+                 of all processes, as far as the others' documents are as long as those of this one
         """
-        flops = sum(3.0 * self.cost_of(batch).model_flops for batch in batches)
+        flops = sum(3.0 * self.cost_of(batch).model_flops for batch in batches) * self.mesh.data.size
         tokens = sum(batch.num_tokens for batch in batches) * self.mesh.data.size
         here = self.local(batches)
         probe: dict[str, Any] = {}

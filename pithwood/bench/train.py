@@ -1,8 +1,8 @@
 """Speed and memory of training: the real trainer over a few steps of a run, timed with the device idle at both ends.
 
 What a step's clock holds is what the loop's does: cutting or drawing the batches, forward, backward, optimizer. Every
-step waits for the device before and after; the first ones (compilation, allocation) are dropped. The statistics that a
-run computes on its logging steps are left out.
+step waits for the device before and after, on a mesh for those of all processes; the first ones (compilation,
+allocation) are dropped. The statistics that a run computes on its logging steps are left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,16 @@ from pithwood.data.usage import training_batches
 from pithwood.errors import is_out_of_memory
 from pithwood.memory import check_memory
 from pithwood.observe.metrics import mfu, peak_memory_gb
+from pithwood.parallel.faults import Watch
+from pithwood.parallel.mesh import (
+    Mesh,
+    check_world,
+    own_device,
+    start_mesh,
+    stop_mesh,
+    world_from_environment,
+)
+from pithwood.parallel.verdicts import Bounds
 from pithwood.plan import plan
 from pithwood.run import Run, check_device_settings, pick_device
 from pithwood.trainer import Trainer
@@ -39,14 +50,20 @@ Tokens = Literal["fake", "real"]
 class Batches(Protocol):
     """Where the batches of a step come from."""
 
-    def step(self, step: int) -> list[Batch]: ...
+    def step(self, step: int, share: tuple[int, int]) -> list[Batch]: ...
 
 
 class Started:
     """A trainer at its first step and what feeds it."""
 
-    def __init__(self, trainer: Trainer, batches: Batches) -> None:
-        self.trainer, self.batches = trainer, batches
+    def __init__(self, trainer: Trainer, batches: Batches, watch: Watch) -> None:
+        self.trainer, self.batches, self.watch = trainer, batches, watch
+        trainer.tell_phase = watch.phase
+
+    def wait(self) -> None:
+        """Until the devices of all processes are idle."""
+        synchronize(self.trainer.device)
+        self.trainer.mesh.world.barrier()
 
     def spend(self) -> None:
         """Give back the trainer's memory; it cannot be used any more."""
@@ -63,30 +80,59 @@ class Measured:
     first_step_s: float
     """From the start of the command to the end of the first step."""
     training_flops: float
-    """Of a step: 3 x Cost.model_flops."""
+    """Of a step, over all processes: 3 x Cost.model_flops."""
     loss: float
     """Of the last step."""
 
 
-def start(run: Run, steps: int, tokens: Tokens, runs_dir: Path, tell: Tell) -> Started:
-    """A fresh model and optimizer for `run`, on its own text or on random tokens.
+def is_first() -> bool:
+    """Whether this process is the first of those that were started together, or alone: it tells, writes, compares."""
+    return world_from_environment()[0] == 0
 
-    raises  ValueError before any work for a run that cannot work, on a CPU also for one that by estimate does not fit
+
+@contextmanager
+def mesh_of(run: Run, tell: Tell) -> Iterator[tuple[Mesh, Watch]]:
+    """Context in which the processes of a run work together: this one and those that a launcher started with it.
+
+    raises  ValueError before they meet for a run that cannot work or another number of processes than its mesh has, on
+            a CPU also for a run that by estimate does not fit. Later errors end all processes with one line, as in
+            training.
     """
-    run = lengthened(run, steps)
-    figures, device = plan(run), pick_device(run)
+    figures, bounds = plan(run), Bounds.from_environment()
+    _, size, local_rank = world_from_environment()
+    check_world(run.mesh, size)
+    device = pick_device(run)
+    if size > 1:
+        device = own_device(device, local_rank)
     check_device_settings(run, device)
     for line in _told_memory(run, figures, device):
         tell(line)
     if run.threads:
         torch.set_num_threads(run.threads)
-    batches: Batches
+    mesh = start_mesh(run.mesh, device)
+    with Watch(mesh, bounds=bounds) as watch:
+        yield mesh, watch
+        # none leaves while another may still be at work
+        watch.phase("waiting for the end", math.inf)
+        mesh.world.barrier()
+    stop_mesh(mesh)
+
+
+def start(run: Run, mesh: Mesh, watch: Watch, tokens: Tokens, runs_dir: Path, tell: Tell) -> Started:
+    """A fresh model and optimizer for `run`, on its own text or on random tokens; `run` has steps enough."""
     if tokens == "fake":
-        corpus, batches = None, RandomTokens(run.stages(), vocab_size=run.model.vocab_size, seed=run.seed)
-    else:
-        corpus = open_data(run.data, runs_dir / "corpora", tell)
-        batches = training_batches(corpus, run.stages(), seed=run.seed, steps=run.steps)
-    return Started(Trainer(run, device, corpus), batches)
+        drawn = RandomTokens(run.stages(), vocab_size=run.model.vocab_size, seed=run.seed)
+        return Started(Trainer(run, mesh.device, None, mesh), drawn, watch)
+    # the first process makes what is not there yet
+    watch.phase("preparing data", math.inf)
+    if not mesh.is_first:
+        mesh.world.barrier()
+    corpus = open_data(run.data, runs_dir / "corpora", tell)
+    if mesh.is_first:
+        mesh.world.barrier()
+    batches = training_batches(corpus, run.stages(), seed=run.seed, steps=run.steps)
+    watch.phase("start")
+    return Started(Trainer(run, mesh.device, corpus, mesh), batches, watch)
 
 
 def _told_memory(run: Run, figures: dict[str, Any], device: torch.device) -> list[str]:
@@ -111,21 +157,23 @@ def lengthened(run: Run, steps: int) -> Run:
 
 def one_step(started: Started, step: int) -> tuple[dict[str, Any], float]:
     """A step as the loop does one that is not logged: (event fields, FLOPs that its mathematics needs)."""
-    started.trainer.enter_phase(step)
-    return started.trainer.train_step(step, started.batches.step(step))
+    trainer = started.trainer
+    if trainer.enter_phase(step):
+        started.watch.begin_anew()
+    started.watch.step(step)
+    return trainer.train_step(step, started.batches.step(step, trainer.share))
 
 
 def timed(started: Started, steps: int, drop: int, tell: Tell, begun: float) -> Measured:
     """Do `steps` steps and time those after the first `drop`; `begun` is when the command began (perf_counter)."""
-    device = started.trainer.device
     seconds: list[float] = []
     first = flops = math.nan
     values: dict[str, Any] = {}
     for step in range(steps):
-        synchronize(device)
+        started.wait()
         begin = time.perf_counter()
         values, flops = one_step(started, step)
-        synchronize(device)
+        started.wait()
         took = time.perf_counter() - begin
         if step == 0:
             first = time.perf_counter() - begun
@@ -138,6 +186,8 @@ def timed(started: Started, steps: int, drop: int, tell: Tell, begun: float) -> 
 def measure(
     run: Run,
     columns: Row,
+    mesh: Mesh,
+    watch: Watch,
     *,
     steps: int,
     drop: int,
@@ -149,21 +199,23 @@ def measure(
 ) -> tuple[Row, Started | None]:
     """A row of train.json, and the trainer as the steps left it (None if memory ran out).
 
+    run      with steps enough, on the processes of `mesh_of`; all of them call this and get the row
     columns  what `train_rows.workload` says of the run
-    raises   ValueError for settings that cannot work
+    raises   ValueError for settings that cannot work; what torch says where one of several processes has no memory
+             left, for the others cannot go on without it
     """
     origin = {"command": told(command), "commit": COMMIT, "date": datetime.now(UTC).date().isoformat()}
     try:
-        started = start(run, steps, tokens, runs_dir, tell)
+        started = start(run, mesh, watch, tokens, runs_dir, tell)
         result = timed(started, steps, drop, tell, begun)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if mesh.world.size > 1 or not is_out_of_memory(error):
             raise
         tell(f"out of memory: {str(error).partition(chr(10))[0]}")
-        device = pick_device(run)
-        failed = {**columns, "status": "out of memory", **memory_fields(device), **origin}
+        failed = {**columns, "status": "out of memory", **memory_fields(mesh), **origin}
         release()
         return failed, None
+    watch.phase("results", math.inf)
     return {**columns, **fields(started.trainer, result, drop), **origin}, started
 
 
@@ -172,7 +224,7 @@ def fields(trainer: Trainer, result: Measured, drop: int) -> Row:
     run = trainer.run
     step_s = statistics.median(result.seconds)
     per_step = run.samples_per_step * run.seq_len
-    counts = trainer.model.num_params()
+    counts = trainer.whole.num_params()
     return {
         "status": "ok" if math.isfinite(result.loss) else "loss is not finite",
         "tokens_per_s": per_step / step_s,
@@ -183,7 +235,7 @@ def fields(trainer: Trainer, result: Measured, drop: int) -> Row:
         "dropped": drop,
         **{name: mfu(result.training_flops, step_s, peak) for name, peak in trainer.peaks.items()},
         "training_tflops": result.training_flops / 1e12,
-        **memory_fields(trainer.device),
+        **memory_fields(trainer.mesh),
         "first_step_s": result.first_step_s,
         "loss": result.loss,
         "parameters": counts["total"],
@@ -192,12 +244,17 @@ def fields(trainer: Trainer, result: Measured, drop: int) -> Row:
     }
 
 
-def memory_fields(device: torch.device) -> Row:
+def memory_fields(mesh: Mesh) -> Row:
     """`peak_gb`, the most that torch had allocated (the process's resident set on a CPU), and on a GPU
-    `peak_reserved_gb`, the most that it held of the device.
+    `peak_reserved_gb`, the most that it held of the device; of several processes that with most.
     """
+    device = mesh.device
     reserved = torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else None
-    return {"peak_gb": peak_memory_gb(device), "peak_reserved_gb": reserved}
+    found = mesh.world.all_gather_objects((peak_memory_gb(device), reserved))
+    return {
+        name: None if None in values else max(values)
+        for name, values in zip(("peak_gb", "peak_reserved_gb"), zip(*found, strict=True), strict=True)
+    }
 
 
 def spread(values: list[float]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pithwood.bench.train_rows import measured
+from pithwood.bench.train_rows import measured, processes
 from pithwood.bench.train_sweep import STEP_TOKENS
 from pithwood.bench.train_text import attention_words, length_words
 
@@ -18,15 +18,17 @@ LINES = {"full": "s--", "moba": "o-"}
 
 
 def length_rows(rows: Sequence[Row], recipe: str | None = None) -> dict[str, dict[int, Row]]:
-    """By attention and length the fastest row of a sweep over lengths: random tokens, balanced routing, STEP_TOKENS a
-    step or one sequence; of one number of layers and one (block size, top k) of MoBA, those with most rows.
+    """By attention and length the fastest row of a sweep over lengths: one process, random tokens, balanced routing,
+    STEP_TOKENS a step or one sequence; of one number of layers and one (block size, top k) of MoBA, those with most
+    rows.
 
     recipe  None takes that of most rows
     """
     fitting = [
         row
         for row in rows
-        if row["tokens"] == "fake"
+        if processes(row) == 1
+        and row["tokens"] == "fake"
         and row["routing"] == "balanced"
         and row["sequences"] == max(1, STEP_TOKENS // row["seq_len"])
         and row["attention"]["op"] in COLOURS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,16 +14,20 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from pithwood.bench.timing import Timer, synchronize
+from pithwood.bench.timing import Timer
 from pithwood.bench.train import Started, Tell, one_step
+from pithwood.bench.train_rows import MESH
 from pithwood.estimate.work import Peaks, floors_ms, repeated, step_work
-from pithwood.observe.step_trace import STEP, StepProfile, read_trace
+from pithwood.observe.step_timeline import Timeline
+from pithwood.observe.step_trace import STEP, Communication, StepProfile, read_trace
+from pithwood.parallel.config import MeshConfig
 
 
 def profile_steps(
     started: Started, first: int, count: int, step_ms: float | None, tell: Tell, trace: Path | None = None
 ) -> StepProfile:
-    """Do steps `first` to first + count under the profiler, the first of them only to warm it up, and read the trace.
+    """Do steps `first` to first + count under the profiler, the first of them only to warm it up, and read the trace;
+    on a mesh all processes do, and each reads its own.
 
     started  a trainer that has done `first` steps
     step_ms  time of a step without the profiler
@@ -44,8 +49,9 @@ def profile_steps(
             for step in range(first, first + count):
                 with record_function(STEP):
                     one_step(started, step)
-                    synchronize(device)
+                    started.wait()
                 profiler.step()
+        started.watch.phase("reading the trace", math.inf)
         tell(f"profiled {count - 1} steps; reading {path.stat().st_size / 1e6:,.0f} MB of trace")
         content = json.loads(path.read_bytes())
         if trace is not None:
@@ -66,18 +72,27 @@ BREAKDOWN_STEPS = 3
 """Steps that `breakdown` does; the first warms the profiler up."""
 
 
-def breakdown(started: Started, first: int, step_ms: float, tell: Tell) -> dict[str, Any]:
-    """The `breakdown` of a row of train.json: `ms`, `floor_ms` and `repeated` (work over the
-    floor's, by recomputation) by part, `total_ms`, `unattributed_share`, the peaks
-    that the floors assume, and the longest kernels. It spends the trainer: the peaks need its memory.
+def breakdown(started: Started, first: int, step_ms: float, tell: Tell) -> tuple[dict[str, Any], list[Timeline]]:
+    """The `breakdown` of a row of train.json: `ms`, `floor_ms` and `repeated` (work over the floor's, by recomputation)
+    by part, `total_ms`, `unattributed_share`, the peaks that the floors assume, and the longest kernels. It spends the
+    trainer: the peaks need its memory.
+
+    On a mesh all processes call it. The times are those of the first, floors those of an even share of the work,
+    `communication` says what of its exchanges was hidden (None on a CPU), and with it come the timelines of a step, of
+    every process with a GPU; processes but the first get nothing.
     """
     found = profile_steps(started, first, BREAKDOWN_STEPS, step_ms, tell)
-    run, device, dtype = started.trainer.run, started.trainer.device, started.trainer.dtype
+    run, mesh, dtype = started.trainer.run, started.trainer.mesh, started.trainer.dtype
     started.spend()
-    peaks = device_peaks(device, dtype)
-    return {
+    timelines: list[Timeline] = []
+    if mesh.world.size > 1 and mesh.device.type == "cuda":
+        timelines = mesh.world.all_gather_objects(Timeline.of(found.spans, found.last_ms))
+    if not mesh.is_first:
+        return {}, []
+    peaks = device_peaks(mesh.device, dtype)
+    fields = {
         "ms": found.parts,
-        "floor_ms": floors_ms(step_work(run), peaks),
+        "floor_ms": {part: ms / mesh.world.size for part, ms in floors_ms(step_work(run), peaks).items()},
         "repeated": repeated(run),
         "total_ms": found.total_ms,
         "profiled_ms": found.profiled_ms,
@@ -89,6 +104,20 @@ def breakdown(started: Started, first: int, step_ms: float, tell: Tell) -> dict[
             for kernel in found.kernels[:MOST_KERNELS]
         ],
     }
+    if mesh.world.size > 1:
+        fields["communication"] = communication_fields(found.communication)
+    return fields, timelines
+
+
+def timeline_name(mesh: MeshConfig) -> str:
+    """The file of a mesh's picture: timeline-dp_shard2-ep2.png, with the schedule where there is a pipeline."""
+    sizes = [f"{size}{getattr(mesh, size)}" for size in MESH if getattr(mesh, size) > 1]
+    return f"timeline-{'-'.join([*sizes, *([mesh.schedule] if mesh.pp > 1 else [])])}.png"
+
+
+def communication_fields(found: Communication | None) -> dict[str, float] | None:
+    """`ms`, `hidden_ms` and `hidden_share`."""
+    return None if found is None else {**vars(found), "hidden_share": found.hidden_share}
 
 
 NAME_LENGTH, MOST_KERNELS = 100, 12

@@ -5,6 +5,7 @@ with.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ from pithwood.optim.config import MuonConfig
 from pithwood.run import Run
 
 ROOT = Path(pithwood.__file__).parents[1]
-MESH = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "ep": 1}
-"""The mesh of a run on one device."""
+MESH = ("pp", "dp_replicate", "dp_shard", "cp", "ep")
+"""The sizes in the column `mesh`."""
 
 WORKLOAD = (
     "recipe", "layers", "seq_len", "sequences", "attention", "mesh", "optimizer", "routing", "tokens", "precision",
@@ -30,6 +31,7 @@ WORKLOAD = (
 TOLD_BY_COLUMNS = (
     "seq_len", "samples_per_step", "samples_per_micro_batch", "steps", "precision", "model.num_layers",
     "model.moe.routing", "model.attention", "model.attention.block_size", "model.attention.top_k",
+    *(f"mesh.{size}" for size in MESH),
 )  # fmt: skip
 """Overrides that a row does not repeat under `settings`."""
 
@@ -45,7 +47,7 @@ def workload(run: Run, recipe: str, overrides: Sequence[str], tokens: str) -> Ro
         "seq_len": run.seq_len,
         "sequences": run.samples_per_step,
         "attention": attention_of(run.phase(0).attention),
-        "mesh": dict(MESH),
+        "mesh": {size: getattr(run.mesh, size) for size in MESH},
         "optimizer": "muon" if isinstance(run.optim, MuonConfig) else "adamw",
         "routing": run.model.moe.routing,
         "tokens": tokens,
@@ -72,6 +74,11 @@ def attention_of(attention: MixerConfig | Sequence[MixerConfig]) -> dict[str, An
 def row_key(row: Row) -> str:
     """What tells rows of train.json apart: the workload, the micro-batch and the settings."""
     return json.dumps([row.get(column) for column in (*WORKLOAD, "micro_batch", "settings")], sort_keys=True)
+
+
+def processes(row: Row) -> int:
+    """How many processes a row was measured on."""
+    return math.prod(row["mesh"][size] for size in MESH if size != "ep")
 
 
 def measured(row: Row) -> bool:

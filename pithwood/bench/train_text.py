@@ -22,12 +22,19 @@ def length_words(tokens: int) -> str:
     return f"{tokens >> 10}K" if tokens and tokens % 2**10 == 0 else f"{tokens}"
 
 
+def mesh_words(mesh: dict[str, int]) -> str:
+    """ "dp_shard 2, ep 2"; nothing for one process."""
+    return ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
+
+
 def workload_words(row: Row) -> str:
     """What a row trains, in a line."""
     settings = f", {' '.join(row['settings'])}" if row["settings"] else ""
+    mesh = mesh_words(row["mesh"])
+    where = f" on {mesh}" if mesh else ""
     return (
-        f"{row['recipe']}: {row['layers']} layers, {row['sequences']} x {length_words(row['seq_len'])} a step in "
-        f"micro-batches of {row['micro_batch']}, {attention_words(row['attention'])}, {row['optimizer']}, "
+        f"{row['recipe']}{where}: {row['layers']} layers, {row['sequences']} x {length_words(row['seq_len'])} a step "
+        f"in micro-batches of {row['micro_batch']}, {attention_words(row['attention'])}, {row['optimizer']}, "
         f"{row['precision']}, {row['routing']} routing, {row['tokens']} tokens{settings}"
     )
 
@@ -70,7 +77,17 @@ def breakdown_lines(breakdown: dict[str, Any]) -> list[str]:
         floor = breakdown["floor_ms"].get(part)
         lines.append(f"    {part:<20}{ms:>10.2f}{ms / total:>8.1%}" + ("" if not floor else f"{floor:>10.2f}"))
     floors = sum(breakdown["floor_ms"].values())
-    return [*lines, f"    {'all':<20}{total:>10.2f}{'':>8}{floors:>10.2f}"]
+    lines.append(f"    {'all':<20}{total:>10.2f}{'':>8}{floors:>10.2f}")
+    exchanged = breakdown.get("communication")
+    return lines if exchanged is None else [*lines, f"    {communication_line(exchanged)}"]
+
+
+def communication_line(found: dict[str, float]) -> str:
+    """What was hidden of a step's exchanges."""
+    return (
+        f"exchanges: {found['ms']:.1f} ms a step in kernels of NCCL (what they wait for partners included), "
+        f"{found['hidden_share']:.0%} of it hidden under other kernels"
+    )
 
 
 def comparison_lines(rows: list[Row]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pithwood.commands.common import add_command, json_text
-from pithwood.commands.train_arguments import add_train_arguments, overrides_of, run_of, tell
+from pithwood.commands.train_arguments import add_train_arguments, overrides_of, run_of, silent, tell
 
 HELP = """examples:
   pithwood bench train debug --steps 6
@@ -17,13 +17,19 @@ HELP = """examples:
   pithwood bench train qwen3_30b_8l seq_len=131072 samples_per_step=1 samples_per_micro_batch=1 --steps 6 --drop 2
   pithwood bench train qwen3_30b_8l --sweep issue --breakdown --budget-s 550
   pithwood bench train qwen3_30b_8l --sweep lengths --fit h200 --dry-run
+  torchrun --nproc-per-node 2 -m pithwood bench train debug mesh.dp_shard=2 mesh.ep=2 --steps 6
 
-A fresh model of the recipe does --steps optimizer steps; the device is idle at both ends of every step's clock, and the
-first --drop steps are not counted. The row replaces an equal one in bench/results/<device>/train.json and is compared
-with the last committed one of the same workload. --breakdown adds where the step's time goes, and the floor of each
-part. A sweep measures its rows one by one, cheap first, each in a process of its own that writes its row; overrides and
---breakdown hold for all of them, --fit adds recomputation where it is needed. PITHWOOD_COMMIT, where it
-is set, names the commit of code that was copied."""
+A fresh model of the recipe does --steps optimizer steps; the device is idle at both ends of every step's clock (on a
+mesh those of all processes), and the first --drop steps are not counted. The row replaces an equal one in
+bench/results/<device>/train.json and is compared with the last committed one of the same workload. --breakdown adds
+where the step's time goes, and the floor of each part. A sweep measures its rows one by one, cheap first, each in a
+process of its own that writes its row; overrides and --breakdown hold for all of them, --fit adds recomputation where
+it is needed. PITHWOOD_COMMIT, where it is set, names the commit of code that was copied.
+
+Under torchrun all processes of the run's mesh do the steps, and the first writes the row: MFU is relative to all
+devices, peak memory that of the fullest. If one of several runs out of memory, all end with exit code 3 or 4, and there
+is no row. --breakdown then also says how much of the communication is hidden and draws a step of all processes as
+timeline-MESH.png beside the results file."""
 
 
 def add(subjects: Any) -> None:
@@ -69,37 +75,50 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     from pithwood.bench.train_plot import plot_lengths
     from pithwood.bench.train_rows import committed_rows, comparison, measured, row_key, verdict, workload
 
-    settings = run_of(args)
+    settings = train.lengthened(run_of(args), args.steps)
     folder = args.out or Path("bench") / "results" / device_name()
     kept = read_results(folder / "train.json")
     committed, where = committed_rows()
     columns = workload(settings, args.recipe, overrides_of(args), args.tokens)
     if args.dry_run:
-        return 0, json_text(columns, indent=None if args.json else 2)
-    row, started = train.measure(
-        settings,
-        columns,
-        steps=args.steps,
-        drop=args.drop,
-        tokens=args.tokens,
-        runs_dir=args.runs_dir,
-        command=args.command_line,
-        begun=args.started,
-        tell=tell,
-    )
+        return 0, json_text(columns, indent=None if args.json else 2) if train.is_first() else ""
     old = committed if kept is None else kept["rows"]
+    # of several processes all do the steps, and the first alone tells, writes and compares
+    first = train.is_first()
+    say = tell if first else silent
 
-    def save() -> Path:
+    def save(row: dict[str, Any]) -> Path:
         rows = merge_rows(old, [row], row_key, measured)
         plot_lengths(rows, folder / "train.png")
         return write_results("train", rows, folder, args.command_line)
 
-    path = save()
-    if args.breakdown and started is not None:
-        from pithwood.bench.train_profile import breakdown
+    with train.mesh_of(settings, say) as (mesh, watch):
+        row, started = train.measure(
+            settings,
+            columns,
+            mesh,
+            watch,
+            steps=args.steps,
+            drop=args.drop,
+            tokens=args.tokens,
+            runs_dir=args.runs_dir,
+            command=args.command_line,
+            begun=args.started,
+            tell=say,
+        )
+        path = save(row) if first else folder
+        if args.breakdown and started is not None:
+            from pithwood.bench.train_profile import breakdown, timeline_name
+            from pithwood.bench.train_text import workload_words
+            from pithwood.observe.step_timeline import plot_timelines
 
-        row["breakdown"] = breakdown(started, args.steps, row["step_ms"], tell)
-        save()
+            row["breakdown"], timelines = breakdown(started, args.steps, row["step_ms"], say)
+            if timelines:
+                plot_timelines(timelines, folder / timeline_name(settings.mesh), workload_words(row))
+            if first:
+                save(row)
+    if not first:
+        return 0, ""
     against = comparison(row, committed, where)
     gate = [] if args.limit is None else [verdict(row, against, args.limit)]
     code = 0 if measured(row) and gate in ([], ["PASS"]) else 1
@@ -122,6 +141,10 @@ def _sweep(args: argparse.Namespace) -> tuple[int, str]:
 
     from pithwood.bench.train_sweep import outcome, run_sweep, sweep_rows
     from pithwood.estimate.devices import DEVICES
+    from pithwood.parallel.mesh import world_from_environment
+
+    if world_from_environment()[1] > 1:
+        raise ValueError("--sweep starts a process for every row; on a mesh measure one row per command, without it")
 
     if args.fit is not None and args.fit not in DEVICES:
         raise ValueError(f"--fit {args.fit} is not known; choose one of {', '.join(DEVICES)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pithwood.commands.common import add_command, add_common, json_text
-from pithwood.commands.train_arguments import add_train_arguments, run_of, tell
+from pithwood.commands.train_arguments import add_train_arguments, run_of, silent, tell
 
 HELP = """examples:
   pithwood profile debug --steps 7
@@ -17,7 +17,10 @@ HELP = """examples:
 Takes the real trainer through --steps optimizer steps from a fresh model: some to warm up, some timed, the last under
 torch's profiler. The table has every kernel's (on a CPU every op's) count, mean and total in a step, and the parts of
 the step, which add up to it. idle is what remains of a step's time without the profiler; on a CPU, the time outside
-ops. A kernel belongs to the part whose code launched it; the share that nothing could be told of stands below."""
+ops. A kernel belongs to the part whose code launched it; the share that nothing could be told of stands below.
+
+Under torchrun all processes of the run's mesh do the same steps, and the first shows what its own GPU did: exchange is
+the time of NCCL's kernels, waiting for slower partners included, while no other kernel runs."""
 
 
 def add(commands: Any) -> None:
@@ -47,18 +50,23 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
 
     import statistics
 
-    from pithwood.bench.train import start, timed
-    from pithwood.bench.train_profile import profile_lines, profile_steps, write_kernels
+    from pithwood.bench.train import is_first, lengthened, mesh_of, start, timed
+    from pithwood.bench.train_profile import communication_fields, profile_lines, profile_steps, write_kernels
+    from pithwood.bench.train_text import communication_line
     from pithwood.memory import explained_memory
 
-    settings = run_of(args)
+    settings = lengthened(run_of(args), args.steps)
+    first = is_first()
+    say = tell if first else silent
     profiled = 1 + max(1, args.steps // 3)
     plain = args.steps - profiled
-    with explained_memory(settings, args.runs_dir):
-        started = start(settings, args.steps, args.tokens, args.runs_dir, tell)
-        measured = timed(started, plain, plain // 2, tell, args.started)
+    with explained_memory(settings, args.runs_dir), mesh_of(settings, say) as (mesh, watch):
+        started = start(settings, mesh, watch, args.tokens, args.runs_dir, say)
+        measured = timed(started, plain, plain // 2, say, args.started)
         step_ms = 1e3 * statistics.median(measured.seconds)
-        found = profile_steps(started, plain, profiled, step_ms, tell, args.trace)
+        found = profile_steps(started, plain, profiled, step_ms, say, args.trace if first else None)
+    if not first:
+        return 0, ""
     if args.csv is not None:
         write_kernels(found, args.csv)
     if args.json:
@@ -70,6 +78,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
             "parts": found.parts,
             "unattributed_share": found.unattributed_share,
             "overlapped_ms": found.overlapped_ms,
+            "communication": communication_fields(found.communication),
             "kinds": len(found.kernels),
             "kernels": [vars(kernel) for kernel in found.kernels[: args.top]],
             "csv": args.csv,
@@ -84,4 +93,6 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     )
     if found.overlapped_ms > 0:
         lines.append(f"{found.overlapped_ms:.2f} ms a step of kernels and copies ran beside others, counted once")
+    if (exchanged := communication_fields(found.communication)) is not None:
+        lines.append(communication_line(exchanged))
     return 0, "\n".join([*lines, *(str(path) for path in (args.csv, args.trace) if path is not None)])

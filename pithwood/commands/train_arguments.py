@@ -44,3 +44,7 @@ def run_of(args: argparse.Namespace) -> Run:
 def tell(line: str) -> None:
     """One line of progress on stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def silent(line: str) -> None:
+    """No line of progress: what other processes than the first tell."""

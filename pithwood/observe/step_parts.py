@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 PARTS = ("attention", "experts", "router and dispatch", "dense", "head and loss", "optimizer", "other")
 """dense: projections, norms, rotary, embedding, residuals. other: what the loop itself does, and what is unknown."""
+EXCHANGE = "exchange"
+"""On a mesh: NCCL's kernels while no other runs on the same GPU, what they wait for slower partners included."""
 IDLE = "idle"
 UNKNOWN = ""
 
@@ -41,9 +43,9 @@ _FILES = (
     ("other", r"observe/|data/"),
 )
 _VAGUE_FILES = (
-    ("head and loss", r"train\.py\(\d+\): forward_backward"),
+    ("head and loss", r"passes\.py\(\d+\): (forward_backward|loss_of)"),
     ("dense", r"models/"),
-    ("other", r"train\.py|bench/"),
+    ("other", r"train(er)?\.py|passes\.py|bench/"),
 )
 
 
@@ -83,6 +85,11 @@ def of_op(name: str) -> Evidence | None:
     if name.startswith(("aten::", "autograd::", "torch::", "Torch-", "c10d::")) or re.search(r"Backward\d+$", name):
         return None
     return _of_words(name)
+
+
+def is_exchange(kernel: str) -> bool:
+    """Whether a GPU kernel carries data between processes, by its name."""
+    return kernel.startswith(("ncclDevKernel", "ncclKernel"))
 
 
 def of_kernel(name: str) -> str:

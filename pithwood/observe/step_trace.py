@@ -13,7 +13,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pithwood.observe.step_parts import IDLE, PARTS, Evidence, decide, of_frame, of_op
+from pithwood.observe.step_parts import (
+    EXCHANGE,
+    IDLE,
+    PARTS,
+    Evidence,
+    decide,
+    is_exchange,
+    of_frame,
+    of_op,
+)
+from pithwood.observe.step_timeline import Span, merged
 
 STEP = "pithwood.step"
 """The annotation (`torch.profiler.record_function`) around each profiled step; its span is the step's."""
@@ -43,15 +53,37 @@ class StepProfile:
     kernels: list[KernelTime]
     """Longest first."""
     parts: dict[str, float]
-    """ms per step by part, `idle` last; they add up to `total_ms`."""
+    """ms per step by part, `exchange` only where there was any, `idle` last; they add up to `total_ms`."""
     total_ms: float
     profiled_ms: float
     """A step under the profiler."""
     unattributed_share: float
     """Of the busy time, what nothing told the part of; it is counted under `other`."""
     overlapped_ms: float
-    """Time of kernels and copies that ran beside others; a moment belongs to the kernel that began first."""
+    """Time of kernels and copies that ran beside others; a moment belongs to the kernel that began first, to an
+    exchange only if no other kernel ran."""
     steps: int
+    communication: Communication | None
+    """Of this process's GPU; None if it exchanged nothing."""
+    spans: list[Span]
+    """Every kernel of the last step in the order of its start, without copies; empty on a CPU."""
+    last_ms: float
+    """Length of the last step under the profiler."""
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Exchanges of one GPU with others, means over the profiled steps. A kernel of NCCL also waits for slower partners
+    and for data that is not there yet: its time is not that of the transfer alone."""
+
+    ms: float
+    """Per step, while at least one kernel of NCCL runs."""
+    hidden_ms: float
+    """Of it, while at least one other kernel of the same GPU runs."""
+
+    @property
+    def hidden_share(self) -> float:
+        return self.hidden_ms / self.ms if self.ms else 0.0
 
 
 @dataclass
@@ -107,11 +139,23 @@ def read_trace(trace: dict[str, Any], step_ms: float | None = None, gpu: bool = 
     spent: dict[tuple[str, str], list[float]] = defaultdict(list)
     parts = dict.fromkeys(PARTS, 0.0)
     unknown = overlapped = 0.0
-    for part, told, name, own_us, whole_us in work:
-        spent[part, name].append(whole_us)
-        parts[part] += own_us / 1e3 / count
-        unknown += 0.0 if told else own_us / 1e3 / count
-        overlapped += (whole_us - own_us) / 1e3 / count
+    exchanged: list[tuple[float, float]] = []
+    spans: list[Span] = []
+    last = max(host.steps, key=lambda step: step.start)
+    for item in work:
+        spent[item.part, item.name].append(item.whole_us)
+        parts[item.part] = parts.get(item.part, 0.0) + item.own_us / 1e3 / count
+        unknown += 0.0 if item.told else item.own_us / 1e3 / count
+        overlapped += (item.whole_us - item.own_us) / 1e3 / count
+        if item.part == EXCHANGE:
+            exchanged.append((item.start_us, item.start_us + item.whole_us))
+        if item.is_kernel and item.start_us >= last.start:
+            begin = (item.start_us - last.start) / 1e3
+            spans.append((item.part, begin, begin + item.whole_us / 1e3))
+    communication = None
+    if exchanged:
+        total = sum(end - start for start, end in merged(exchanged)) / 1e3 / count
+        communication = Communication(total, total - parts[EXCHANGE])
     busy = sum(parts.values())
     whole = max(profiled if step_ms is None or not device else step_ms, busy)
     parts[IDLE] = whole - busy
@@ -127,6 +171,9 @@ def read_trace(trace: dict[str, Any], step_ms: float | None = None, gpu: bool = 
         unattributed_share=unknown / busy if busy else 0.0,
         overlapped_ms=overlapped,
         steps=count,
+        communication=communication,
+        spans=sorted(spans, key=lambda span: span[1]),
+        last_ms=(last.end - last.start) / 1e3,
     )
 
 
@@ -233,8 +280,21 @@ def _annotated(entry: _Entry | None) -> bool:
     return False
 
 
-Work = tuple[str, bool, str, float, float]
-"""(part, whether something told it, name, us counted to the part, us that it ran)."""
+@dataclass(frozen=True)
+class Work:
+    """A kernel or copy of a GPU, or an op of a CPU, in us."""
+
+    part: str
+    told: bool
+    """Whether something told the part."""
+    name: str
+    own_us: float
+    """Counted to the part."""
+    whole_us: float
+    """That it ran."""
+    start_us: float
+    is_kernel: bool = False
+    """Of a GPU, not a copy."""
 
 
 def _host_work(host: _Host, parts_of: _Attribution) -> Iterator[Work]:
@@ -243,13 +303,15 @@ def _host_work(host: _Host, parts_of: _Attribution) -> Iterator[Work]:
         own = max(op.end - op.start - op.inside, 0.0)
         if own > 0 and not op.name.startswith(_NODE) and _annotated(op):
             part, told = parts_of.of(op)
-            yield part, told, op.name, own, own
+            yield Work(part, told, op.name, own, own, op.start)
 
 
 def _device_work(events: list[dict[str, Any]], host: _Host, parts_of: _Attribution) -> Iterator[Work]:
     """Every kernel and copy of the steps, and which of its moments it does not share with one that began before."""
-    # kernels before copies: a copy beside a kernel costs nothing
-    events = sorted(events, key=lambda event: (event["cat"] != "kernel", event["ts"]))
+    # kernels before exchanges before copies: an exchange beside a kernel costs nothing, nor a copy beside either
+    events = sorted(
+        events, key=lambda event: (event["cat"] != "kernel", is_exchange(event["name"]), float(event["ts"]))
+    )
     spans = sorted((step.start, step.end) for step in host.steps)
     taken = _Taken()
     for event in events:
@@ -257,9 +319,12 @@ def _device_work(events: list[dict[str, Any]], host: _Host, parts_of: _Attributi
         index = bisect_right(spans, (start, float("inf"))) - 1
         if index < 0 or start >= spans[index][1]:
             continue
-        launch = host.launches.get(event.get("args", {}).get("correlation"))
-        part, told = parts_of.of(launch, event["name"])
-        yield part, told, event["name"], taken.add(start, start + length), length
+        name, kernel = event["name"], event["cat"] == "kernel"
+        if kernel and is_exchange(name):
+            part, told = EXCHANGE, True
+        else:
+            part, told = parts_of.of(host.launches.get(event.get("args", {}).get("correlation")), name)
+        yield Work(part, told, name, taken.add(start, start + length), length, start, kernel)
 
 
 class _Taken:

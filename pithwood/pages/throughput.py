@@ -3,10 +3,11 @@
 <!-- throughput goals -->      the workloads with what others reach, what is asked for and what was measured
 <!-- throughput breakdown -->  where the step's time goes in them, part by part, beside the floor of each
 <!-- throughput lengths -->    step time and memory against sequence length, full attention and MoBA, and the picture
+<!-- throughput mesh -->       every row of several processes, and the pictures of their steps
 <!-- throughput estimate -->   `pithwood estimate` beside what was measured
 
-Of several rows of one workload (other micro-batches, other settings) the fastest is shown, with its settings; where a
-limit on memory is asked for, the fastest within it.
+All but the table of meshes are about one process. Of several rows of one workload (other micro-batches, other settings)
+the fastest is shown, with its settings; where a limit on memory is asked for, the fastest within it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from pithwood.bench.train_plot import length_rows
-from pithwood.bench.train_rows import measured
-from pithwood.bench.train_text import attention_words, length_words
+from pithwood.bench.train_rows import measured, processes
+from pithwood.bench.train_text import attention_words, length_words, mesh_words
 
 Row = dict[str, Any]
 RECIPE = "qwen3_30b_8l"
@@ -63,13 +64,15 @@ GOALS = (
 
 def throughput(what: str, root: Path) -> str:
     """The table of a kind, a section for every device; ValueError for a kind that there is not."""
-    makers = {"goals": _goals, "breakdown": _breakdown, "lengths": _lengths, "estimate": _estimate}
+    makers = {"goals": _goals, "breakdown": _breakdown, "lengths": _lengths, "mesh": _mesh, "estimate": _estimate}
     if what not in makers:
         raise ValueError(f"{what!r} is no table of the throughput page; write one of {', '.join(makers)}")
     file = "estimate.json" if what == "estimate" else "train.json"
     sections = []
     for path in sorted(root.glob(f"bench/results/nvidia-*/{file}")):
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        if what != "estimate":
+            rows = [row for row in rows if (processes(row) > 1) == (what == "mesh")]
         found = makers[what](rows, path.parent)
         if found:
             sections.append(f"On `{path.parent.name}`:\n\n{found}")
@@ -199,6 +202,27 @@ def _lengths(rows: Sequence[Row], folder: Path) -> str:
     shown = f"\n\n![step time and memory against sequence length](../bench/results/{folder.name}/train.png)"
     of_layers = "" if layers == 8 else f"With {layers} layers in place of 8:\n\n"
     return of_layers + _text(table) + (shown if picture.is_file() else "")
+
+
+def _mesh(rows: Sequence[Row], folder: Path) -> str:
+    head = ["mesh", "workload", "layers", "tokens/s", "spread", "MFU", "of 790", "peak GB", "hidden", "settings"]
+    table = [head, ["---", "---", *["---:"] * 7, "---"]]
+    for row in rows:
+        what = f"{row['sequences']} x {length_words(row['seq_len'])}, {attention_words(row['attention'])}"
+        cells = [mesh_words(row["mesh"]), f"{what}, {row['routing']} routing", str(row["layers"])]
+        if measured(row):
+            shares = [_number(row.get(name), ".1%") for name in ("mfu", "mfu_measured")]
+            cells += [f"{row['tokens_per_s']:,.0f}", f"{row['spread']:,.0f}", *shares, _number(row["peak_gb"], ".1f")]
+        else:
+            cells += [row["status"], "", "", "", _number(row["peak_gb"], ".1f")]
+        exchanged = (row.get("breakdown") or {}).get("communication")
+        cells.append("" if exchanged is None else f"{exchanged['hidden_share']:.0%} of {exchanged['ms']:,.0f} ms")
+        table.append([*cells, _settings(row)])
+    pictures = [
+        f"![a step on {path.stem.removeprefix('timeline-')}](../bench/results/{folder.name}/{path.name})"
+        for path in sorted(folder.glob("timeline-*.png"))
+    ]
+    return "\n\n".join([_text(table), *pictures]) if rows else ""
 
 
 def _estimate(rows: Sequence[Row], folder: Path) -> str:

@@ -189,7 +189,8 @@ def world_from_environment() -> tuple[int, int, int]:
 
 
 def own_device(kind: torch.device, local_rank: int) -> torch.device:
-    """This process's device of a kind: on GPUs one for each process of a host."""
+    """This process's device of a kind: on GPUs one for each process of a host, which kernels are launched on from now
+    on."""
     if kind.type != "cuda" or kind.index is not None:
         return kind
     if local_rank >= torch.cuda.device_count():
@@ -197,6 +198,8 @@ def own_device(kind: torch.device, local_rank: int) -> torch.device:
             f"process {local_rank} of this host has no GPU: torch sees {torch.cuda.device_count()}; "
             "start as many processes per host as it has GPUs"
         )
+    # kernels of Triton go to the current device, wherever their tensors lie
+    torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 

@@ -29,12 +29,13 @@ def place_and_waiting(thread: int | None) -> tuple[str, bool]:
     frame = sys._current_frames().get(thread) if thread is not None else None
     if frame is None:
         return "unknown", False
-    name, line = frame.f_code.co_filename, frame.f_lineno
+    # a frame has no line at instructions that no line stands for
+    name, line = frame.f_code.co_filename, frame.f_lineno or 0
     waits = name.startswith(_EXCHANGES) or _WAITING.search(_line(name, line)) is not None
     while frame.f_code.co_filename.startswith(_LIBRARIES) and frame.f_back is not None:
         frame = frame.f_back
     path = Path(frame.f_code.co_filename)
-    return f"{path.parent.name}/{path.name}:{frame.f_lineno} ({frame.f_code.co_name})", waits
+    return f"{path.parent.name}/{path.name}:{frame.f_lineno or 0} ({frame.f_code.co_name})", waits
 
 
 def _line(path: str, number: int) -> str:

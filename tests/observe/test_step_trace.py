@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pithwood.observe.step_parts import IDLE, Evidence, decide, of_frame, of_kernel, of_op
+from pithwood.observe.step_parts import EXCHANGE, IDLE, Evidence, decide, of_frame, of_kernel, of_op
 from pithwood.observe.step_trace import STEP, read_trace
 
 pytestmark = pytest.mark.quick
@@ -100,6 +100,29 @@ def test_overlapping_work_is_counted_once_and_idle_is_the_rest_of_an_unprofiled_
     assert profile.profiled_ms == pytest.approx(1.0)
 
 
+def test_an_exchange_counts_where_no_other_kernel_runs_and_says_what_was_hidden():
+    profile = read(
+        frame("pithwood/moe/experts.py(9): forward", 10, 100),
+        launched(1, 13, "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", 100, 200),
+        launched(2, 15, "ncclDevKernel_AllGather_RING_LL", 250, 100),
+        launched(3, 17, "gemm", 150, 100),
+        launched(4, 19, "Memcpy DtoD", 100, 250, cat="gpu_memcpy"),
+    )
+    assert profile.parts["experts"] == pytest.approx(0.1)
+    assert profile.parts[EXCHANGE] == pytest.approx(0.15)
+    assert list(profile.parts)[-2:] == [EXCHANGE, IDLE]
+    found = profile.communication
+    assert found is not None
+    assert (found.ms, found.hidden_ms, found.hidden_share) == pytest.approx((0.25, 0.1, 0.4))
+    assert [(part, start) for part, start, _ in profile.spans] == [(EXCHANGE, 0.1), ("experts", 0.15), (EXCHANGE, 0.25)]
+
+
+def test_without_exchanges_there_is_no_such_part():
+    profile = read(launched(1, 13, "gemm", 100, 30))
+    assert EXCHANGE not in profile.parts
+    assert profile.communication is None
+
+
 def test_work_that_nothing_tells_of_is_counted_and_said():
     profile = read(launched(1, 13, "mystery", 100, 30), event("kernel", "of no launch", 200, 10, 7))
     assert profile.parts["other"] == pytest.approx(0.04)
@@ -128,10 +151,14 @@ def test_a_trace_without_steps_or_without_kernels_is_refused():
         ("pithwood/optim/clip.py(30): global_norm", "optimizer"),
         ("pithwood/observe/spikes.py(30): before_update", "other"),
         ("pithwood/models/stages.py(72): experts", "experts"),
+        ("pithwood/passes.py(72): loss_of", "head and loss"),
+        ("pithwood/trainer.py(72): train_step", "other"),
     ],
 )
 def test_files_tell_the_part(frame_name, part):
-    assert of_frame(frame_name) == Evidence(part)
+    found = of_frame(frame_name)
+    assert found is not None
+    assert found.part == part
 
 
 def test_frames_of_others_and_shared_ops_tell_nothing():

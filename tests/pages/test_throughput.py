@@ -137,6 +137,36 @@ def test_estimates_stand_beside_measurements(tmp_path):
     ]  # fmt: skip
 
 
+def test_rows_of_several_processes_stand_in_a_table_of_their_own(tmp_path):
+    ep = row("model.num_layers=12", "samples_per_step=32", "samples_per_micro_batch=8", "mesh.dp_shard=2", "mesh.ep=2",
+             speed=91_000.0)  # fmt: skip
+    ep["breakdown"] = {"communication": {"ms": 120.0, "hidden_ms": 90.0, "hidden_share": 0.75}}
+    pp = row("samples_per_micro_batch=4", "mesh.pp=2", "mesh.schedule=dualpipe_v", "model.tie_embeddings=false")
+    lines = page([row(), ep, pp], "mesh", tmp_path)
+    table = [cells(line) for line in lines[2:]]
+    assert table[2:] == [
+        ["dp_shard 2, ep 2", "32 x 4K, full attention, balanced routing", "12", "91,000", "100", "40.0%", "50.0%",
+         "90.0", "75% of 120 ms", "`samples_per_micro_batch=8`"],
+        ["pp 2", "16 x 4K, full attention, balanced routing", "8", "60,000", "100", "40.0%", "50.0%", "90.0", "",
+         "`samples_per_micro_batch=4` `mesh.schedule=dualpipe_v` `model.tie_embeddings=false`"],
+    ]  # fmt: skip
+
+
+def test_pictures_of_meshes_stand_below_their_table(tmp_path):
+    rows = [row("mesh.dp_shard=2", "samples_per_micro_batch=4")]
+    page(rows, "mesh", tmp_path)
+    (tmp_path / "bench" / "results" / "nvidia-h200" / "timeline-dp_shard2.png").touch()
+    last = page(rows, "mesh", tmp_path)[-1]
+    assert last == "![a step on dp_shard2](../bench/results/nvidia-h200/timeline-dp_shard2.png)"
+
+
+def test_tables_and_picture_of_one_process_ignore_meshes(tmp_path):
+    mesh = row("mesh.dp_shard=2", "samples_per_micro_batch=4", speed=99_000.0)
+    assert cells(page([row(), mesh], "goals", tmp_path)[4])[4] == "60,000 (missed by 6%)"
+    assert length_rows([row(), mesh])["full"][4096]["tokens_per_s"] == 60_000.0
+    assert page([row()], "mesh", tmp_path) == [NOTHING]
+
+
 def test_one_length_makes_no_picture(tmp_path):
     assert not plot_lengths([row()], tmp_path / "train.png")
     assert not list(tmp_path.iterdir())
