@@ -76,7 +76,7 @@ def _initialised(name: str, root: Path) -> Iterator[Any]:
 def _file(name: str, root: Path) -> str:
     path = root / "pithwood" / "models" / f"{name}.py"
     # other files of the room serve the models; what can be exported is one
-    have = sorted(p.stem for p in path.parent.glob("*.py") if "def hf_config(" in p.read_text())
+    have = sorted(p.stem for p in path.parent.glob("*.py") if "def hf_config(self" in p.read_text())
     require(path.is_file(), f"pithwood/models/{name}.py does not exist; models are {', '.join(have)}")
     require((root / "tests" / "models" / f"test_{name}.py").is_file(), f"tests/models/test_{name}.py does not exist")
     count = sum(1 for _ in model_cases(name, root))

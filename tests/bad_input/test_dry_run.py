@@ -32,7 +32,9 @@ def dry(worlds: Worlds, world: Path, command: str) -> Finished:
     return finished
 
 
-@pytest.mark.parametrize("case", [case for case in TRAINING if case.code == 2], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in TRAINING if case.code == 2 and case.name != "mesh-world"], ids=lambda case: case.name
+)
 def test_what_train_refuses_is_refused_in_the_same_words(case: Case, worlds: Worlds):
     world = worlds.copy()
     case.arrange(world)
