@@ -74,5 +74,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     if not summary.get("interrupted"):
         overrides = [word for word in overrides if not word.startswith("steps=")]
     folder = [] if args.runs_dir == Path("runs") else ["--runs-dir", str(args.runs_dir)]
-    same = f"{program} {shlex.join(['train', args.recipe, *folder, *overrides])}"
+    size = run.mesh.size
+    started = program if size == 1 else f"torchrun --nproc-per-node {size} -m pithwood"
+    same = f"{started} {shlex.join(['train', args.recipe, *folder, *overrides])}"
     return code, "\n".join(closing_lines({**summary, "recipe": args.recipe, "command": same, "program": program}))

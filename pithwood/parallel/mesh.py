@@ -25,6 +25,11 @@ STARTUP_SECONDS = 600
 """How long processes wait for each other before the first step."""
 
 
+# torch 2.13 renamed both and warns of the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 @dataclass(frozen=True)
 class Group:
     """Processes that exchange tensors, in order; `handle` is None in a group of one, whose operations change nothing.
@@ -56,7 +61,7 @@ class Group:
             if whole.data_ptr() != part.data_ptr():
                 whole.copy_(part)
             return None
-        return dist.all_gather_into_tensor(whole, part, group=self.handle, async_op=not wait)
+        return _all_gather(whole, part, group=self.handle, async_op=not wait)
 
     def reduce_scatter(self, part: Tensor, whole: Tensor, wait: bool = True) -> Any:
         """Fill part [n] with this process's range of the sum of all whole [size * n], both flat."""
@@ -64,7 +69,7 @@ class Group:
             if whole.data_ptr() != part.data_ptr():
                 part.copy_(whole)
             return None
-        return dist.reduce_scatter_tensor(part, whole, group=self.handle, async_op=not wait)
+        return _reduce_scatter(part, whole, group=self.handle, async_op=not wait)
 
     def all_to_all(
         self, out: Tensor, given: Tensor, out_sizes: list[int] | None, given_sizes: list[int] | None, wait: bool = True

@@ -8,8 +8,8 @@ Gathering of the next block and scattering of the last one run beside the comput
 dimensions (norms, biases) are held whole by all.
 
 Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054; Zhao et al. 2023, "PyTorch FSDP", arXiv 2304.11277. FSDP2 of torch is
-not used: it gathers what autograd sees, so that gradients of gathered bf16 weights are bf16 between micro-batches,
-where the products here add to fp32.
+not used: it gathers what autograd sees, so that every micro-batch's gradient of a bf16 weight is rounded to bf16 before
+it is added in fp32, by a pass of its own; the products here add to fp32 as they go.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import pytest
 from pithwood.checkpoint.load import latest_checkpoint, list_checkpoints, load_checkpoint
 from pithwood.checkpoint.save import clean_leftovers
 from tests.checkpoint.synthetic import whole_tensor
+from tests.checkpoint.test_kill import read_until
 
 # Imports once and forks a mesh of two processes for each line on stdin. Weights of step s are those of step 0 plus s.
 # "loop" resumes, then trains and saves every step for ever; the first process says "saving N" when a save has begun and
@@ -126,18 +127,6 @@ def ask(process: subprocess.Popen[str], **task: object) -> None:
     assert process.stdin is not None
     process.stdin.write(json.dumps(task) + "\n")
     process.stdin.flush()
-
-
-def read_until(process: subprocess.Popen[str], words: set[str]) -> dict[str, list[int]]:
-    """The numbers said after each word, up to the line with which all of `words` have been said."""
-    assert process.stdout is not None
-    said: dict[str, list[int]] = {}
-    while not words <= said.keys():
-        line = process.stdout.readline()
-        assert line, "the writers died"
-        word, number = line.split()
-        said.setdefault(word, []).append(int(number))
-    return said
 
 
 def check_whole(run_dir: Path) -> int:
