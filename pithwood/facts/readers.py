@@ -1,7 +1,7 @@
 """Which code reads a setting, found in the package's source by names and annotations.
 
 An expression `base.field` counts if the base surely or very likely is the setting's class: a parameter annotated with
-it, `self` inside it, the name of a field that holds it (`run.optim.lr`), or the usual name of a configuration in a file
+it, `self` inside it, the name of a field that holds it (`run.optim.lr`, or `.cfg` of that name), or the usual name of a configuration in a file
 that mentions the class. What goes through `getattr` or a loop over all fields is not found.
 """
 
@@ -60,7 +60,8 @@ def _meant(read: dict[str, Any], classes: set[str], holders: set[str], names: se
         return bool(annotated & classes)
     if base in _USUAL:
         return bool(names & classes)
-    return base.rpartition(".")[2] in holders
+    # what a configuration makes bears its name and keeps it: `mesh.cfg.pp` reads what `run.mesh.pp` does
+    return base.removesuffix(".cfg").rpartition(".")[2] in holders
 
 
 @functools.cache

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from pithwood.optim.groups import ParamRole
-from pithwood.parallel.config import MeshConfig
 from pithwood.parallel.expert import ExpertExchange
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.shard import Shards
@@ -44,8 +43,7 @@ class ModelPart:
         layers = tuple(sorted(layer for stage in mine for layer in stages[stage]))
         part = ModelPart(mesh, layers, 0 in mine, len(stages) - 1 in mine, Shards(mesh, low))
         if mesh.ep.size > 1:
-            sizes: MeshConfig = mesh.cfg
-            how = sizes.exchange
+            how = mesh.cfg.exchange
             if how == "auto":
                 how = "bounded" if mesh.device.type == "cuda" else "exact"
             balanced = cfg.moe.routing == "balanced"
