@@ -1,8 +1,9 @@
 """Which code reads a setting, found in the package's source by names and annotations.
 
 An expression `base.field` counts if the base surely or very likely is the setting's class: a parameter annotated with
-it, `self` inside it, the name of a field that holds it (`run.optim.lr`, or `.cfg` of that name), or the usual name of a configuration in a file
-that mentions the class. What goes through `getattr` or a loop over all fields is not found.
+it, `self` inside it, the name of a field that holds it (`run.optim.lr`; also with `.cfg` behind it, `mesh.cfg.pp`), or
+the usual name of a configuration in a file that mentions the class. What goes through `getattr` or a loop over all
+fields is not found.
 """
 
 from __future__ import annotations
