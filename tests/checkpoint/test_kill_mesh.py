@@ -22,7 +22,9 @@ from tests.checkpoint.test_kill import read_until
 # Imports once and forks a mesh of two processes for each line on stdin. Weights of step s are those of step 0 plus s.
 # "loop" resumes, then trains and saves every step for ever; the first process says "saving N" when a save has begun and
 # "saved N" when it is complete. "once" saves step 1, then step 2 twice, and one process kills itself before its n-th
-# operation on the file system after step 1. When one process has died the other is killed, as a watchdog would.
+# operation on the file system after step 1. When one process has died the other is ended, as a watchdog would; by
+# SIGTERM, so that "dead N", the exit code of the process named in "rank", tells this end from a SIGKILL and from an
+# exception. Which of the two is waited for first says nothing: both may have died by then.
 WRITERS = """
 import json, os, pathlib, signal, sys, time, torch
 import torch.distributed as dist
@@ -99,9 +101,9 @@ for line in sys.stdin:
         say(f"pid{rank}", pid)
     first, status = os.wait()
     if status:
-        os.kill(sum(children) - first, signal.SIGKILL)
-    _, other = os.wait()
-    say("dead", os.waitstatus_to_exitcode(status))
+        os.kill(sum(children) - first, signal.SIGTERM)
+    ended = dict([(first, status), os.wait()])
+    say("dead", os.waitstatus_to_exitcode(ended[children[task["rank"]]]))
 """
 
 
@@ -151,12 +153,13 @@ def test_a_mesh_killed_at_random_moments_goes_on_from_its_last_checkpoint(tmp_pa
     rng, num_kills, start, mid_save = random.Random(0), 12, 0, 0
     with writers() as process:
         for count in range(num_kills):
-            ask(process, run_dir=str(tmp_path / "run"), store=str(tmp_path / f"store{count}"), nth=None, rank=None)
+            store, rank = str(tmp_path / f"store{count}"), count % 2
+            ask(process, run_dir=str(tmp_path / "run"), store=store, nth=None, rank=rank)
             # one save makes sure that every round moves; from there on the moment is arbitrary
             before = read_until(process, {"pid0", "pid1", "saved"})
             assert before["started"] == [start]
             time.sleep(rng.uniform(0, 0.05))
-            subprocess.run(["kill", "-KILL", str(before[f"pid{count % 2}"][0])], check=True)
+            subprocess.run(["kill", "-KILL", str(before[f"pid{rank}"][0])], check=True)
             after = read_until(process, {"dead"})
             assert after["dead"] == [-signal.SIGKILL]
             saving, saved = ([*before[word], *after.get(word, [])] for word in ("saving", "saved"))
