@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 
@@ -112,14 +111,14 @@ def test_the_cause_of_an_error_may_be_an_echo():
 
 
 def test_a_thread_that_waits_for_an_exchange_is_seen_at_its_line():
-    store = dist.HashStore()
+    store, over = dist.HashStore(), []
 
     def waits() -> None:
-        with suppress(dist.DistStoreError):
-            store.wait(["what nobody sets"], timedelta(seconds=0.3))
+        store.wait(["over"], timedelta(seconds=60))
 
     def works() -> None:
-        time.sleep(0.3)
+        while not over:
+            time.sleep(0.01)
 
     seen = []
     for target in (waits, works):
@@ -127,6 +126,10 @@ def test_a_thread_that_waits_for_an_exchange_is_seen_at_its_line():
         thread.start()
         time.sleep(0.1)
         seen.append(place_and_waiting(thread.ident))
+        if target is waits:
+            store.set("over", "")
+        else:
+            over.append(True)
         thread.join()
     (where, waiting), (place, working) = seen
     assert waiting
