@@ -60,24 +60,36 @@ def tensorboard_points(folder: Path, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in reader.Scalars(name)]
 
 
-def wandb_records(folder: Path) -> Iterator[Any]:
-    """The records of all W&B files below a folder: LevelDB's log format, blocks of 32 KiB after a header of 7 bytes."""
+def wandb_records(folder: Path) -> list[Any]:
+    """The records of all W&B files below a folder; W&B's own process may still write their ends when a run is over."""
+    deadline = time.monotonic() + 30
+    while True:
+        files = [list(records_of(path)) for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
+        ended = all(file and file[-1].WhichOneof("record_type") == "exit" for file in files)
+        if ended or time.monotonic() > deadline:
+            return [record for file in files for record in file]
+        time.sleep(0.02)
+
+
+def records_of(path: Path) -> Iterator[Any]:
+    """The whole records of a W&B file: LevelDB's log format, blocks of 32 KiB after a header of 7 bytes."""
     from wandb.proto import wandb_internal_pb2
 
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        data, place, whole = path.read_bytes(), 7, b""
-        while place + 7 <= len(data):
-            if (left := 32768 - place % 32768) < 7:
-                place += left
-                continue
-            _, length, part = struct.unpack("<IHB", data[place : place + 7])
-            whole += data[place + 7 : place + 7 + length]
-            place += 7 + length
-            if part in (1, 4):  # a whole record, or the last part of one
-                record = wandb_internal_pb2.Record()
-                record.ParseFromString(whole)
-                whole = b""
-                yield record
+    data, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, length, part = struct.unpack("<IHB", data[place : place + 7])
+        if place + 7 + length > len(data):
+            return
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if part in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            whole = b""
+            yield record
 
 
 def wandb_points(folder: Path, name: str) -> list[tuple[int, float]]:
