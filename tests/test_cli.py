@@ -287,7 +287,7 @@ def test_dry_run_tells_settings_and_cost_and_starts_nothing(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_run_saves_and_the_same_command_goes_on(tmp_path, number):
     words = ["train", "debug", "--json", "steps=60", "log_every=1", "checkpoint_every=1000", *SMALL]
     command = [sys.executable, "-m", "pithwood", *words]

@@ -138,6 +138,7 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(tmp_path, unbrok
     assert losses(tmp_path) == unbroken
 
 
+@pytest.mark.slow
 def test_an_exception_in_one_process_ends_all_and_is_told_once(tmp_path):
     ended = launch(tmp_path, {"what": "raise", "kind": "ValueError", "rank": 1, "micro_batch": 5})
     assert ended.code != 0
