@@ -103,6 +103,8 @@ class Shards:
         self.units: dict[str, Unit] = {}
         """In the order of a forward pass."""
         self.micro_batches = 1
+        self.tell_output: Callable[[str, Tensor], None] = lambda key, x: None
+        """Told every unit's output, in a forward pass proper."""
         self._scattering: list[tuple[Any, Weight, Tensor, Tensor]] = []
         """Work, its weight, where the result will be, and what it is made of."""
         self._complete: list[Unit] = []
@@ -178,6 +180,7 @@ class Shards:
     def leave(self, key: str, out: Any) -> Any:
         """The second half of `run`: the output to hand on."""
         unit = self.units[key]
+        self.tell_output(key, out if isinstance(out, Tensor) else out[0])
         if not unit.cut and not self._reduces:
             return out
         if not torch.is_grad_enabled():
