@@ -28,7 +28,7 @@ from pithwood.data.corpus import Corpus
 from pithwood.data.mixture import Mixture, open_data
 from pithwood.data.origins import step_origins
 from pithwood.data.usage import epochs_read, read_so_far, training_batches
-from pithwood.finish import finish
+from pithwood.finish import finish, finish_alone
 from pithwood.memory import check_memory, explained_memory
 from pithwood.observe.clock import StepClock
 from pithwood.observe.console import ConsoleSink
@@ -100,6 +100,10 @@ def train(
     with Watch(mesh, bounds=bounds) as watch:
         summary = _train(run, mesh, watch, runs_dir, new, branch_from, console and mesh.is_first, command, crowded)
     stop_mesh(mesh)
+    if mesh.is_first:
+        # the others have left: nobody waits, and what trained is gone from memory
+        tell = partial(print, file=sys.stderr, flush=True) if console else lambda line: None
+        summary = finish_alone(run, summary, runs_dir, device, tell)
     return summary
 
 

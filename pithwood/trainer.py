@@ -39,6 +39,7 @@ from pithwood.models.pipelined import MicroBatch, ModelPipeline
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.moe.balance import load_stats
 from pithwood.moe.layer import MoELayer, step_counts
+from pithwood.observe.mesh_norms import MeshNorms
 from pithwood.observe.metrics import (
     block_fields,
     measure_peak_flops,
@@ -166,9 +167,22 @@ class Trainer:
             keep_copies(whole.values(), self.dtype)
 
     def _measure_norms(self) -> None:
-        # of a spread run no process has the norms of whole weights
         if self.part is None:
             self.spikes.measure(self.optimizer.params, self.model.blocks)
+            return
+        self.spikes.measure_pieces(
+            lambda steps: MeshNorms(
+                self.mesh,
+                self.optimizer.params,
+                self.optimizer.pieces,
+                self.optimizer.counted(),
+                [name for name, _ in self.whole.named_parameters()],
+                self.run.model.num_layers,
+                self.run.samples_per_step // self.run.samples_per_micro_batch,
+                steps,
+            )
+        )
+        self.part.shards.tell_output = lambda key, x_TD: self.spikes.activation(int(key.partition(".")[2]), x_TD)
 
     def train_step(self, step: int, batches: list[Batch], statistics: bool = False) -> tuple[dict[str, Any], float]:
         """Forward, backward and update over the micro-batches of one optimizer step.
@@ -221,7 +235,8 @@ class Trainer:
                 parts["all"] = torch.stack(shares).sum()
             if num_bytes is not None:
                 parts["bytes"] = num_bytes
-            everywhere = self.totals.add_up("losses", parts)
+            everywhere = self.totals.add_up("losses", parts | self.spikes.shares())
+            self.spikes.added_up(everywhere)
             nats, num_bytes = everywhere.get("sum/loss"), everywhere.get("bytes")
             names = [name.removeprefix("sum/") for name in everywhere if name.startswith("sum/")]
             means = {name: everywhere[f"sum/{name}"] / everywhere[f"count/{name}"] for name in names}
@@ -362,6 +377,8 @@ class Trainer:
             trainable=phase.trainable,
             lr_scales=phase.lr_scales,
         )
+        if self.part is not None:
+            self.part.shards.follow()
         self._measure_norms()
         self.renew_copies()
         return True

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import json
 import math
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,12 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from pithwood.bench.timing import Timer
 from pithwood.bench.train import Started, Tell, one_step
 from pithwood.bench.train_rows import MESH
-from pithwood.estimate.work import Peaks, floors_ms, repeated, step_work
+from pithwood.bench.train_text import busy_ms
+from pithwood.estimate.work import Peaks, Stages, floors_ms, meta_model, repeated, step_work
 from pithwood.observe.step_timeline import Timeline
 from pithwood.observe.step_trace import STEP, Communication, StepProfile, read_trace
 from pithwood.parallel.config import MeshConfig
+from pithwood.run import Run
 
 
 def profile_steps(
@@ -77,9 +81,10 @@ def breakdown(started: Started, first: int, step_ms: float, tell: Tell) -> tuple
     by part, `total_ms`, `unattributed_share`, the peaks that the floors assume, and the longest kernels. It spends the
     trainer: the peaks need its memory.
 
-    On a mesh all processes call it. The times are those of the first, floors those of an even share of the work,
-    `communication` says what of its exchanges was hidden (None on a CPU), and with it come the timelines of a step, of
-    every process with a GPU; processes but the first get nothing.
+    On a mesh all processes call it. Shown is the busiest process, `rank`, beside the floors of what it has: its layers
+    of a pipeline, with the embedding or the head, and of those an even share of the work. `processes` has `rank`, `ms`
+    and `floor_ms` of all, `communication` says what of the shown one's exchanges was hidden (None on a CPU), and with
+    it come the timelines of a step, of every process with a GPU; processes but the first get nothing.
     """
     found = profile_steps(started, first, BREAKDOWN_STEPS, step_ms, tell)
     run, mesh, dtype = started.trainer.run, started.trainer.mesh, started.trainer.dtype
@@ -87,13 +92,17 @@ def breakdown(started: Started, first: int, step_ms: float, tell: Tell) -> tuple
     timelines: list[Timeline] = []
     if mesh.world.size > 1 and mesh.device.type == "cuda":
         timelines = mesh.world.all_gather_objects(Timeline.of(found.spans, found.last_ms))
+    everyone = mesh.world.all_gather_objects(dataclasses.replace(found, spans=[], kernels=found.kernels[:MOST_KERNELS]))
     if not mesh.is_first:
         return {}, []
     peaks = device_peaks(mesh.device, dtype)
+    rank = busiest([each.parts for each in everyone])
+    found, stages = everyone[rank], [Stages.of(run, other) for other in range(len(everyone))]
+    floors = floors_of_processes(run, stages, peaks)
     fields = {
         "ms": found.parts,
-        "floor_ms": {part: ms / mesh.world.size for part, ms in floors_ms(step_work(run), peaks).items()},
-        "repeated": repeated(run),
+        "floor_ms": floors[rank],
+        "repeated": repeated(run, stages[rank]),
         "total_ms": found.total_ms,
         "profiled_ms": found.profiled_ms,
         "unattributed_share": found.unattributed_share,
@@ -105,8 +114,26 @@ def breakdown(started: Started, first: int, step_ms: float, tell: Tell) -> tuple
         ],
     }
     if mesh.world.size > 1:
-        fields["communication"] = communication_fields(found.communication)
+        fields |= {
+            "rank": rank,
+            "processes": [
+                {"rank": other, "ms": each.parts, "floor_ms": floors[other]} for other, each in enumerate(everyone)
+            ],
+            "communication": communication_fields(found.communication),
+        }
     return fields, timelines
+
+
+def busiest(parts: Sequence[dict[str, float]]) -> int:
+    """The process that computes longest, by the parts of all: others wait for it."""
+    return max(range(len(parts)), key=lambda rank: busy_ms(parts[rank]))
+
+
+def floors_of_processes(run: Run, stages: Sequence[Stages], peaks: Peaks) -> list[dict[str, float]]:
+    """The floors of each process's parts: an even share, among those of equal stages, of what these stages need."""
+    model, sharing = meta_model(run), run.mesh.size // run.mesh.pp
+    known = {some: floors_ms(step_work(run, model, some), peaks) for some in set(stages)}
+    return [{part: ms / sharing for part, ms in known[some].items()} for some in stages]
 
 
 def timeline_name(mesh: MeshConfig) -> str:

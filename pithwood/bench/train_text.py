@@ -6,6 +6,7 @@ from typing import Any
 
 from pithwood.bench.results import Row
 from pithwood.bench.train_rows import measured
+from pithwood.observe.step_parts import EXCHANGE, IDLE
 
 
 def attention_words(attention: dict[str, Any]) -> str:
@@ -78,8 +79,29 @@ def breakdown_lines(breakdown: dict[str, Any]) -> list[str]:
         lines.append(f"    {part:<20}{ms:>10.2f}{ms / total:>8.1%}" + ("" if not floor else f"{floor:>10.2f}"))
     floors = sum(breakdown["floor_ms"].values())
     lines.append(f"    {'all':<20}{total:>10.2f}{'':>8}{floors:>10.2f}")
+    if len(everyone := breakdown.get("processes", [])) > 1:
+        lines.append(f"    {processes_line(breakdown['rank'], everyone)}")
     exchanged = breakdown.get("communication")
     return lines if exchanged is None else [*lines, f"    {communication_line(exchanged)}"]
+
+
+def busy_ms(parts: dict[str, float]) -> float:
+    """What of a step a process computes."""
+    return sum(ms for part, ms in parts.items() if part not in (EXCHANGE, IDLE))
+
+
+MOST_PROCESSES = 16
+"""Processes that a line tells of."""
+
+
+def processes_line(shown: int, everyone: list[dict[str, Any]]) -> str:
+    """Whose parts are shown, and what all processes compute; rows {rank, ms, floor_ms, if they are known}."""
+    words = []
+    for each in everyone[:MOST_PROCESSES]:
+        floor = f" (floor {sum(each['floor_ms'].values()):,.1f})" if "floor_ms" in each else ""
+        words.append(f"rank {each['rank']} {busy_ms(each['ms']):,.1f}{floor}")
+    more = [f"{len(everyone) - MOST_PROCESSES} more"] if len(everyone) > MOST_PROCESSES else []
+    return f"shown is rank {shown}; ms that each computes: {', '.join([*words, *more])}"
 
 
 def communication_line(found: dict[str, float]) -> str:

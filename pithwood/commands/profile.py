@@ -19,8 +19,9 @@ torch's profiler. The table has every kernel's (on a CPU every op's) count, mean
 the step, which add up to it. idle is what remains of a step's time without the profiler; on a CPU, the time outside
 ops. A kernel belongs to the part whose code launched it; the share that nothing could be told of stands below.
 
-Under torchrun all processes of the run's mesh do the same steps, and the first shows what its own GPU did: exchange is
-the time of NCCL's kernels, waiting for slower partners included, while no other kernel runs."""
+Under torchrun all processes of the run's mesh do the same steps. Shown is what the process did that computed longest,
+with its rank, and how long each of the others computed; --trace keeps the first one's. exchange is the time of NCCL's
+kernels, waiting for slower partners included, while no other kernel runs."""
 
 
 def add(commands: Any) -> None:
@@ -48,11 +49,18 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
         if path is not None and path.suffix not in suffixes:
             raise ValueError(f"--{option} {path} must end in {' or '.join(suffixes)}")
 
+    import dataclasses
     import statistics
 
     from pithwood.bench.train import is_first, lengthened, mesh_of, start, timed
-    from pithwood.bench.train_profile import communication_fields, profile_lines, profile_steps, write_kernels
-    from pithwood.bench.train_text import communication_line
+    from pithwood.bench.train_profile import (
+        busiest,
+        communication_fields,
+        profile_lines,
+        profile_steps,
+        write_kernels,
+    )
+    from pithwood.bench.train_text import communication_line, processes_line
     from pithwood.memory import explained_memory
 
     settings = lengthened(run_of(args), args.steps)
@@ -65,8 +73,11 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
         measured = timed(started, plain, plain // 2, say, args.started)
         step_ms = 1e3 * statistics.median(measured.seconds)
         found = profile_steps(started, plain, profiled, step_ms, say, args.trace if first else None)
+        everyone = mesh.world.all_gather_objects(dataclasses.replace(found, spans=[]))
     if not first:
         return 0, ""
+    rank = busiest([each.parts for each in everyone])
+    found, processes = everyone[rank], [{"rank": other, "ms": each.parts} for other, each in enumerate(everyone)]
     if args.csv is not None:
         write_kernels(found, args.csv)
     if args.json:
@@ -79,6 +90,8 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
             "unattributed_share": found.unattributed_share,
             "overlapped_ms": found.overlapped_ms,
             "communication": communication_fields(found.communication),
+            "rank": rank,
+            "processes": processes,
             "kinds": len(found.kernels),
             "kernels": [vars(kernel) for kernel in found.kernels[: args.top]],
             "csv": args.csv,
@@ -93,6 +106,8 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     )
     if found.overlapped_ms > 0:
         lines.append(f"{found.overlapped_ms:.2f} ms a step of kernels and copies ran beside others, counted once")
+    if len(processes) > 1:
+        lines.append(processes_line(rank, processes))
     if (exchanged := communication_fields(found.communication)) is not None:
         lines.append(communication_line(exchanged))
     return 0, "\n".join([*lines, *(str(path) for path in (args.csv, args.trace) if path is not None)])

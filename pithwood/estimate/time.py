@@ -9,7 +9,8 @@ others, which wait for it. Communication is what the slowest device spends on it
     weights     gathered in the products' dtype: once a step, hidden behind the first forward pass, or with
                 mesh.gather=forward before each pass, hidden behind all of them
     gradients   fp32, scattered once a step behind the last backward pass, or with mesh.reduce=micro_batch behind each
-    replicas    fp32 gradients of the device's pieces added up over dp_replicate, once a step; not hidden
+    replicas    fp32 gradients of the device's pieces added up over dp_replicate, once a step, behind what the last
+                scattering leaves of the last backward pass
     update      with Muon: matrices that are cut travel to the device that orthogonalises them, and back; not hidden
     sequence    with cp, queries, keys, values and outputs between the devices of a sequence (mesh.context=heads), or
                 keys and values to all of them (gather); not hidden
@@ -73,10 +74,12 @@ def estimate_time(run: Run, device: Device, known: Efficiency, spread: Spread | 
     sent = _communication(spread, device)
     # a forward pass is a third of the work
     once = compute / spread.micro_batches
+    last = sent["gradients"] / (1 if mesh.reduce == "step" else spread.micro_batches)
     hidden = {
         "experts": compute if mesh.pp > 1 and mesh.schedule == "dualpipe_v" else 0.0,
         "weights": once / 3 if mesh.gather == "step" else compute,
         "gradients": 2 / 3 * (once if mesh.reduce == "step" else compute),
+        "replicas": max(2 / 3 * once - last, 0.0),
     }
     left = {kind: max(ms - hidden.get(kind, 0.0), 0.0) for kind, ms in sent.items()}
     return TimeEstimate(parts, left, sent, floors)

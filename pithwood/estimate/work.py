@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from pithwood.observe.step_parts import PARTS
 from pithwood.ops.packing import Packing
 from pithwood.optim.config import MuonConfig
 from pithwood.optim.groups import MATRIX_KINDS
+from pithwood.parallel.mesh import coordinates
 from pithwood.run import DTYPES, Run
 
 TRAINING = 3.0
@@ -95,12 +97,41 @@ def step_flops(run: Run, model: Qwen3MoE | None = None) -> float:
     return TRAINING * stage.samples_per_step * model.cost(Packing.from_lengths([stage.seq_len])).model_flops
 
 
-def step_work(run: Run, model: Qwen3MoE | None = None) -> Work:
+@dataclass(frozen=True)
+class Stages:
+    """What a process of a pipeline has of a model."""
+
+    layers: frozenset[int]
+    first: bool
+    """Whether the embedding is there."""
+    last: bool
+    """Whether the last norm and the head are there."""
+
+    @staticmethod
+    def of(run: Run, rank: int) -> Stages:
+        """Of a process of the run's mesh; in one without a pipeline everything."""
+        mesh = run.mesh
+        mine = mesh.stages_of_process(coordinates(mesh, rank)[0])
+        layers = mesh.layers_of_stages(run.model.num_layers)
+        return Stages(frozenset(layer for stage in mine for layer in layers[stage]), 0 in mine, len(layers) - 1 in mine)
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter is there."""
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer is not None:
+            return int(layer[1]) in self.layers
+        return self.first if name.startswith("model.embed_tokens.") else self.last
+
+
+def step_work(run: Run, model: Qwen3MoE | None = None, stages: Stages | None = None) -> Work:
     """The work of one optimizer step of the run's first phase, forward, backward and update, each sample one document.
 
-    model  what `meta_model` returns, made here if not given
+    model   what `meta_model` returns, made here if not given
+    stages  the part of the model whose work is asked for, of all samples; None: all of it
     """
     model = meta_model(run) if model is None else model
+    if stages is None:
+        stages = Stages(frozenset(range(run.model.num_layers)), True, True)
     stage = run.stages()[0]
     micro = stage.samples_per_step // stage.samples_per_batch
     # samples of one length cost the same: one is priced and multiplied
@@ -110,6 +141,8 @@ def step_work(run: Run, model: Qwen3MoE | None = None) -> Work:
     # layers of one kind do the same work, and a long sample takes milliseconds to price
     known: dict[tuple[MixerConfig, bool], Work] = {}
     for layer, (block, mixer) in enumerate(zip(model.blocks, model.cfg.mixers(), strict=True)):
+        if layer not in stages.layers:
+            continue
         kind = mixer, layer in model.cfg.dense_layers
         if kind not in known:
             known[kind] = {part: [] for part in PARTS}
@@ -121,23 +154,27 @@ def step_work(run: Run, model: Qwen3MoE | None = None) -> Work:
     row = float(tokens * cfg.model_dim * size)
     # two norms a block and the last: read and write forward, backward reads x and dy and writes dx; the residual stream
     # is read and written beside each
-    work["dense"].append(Piece("norms and residuals", bytes=(2 * cfg.num_layers + 1) * 7 * row))
-    work["dense"].append(Piece("embedding", bytes=4 * row))
-    head = cfg.vocab_size * cfg.model_dim
-    work["head and loss"].append(
-        Piece("head", TRAINING * 2.0 * tokens * head, _weight_bytes(head, micro, size) + 3 * row)
-    )
-    work["optimizer"] += _update(run, model, size)
+    work["dense"].append(Piece("norms and residuals", bytes=(2 * len(stages.layers) + stages.last) * 7 * row))
+    if stages.first:
+        work["dense"].append(Piece("embedding", bytes=4 * row))
+    if stages.last:
+        head = cfg.vocab_size * cfg.model_dim
+        work["head and loss"].append(
+            Piece("head", TRAINING * 2.0 * tokens * head, _weight_bytes(head, micro, size) + 3 * row)
+        )
+    work["optimizer"] += _update(run, model, size, stages)
     return work
 
 
-def repeated(run: Run) -> dict[str, float]:
+def repeated(run: Run, stages: Stages | None = None) -> dict[str, float]:
     """Work of each part relative to its floor where the run's settings let the backward pass compute things again.
 
     A block that is recomputed whole goes forward once more; so do the experts where chunks of them are. What
-    recompute=selective repeats is not counted.
+    recompute=selective repeats is not counted. stages: of whose blocks; None: of all.
     """
     blocks = run.recompute_by_block()
+    if stages is not None:
+        blocks = tuple(blocks[layer] for layer in sorted(stages.layers))
     share = blocks.count("block") / len(blocks)
     chunks = run.model.moe.chunk_tokens > 0 and run.model.moe.chunk_recompute
     product = (TRAINING + share) / TRAINING
@@ -204,11 +241,13 @@ def _add_mlp(work: Work, block: Block, run: Run, tokens: int, micro: int, size: 
     work["router and dispatch"].append(Piece("sums over experts", bytes=2 * row * (cfg.top_k + 1)))
 
 
-def _update(run: Run, model: Qwen3MoE, size: int) -> list[Piece]:
+def _update(run: Run, model: Qwen3MoE, size: int, stages: Stages) -> list[Piece]:
     """Norm and update of every parameter that trains."""
     muon, roles = run.optim if isinstance(run.optim, MuonConfig) else None, model.parameter_roles()
     orthogonal = matrices = others = 0.0
     for name, param in model.named_parameters():
+        if not stages.has(name):
+            continue
         role = roles[name]
         if muon is None or role.kind not in MATRIX_KINDS:
             others += param.numel()

@@ -145,6 +145,10 @@ def _by_part(names: Sequence[str], norms: Tensor) -> dict[str, float]:
 def _sampled(value: Tensor) -> Tensor:
     """A view of at most UPDATE_SAMPLE elements, evenly spread; all of a small tensor."""
     flat = value.view(-1)
+    return flat[:: sampling_stride(flat.numel())]
+
+
+def sampling_stride(numel: int) -> int:
+    """Which elements of a parameter of this size are sampled: the first, and every so many after it."""
     # odd, so that it does not walk down one column of a matrix whose width is a power of two
-    stride = -(-flat.numel() // UPDATE_SAMPLE) | 1
-    return flat[::stride]
+    return -(-numel // UPDATE_SAMPLE) | 1

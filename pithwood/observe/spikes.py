@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pithwood.observe.events import EventLog
+from pithwood.observe.mesh_norms import MeshNorms
 from pithwood.observe.norms import NormRecorder
 
 _MAD_TO_SIGMA = 1.4826
@@ -97,7 +98,7 @@ class SpikeWatch:
 
     def __init__(self, cfg: SpikeConfig | None, log_every: int):
         self.cfg, self._log_every = cfg, log_every
-        self._norms: NormRecorder | None = None
+        self._norms: NormRecorder | MeshNorms | None = None
         self._detector = None if cfg is None else SpikeDetector(cfg)
         self._last: tuple[int, str] | None = None
         """Step and reason of the latest unusual step: those that follow it without a gap belong to the same spike."""
@@ -106,12 +107,33 @@ class SpikeWatch:
 
     def measure(self, parameters: Mapping[str, Tensor], blocks: Sequence[nn.Module]) -> None:
         """Keep norms of these from the next step on; those of others are dropped, those of the same stay."""
-        if self._norms is not None:
+        if isinstance(self._norms, NormRecorder):
             if self._norms.watches(parameters, blocks):
                 return
             self._norms.close()
         if self.cfg is not None:
-            self._norms = NormRecorder(parameters, blocks, self._log_every + 2 * self.cfg.steps_around + 1)
+            self._norms = NormRecorder(parameters, blocks, self._steps_kept(self.cfg))
+
+    def measure_pieces(self, make: Callable[[int], MeshNorms]) -> None:
+        """Keep norms on a mesh, whose pieces stay the same in all phases; `make` is given the number of steps."""
+        if self.cfg is not None and self._norms is None:
+            self._norms = make(self._steps_kept(self.cfg))
+
+    def _steps_kept(self, cfg: SpikeConfig) -> int:
+        return self._log_every + 2 * cfg.steps_around + 1
+
+    def activation(self, layer: int, x_TD: Tensor) -> None:
+        """On a mesh: what this process has of the residual stream after a layer."""
+        if isinstance(self._norms, MeshNorms):
+            self._norms.activation(layer, x_TD)
+
+    def shares(self) -> dict[str, Tensor]:
+        """On a mesh: what is to be added up over all processes, and then handed to `added_up`."""
+        return {"norms": self._norms.shares()} if isinstance(self._norms, MeshNorms) else {}
+
+    def added_up(self, sums: Mapping[str, Tensor]) -> None:
+        if isinstance(self._norms, MeshNorms):
+            self._norms.added_up(sums["norms"])
 
     def before_update(self) -> Tensor | None:
         """The norm of all gradients, for the optimizer; None if it should compute it itself."""

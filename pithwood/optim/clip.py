@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pithwood.ops.norms import tensor_norms
 from pithwood.parallel.mesh import Group
+from pithwood.parallel.totals import norm_over
 
 
 def global_norm(grads: list[Tensor]) -> Tensor:
@@ -35,15 +36,11 @@ def global_norm_over(world: Group, counted: list[Tensor], others: list[Tensor], 
     others   gradients that another process counts: nothing of them enters the norm unless it is not finite, so that no
              process goes on with a gradient that others lack
 
-    One sum over all processes, not one per group: it is added up once and the result handed round.
+    One sum over all processes (`parallel.totals.norm_over`), not one per group.
     """
-    square = torch.zeros((), dtype=torch.float64, device=device)
-    if counted:
-        square += tensor_norms(counted).double().square().sum()
-    if others:
-        square += (0.0 * tensor_norms(others)).sum()
-    world.all_reduce(square)
-    return square.sqrt().float()
+    return norm_over(
+        world, tensor_norms(counted) if counted else None, tensor_norms(others) if others else None, device
+    )
 
 
 def clip_scale(norm: Tensor, max_norm: float | None) -> Tensor:

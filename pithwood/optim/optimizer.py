@@ -226,12 +226,16 @@ class Optimizer:
             "lr": torch.full_like(norm, self.cfg.lr * factor),
         }
 
+    def counted(self) -> set[str]:
+        """Names of the parameters that this process counts in sums over all processes, every element once."""
+        return {name for name in self.params if self.divisions[name].counts_here(self.place)}
+
     def _norm(self, active: list[tuple[ParamPlan, Tensor, Tensor]]) -> Tensor:
         if self.mesh is None:
             return global_norm([grad for _, _, grad in active])
-        counts = [self.divisions[plan.name].counts_here(self.place) for plan, _, _ in active]
-        counted = [grad for (_, _, grad), here in zip(active, counts, strict=True) if here]
-        others = [grad for (_, _, grad), here in zip(active, counts, strict=True) if not here]
+        here = self.counted()
+        counted = [grad for plan, _, grad in active if plan.name in here]
+        others = [grad for plan, _, grad in active if plan.name not in here]
         return global_norm_over(self.mesh.world, counted, others, self.device)
 
     def _step_muon(

@@ -55,6 +55,20 @@ class Group:
             return None
         return dist.all_reduce(x, _OPS[op], group=self.handle, async_op=not wait)
 
+    def all_reduce_several(self, tensors: Sequence[Tensor], wait: bool = True) -> Any:
+        """Add each of several tensors of one dtype up over the group, in place, in one exchange."""
+        if self.handle is None or not tensors:
+            return None
+        # no buffer that joins them: NCCL takes them as they lie
+        options = dist.AllreduceCoalescedOptions()
+        options.asyncOp = not wait
+        work = self.handle.allreduce_coalesced(list(tensors), options)
+        if not wait:
+            return work
+        if work is not None:
+            work.wait()
+        return None
+
     def all_gather(self, whole: Tensor, part: Tensor, wait: bool = True) -> Any:
         """Fill whole [size * n] with every process's part [n], both flat."""
         if self.handle is None:

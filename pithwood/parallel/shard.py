@@ -4,7 +4,8 @@ A process keeps of each divided weight a flat fp32 piece, which is all that the 
 the module has the whole shape and no memory but while it is gathered: in the products' dtype, as the copy that
 `ops.master` serves to them, or in fp32 where a weight is used as it is. Its whole fp32 gradient is written by the
 products themselves (`ops.master.gradient_sink`), over as many micro-batches as `mesh.reduce` says, and then scattered.
-Gathering of the next block and scattering of the last one run beside the compute of this one. Weights of fewer than two
+Gathering of the next block and scattering of the last one run beside the compute of this one, and so does what replicas
+add up of each other's pieces, a block at a time in the last micro-batch's backward pass. Weights of fewer than two
 dimensions (norms, biases) are held whole by all.
 
 Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054; Zhao et al. 2023, "PyTorch FSDP", arXiv 2304.11277. FSDP2 of torch is
@@ -80,6 +81,8 @@ class Unit:
     """Whether the weights are there, or on their way."""
     backwards: int = 0
     """Backward passes of this step that are done."""
+    replicated: bool = False
+    """Whether its pieces' gradients are being added up between replicas: those of all micro-batches are in them."""
 
     @property
     def cut(self) -> list[Weight]:
@@ -100,8 +103,14 @@ class Shards:
         self.units: dict[str, Unit] = {}
         """In the order of a forward pass."""
         self.micro_batches = 1
+        self.tell_output: Callable[[str, Tensor], None] = lambda key, x: None
+        """Told every unit's output, in a forward pass proper."""
         self._scattering: list[tuple[Any, Weight, Tensor, Tensor]] = []
         """Work, its weight, where the result will be, and what it is made of."""
+        self._complete: list[Unit] = []
+        """Of whose pieces the step's gradients are complete once all of that is there."""
+        self._adding: list[Any] = []
+        """Work of replicas."""
 
     def add(
         self, key: str, parameters: dict[str, nn.Parameter], shapes: dict[str, tuple[int, ...]], products: set[str]
@@ -147,7 +156,7 @@ class Shards:
         self.micro_batches = micro_batches
         self.release()
         for unit in self.units.values():
-            unit.backwards = 0
+            unit.backwards, unit.replicated = 0, False
 
     def run(self, key: str, call: Callable[..., Any], *inputs: Any) -> Any:
         """`call(*inputs)` with the unit's weights there, in the backward pass too; tensors among inputs and outputs
@@ -171,6 +180,7 @@ class Shards:
     def leave(self, key: str, out: Any) -> Any:
         """The second half of `run`: the output to hand on."""
         unit = self.units[key]
+        self.tell_output(key, out if isinstance(out, Tensor) else out[0])
         if not unit.cut and not self._reduces:
             return out
         if not torch.is_grad_enabled():
@@ -200,8 +210,13 @@ class Shards:
             self._scatter(unit)
         self._settle()
         self._add_small()
-        if self.mesh.replicate.size > 1:
-            self._add_replicas()
+        self._add_replicas(
+            [weight for unit in self.units.values() for weight in unit.weights if weight.holders or not unit.replicated]
+        )
+        for work in self._adding:
+            if work is not None:
+                work.wait()
+        self._adding.clear()
         self.release()
 
     def release(self) -> None:
@@ -249,6 +264,10 @@ class Shards:
         if last or self.mesh.cfg.reduce == "micro_batch":
             self._settle()
             self._scatter(unit)
+        if last and self.mesh.replicate.size > 1:
+            self._complete.append(unit)
+            if not self._scattering:
+                self._begin_replicas()
         if last or self.mesh.cfg.gather == "forward":
             self._release(unit)
 
@@ -258,6 +277,7 @@ class Shards:
             whole = weight.param.grad
             if not weight.param.requires_grad or (whole is None and weight.kept.grad is not None):
                 continue
+            assert not unit.replicated, f"{weight.name} has a gradient after its last backward pass"
             if whole is None:
                 whole = torch.zeros(weight.param.shape, dtype=weight.kept.dtype, device=weight.kept.device)
             part = torch.empty_like(weight.kept, requires_grad=False)
@@ -270,6 +290,7 @@ class Shards:
             work.wait()
             weight.kept.grad = part if weight.kept.grad is None else weight.kept.grad.add_(part)
         self._scattering.clear()
+        self._begin_replicas()
 
     def _add_small(self) -> None:
         """Add up the gradients of weights that several processes hold whole, in one exchange per group of holders."""
@@ -284,16 +305,25 @@ class Shards:
             for weight, total in zip(weights, flat.split([grad.numel() for grad in grads]), strict=True):
                 weight.param.grad = total.view(weight.param.shape)
 
-    def _add_replicas(self) -> None:
-        """Add up the gradients of pieces between those that hold the same ones."""
-        works = []
-        for weight in self.weights():
+    def _begin_replicas(self) -> None:
+        """Begin to add up between replicas what is complete, but for what several processes hold whole: that comes
+        after `_add_small`."""
+        for unit in self._complete:
+            self._add_replicas([weight for weight in unit.weights if not weight.holders])
+            unit.replicated = True
+        self._complete.clear()
+
+    def _add_replicas(self, weights: list[Weight]) -> None:
+        """Begin to add up the gradients of these pieces between those that hold the same ones, in one exchange."""
+        if self.mesh.replicate.size == 1:
+            return
+        grads = []
+        for weight in weights:
             if weight.kept.requires_grad:
                 if weight.kept.grad is None:
                     weight.kept.grad = torch.zeros_like(weight.kept)
-                works.append(self.mesh.replicate.all_reduce(weight.kept.grad, wait=False))
-        for work in works:
-            work.wait()
+                grads.append(weight.kept.grad)
+        self._adding.append(self.mesh.replicate.all_reduce_several(grads, wait=False))
 
 
 class _Gate(torch.autograd.Function):

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pithwood.parallel.mesh import Mesh
+from pithwood.parallel.mesh import Group, Mesh
 
 
 class Totals:
-    """Adds up named scalars over all tokens and all stages of a mesh; in one process they stay as they are.
+    """Adds up named values over all tokens and all stages of a mesh; in one process they stay as they are.
+
+    Values are scalars, or flat tensors that all stages give, of one length.
 
     Names may differ between stages, not between the processes of a stage. Which there are is asked once for each set of
     values, until `forget`: a stage that has none of them cannot see that those of others have changed.
@@ -41,13 +43,32 @@ class Totals:
             self._names[what] = sorted({name for names in found for name in names})
         names, nothing = self._names[what], torch.zeros((), dtype=dtype, device=device)
         assert own.keys() <= set(names), f"{what} has other names than before"
-        flat = torch.stack([own.get(name, nothing) for name in names])
+        given = [own.get(name, nothing) for name in names]
+        flat = torch.cat([value.view(-1) for value in given])
         self.mesh.tokens.all_reduce(flat)
         self.mesh.pp.all_reduce(flat)
-        return dict(zip(names, flat.unbind(), strict=True))
+        sums = flat.split([value.numel() for value in given])
+        return {name: total.view(value.shape) for name, total, value in zip(names, sums, given, strict=True)}
+
+
+def norm_over(world: Group, counted: Tensor | None, others: Tensor | None, device: torch.device) -> Tensor:
+    """The 2-norm over all processes, from norms of tensors; fp32, the same bits in each of them; no host sync.
+
+    world    every process takes part, also one without tensors
+    counted  norms of what no other process counts
+    others   norms of what another process counts: nothing of them enters but what is not finite
+    """
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    if counted is not None:
+        square += counted.double().square().sum()
+    if others is not None:
+        square += (0.0 * others).sum()
+    # one sum over all processes: it is added up once, and the result handed round
+    world.all_reduce(square)
+    return square.sqrt().float()
 
 
 def scalar(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A scalar on the device, detached."""
+    """A scalar (or a tensor of any shape) on the device, detached."""
     # a host number is filled in on the device: copying it there would make the host wait
     return value.detach().to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)

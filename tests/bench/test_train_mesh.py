@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from pithwood.bench.train_profile import timeline_name
+from pithwood.bench.train_text import busy_ms, processes_line
 from pithwood.cli import main
 from pithwood.config import apply_overrides
-from pithwood.estimate.work import Peaks, floors_ms, step_work
+from pithwood.estimate.work import Peaks, Stages, floors_ms, step_work
 from pithwood.parallel.config import MeshConfig
 from pithwood.recipes import load_recipe
 
@@ -62,6 +63,39 @@ def test_a_breakdown_of_several_processes_adds_up_and_shares_the_floors(alone_an
     run = apply_overrides(load_recipe("debug"), SMALL)
     floors = floors_ms(step_work(run), Peaks(**found["peaks"]))
     assert found["floor_ms"] == pytest.approx({part: ms / 2 for part, ms in floors.items()})
+
+
+def test_a_breakdown_of_a_pipeline_has_each_process_beside_the_floors_of_its_own_stage(tmp_path):
+    words = ["bench", "train", "debug", *SMALL, "mesh.pp=2", "model.num_layers=3", "mesh.layers_per_stage=2,1"]
+    done = together(*words, *STEPS, "--breakdown", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "train.json").read_text())["rows"]
+    found = row["breakdown"]
+    run = apply_overrides(load_recipe("debug"), [*SMALL, *words[-3:]])
+    assert [each["rank"] for each in found["processes"]] == [0, 1]
+    for each in found["processes"]:
+        wanted = floors_ms(step_work(run, stages=Stages.of(run, each["rank"])), Peaks(**found["peaks"]))
+        assert each["floor_ms"] == pytest.approx(wanted)
+    computed = [busy_ms(each["ms"]) for each in found["processes"]]
+    assert found["rank"] == computed.index(max(computed))
+    assert found["processes"][found["rank"]] == {name: found[name] for name in ("rank", "ms", "floor_ms")}
+    assert f"shown is rank {found['rank']}; ms that each computes: rank 0 {computed[0]:,.1f} (floor" in done.stdout
+
+
+def test_a_profile_of_several_processes_says_whose_it_is():
+    done = together("profile", "debug", *SMALL, "mesh.pp=2", "--steps", "4", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["processes"][found["rank"]] == {"rank": found["rank"], "ms": found["parts"]}
+    computed = [busy_ms(each["ms"]) for each in found["processes"]]
+    assert computed[found["rank"]] == max(computed)
+
+
+@pytest.mark.quick
+def test_a_line_tells_of_sixteen_processes_at_most():
+    line = processes_line(3, [{"rank": rank, "ms": {"experts": 1.0, "idle": 9.0}} for rank in range(20)])
+    assert line.startswith("shown is rank 3; ms that each computes: rank 0 1.0, rank 1 1.0, ")
+    assert line.endswith("rank 15 1.0, 4 more")
 
 
 def test_the_first_of_several_processes_tells_alone(alone_and_together):

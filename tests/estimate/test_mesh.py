@@ -196,3 +196,15 @@ def test_slower_memory_and_fewer_flops_take_longer():
     slow = dataclasses.replace(H200, peaks=DEVICES["h100"].peaks)
     run, known = run_of(), efficiency([], run_of())
     assert estimate_time(run, slow, known).step_ms > estimate_time(run, H200, known).step_ms
+
+
+def test_replicas_hide_behind_what_scattering_leaves_of_the_last_backward_pass():
+    words = ("samples_per_step=256", "samples_per_micro_batch=32", "mesh.dp_shard=8", "mesh.ep=8")
+    alone, two = time(run_of(*words)), time(run_of(*words, "mesh.dp_replicate=2"))
+    many = time(run_of("samples_per_step=4096", "samples_per_micro_batch=4096", *words[2:], "mesh.dp_replicate=2"))
+    assert alone.sent["replicas"] == 0 < many.sent["replicas"] == two.sent["replicas"]
+    compute = sum(ms for part, ms in two.parts.items() if part not in ("optimizer", "other", IDLE))
+    room = 2 / 3 * compute / 8 - two.sent["gradients"]
+    assert 0 < room < two.sent["replicas"]
+    assert two.communication["replicas"] == pytest.approx(two.sent["replicas"] - room)
+    assert many.communication["replicas"] == 0

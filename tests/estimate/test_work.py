@@ -12,6 +12,7 @@ from pithwood.estimate.work import (
     TRAINING,
     Peaks,
     Piece,
+    Stages,
     attention_op,
     floors_ms,
     repeated,
@@ -107,3 +108,24 @@ def test_attention_is_named_as_in_results_files():
     assert attention_op(run_of("model.attention=MoBAConfig").model.attention) == "moba"
     mixed = (run_of().model.attention, run_of("model.attention=MoBAConfig").model.attention)
     assert attention_op(mixed) == "mixed"
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble_v"])
+def test_the_stages_of_a_pipeline_do_the_work_of_the_whole_model(schedule):
+    words = ("model.dense_layers=1", "model.dense_dim=512", "mesh.pp=2", "mesh.dp_shard=2")
+    run = run_of(*words, f"mesh.schedule={schedule}")
+    whole = floors_ms(step_work(run), Peaks())
+    stages = [Stages.of(run, rank) for rank in range(4)]
+    assert stages[0] == stages[1] != stages[2] == stages[3]
+    assert (stages[0].first, stages[2].first) == (True, False)
+    assert (stages[0].last, stages[2].last) == (schedule != "1f1b", schedule == "1f1b")
+    parts = [floors_ms(step_work(run, stages=stages[rank]), Peaks()) for rank in (0, 2)]
+    for part, ms in whole.items():
+        assert parts[0][part] + parts[1][part] == pytest.approx(ms), part
+        assert ms == 0 or part == "head and loss" or min(each[part] for each in parts) > 0
+    assert [each["head and loss"] > 0 for each in parts] == [stage.last for stage in stages[::2]], "the head is on one"
+
+
+def test_what_a_stage_repeats_is_that_of_its_own_layers():
+    run = run_of("recompute=block,block,block,block,none,none,none,none", "mesh.pp=2")
+    assert [repeated(run, Stages.of(run, rank))["experts"] for rank in (0, 1)] == pytest.approx([4 / 3, 1])

@@ -29,6 +29,7 @@ MESHES = {
     "cp2-gather": MeshConfig(cp=2, context="gather"),
     "hybrid4": MeshConfig(dp_replicate=2, dp_shard=2),
     "shard4-ep2": MeshConfig(dp_shard=4, ep=2),
+    "hybrid4-anew": MeshConfig(dp_replicate=2, dp_shard=2, gather="forward", reduce="micro_batch"),
     "replicate2-ep2": MeshConfig(dp_replicate=2, dp_shard=2, ep=2),
     "shard2-cp2-ep4": MeshConfig(dp_shard=2, cp=2, ep=4),
     "cp4-ep2": MeshConfig(cp=4, ep=2),

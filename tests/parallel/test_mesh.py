@@ -116,12 +116,17 @@ def exchanged(mesh: Mesh) -> dict[str, list[float]]:
     work = mesh.replicate.all_reduce(late, wait=False)
     if work is not None:
         work.wait()
+    several = [torch.tensor([rank]), torch.full((2, 2), 1.0)]
+    work = mesh.world.all_reduce_several(several, wait=False)
+    work.wait()
+    mesh.replicate.all_reduce_several(several)
     return {
         "added": added.tolist(),
         "whole": whole.tolist(),
         "part": part.tolist(),
         "got": got.flatten().tolist(),
         "late": late.tolist(),
+        "several": [each.flatten().tolist() for each in several],
     }
 
 
@@ -134,6 +139,7 @@ def test_groups_exchange_what_they_say():
         assert result["part"] == [2 * (rank % 2) + 2 * first + 1]
         assert result["got"] == [first, first + 1]
         assert result["late"] == [rank % 2 * 2 + 2]
+        assert result["several"] == [[12.0], [8.0] * 4]
 
 
 def failing(mesh: Mesh) -> None:

@@ -1,0 +1,3 @@
+from tests.trained import copied, trained
+
+__all__ = ["copied", "trained"]
