@@ -140,7 +140,8 @@ class LayerContext:
     ledger: LossLedger | None = None
     """Where loss terms are recorded and what normalises them; None outside training."""
     recomputing: bool = False
-    """True while a backward pass repeats this layer's forward pass: what is counted per token was counted before."""
+    """True while a backward pass repeats this layer's forward pass: what is counted per token was counted before, and
+    nobody reads the values of the layer's output."""
 
     def decide(self, name: str, compute: Callable[[], Any]) -> Any:
         """The value of a discrete decision (block selection, expert ids): replayed if recorded, else computed.

@@ -5,7 +5,8 @@ update is divided over the devices that share a state. The stage with the head h
 others, which wait for it. Communication is what the slowest device spends on its exchanges, by kind:
 
     experts     a row per token and process that has an expert of it, there and back, forward and backward; hidden
-                behind the compute of another micro-batch with schedule=dualpipe_v, else not
+                behind the compute of another micro-batch with schedule=dualpipe_v, else not; blocks with
+                recompute=block send them there once more
     weights     gathered in the products' dtype: once a step, hidden behind the first forward pass, or with
                 mesh.gather=forward before each pass, hidden behind all of them
     gradients   fp32, scattered once a step behind the last backward pass, or with mesh.reduce=micro_batch behind each
@@ -13,7 +14,7 @@ others, which wait for it. Communication is what the slowest device spends on it
                 scattering leaves of the last backward pass
     update      with Muon: matrices that are cut travel to the device that orthogonalises them, and back; not hidden
     sequence    with cp, queries, keys, values and outputs between the devices of a sequence (mesh.context=heads), or
-                keys and values to all of them (gather); not hidden
+                keys and values to all of them (gather); not hidden; once more forward with recompute=block
     pipeline    the residual stream at each stage boundary, both ways; not hidden. The bubble is part of idle.
 
 Devices are numbered as in `pithwood/parallel/mesh.py` and fill hosts in this order; which members of a group share a
@@ -115,7 +116,9 @@ def _communication(spread: Spread, device: Device) -> dict[str, float]:
     row = float(run.model.model_dim * size)
 
     pair = tokens * spread.rows_per_pair() * row
-    exchange = 4 * moe_layers * micro * reach["ep"].all_to_all_s(pair / micro) if mesh.ep > 1 else 0.0
+    exchange = (
+        (4 + _recomputed(run)) * moe_layers * micro * reach["ep"].all_to_all_s(pair / micro) if mesh.ep > 1 else 0.0
+    )
 
     def divided(per_param: float, times: float) -> float:
         """Seconds of gathering (or scattering) all weights of the stages so many times, block by block."""
@@ -132,6 +135,12 @@ def _communication(spread: Spread, device: Device) -> dict[str, float]:
         "pipeline": 2 * micro * len(mesh.stages_of_process(0)) * reach["pp"].send_s(tokens / micro * row),
     }
     return {kind: 1e3 * seconds for kind, seconds in sent.items()}
+
+
+def _recomputed(run: Run) -> float:
+    """The share of blocks whose forward pass is made twice."""
+    blocks = run.recompute_by_block()
+    return blocks.count("block") / len(blocks)
 
 
 def _update_s(spread: Spread, reach: dict[str, Reach]) -> float:
@@ -151,6 +160,7 @@ def _sequence_s(spread: Spread, tokens: float, size: int, reach: Reach) -> float
     mesh, cfg = spread.mesh, spread.own.model
     if mesh.cp == 1:
         return 0.0
+    forward = 1 + _recomputed(spread.own)
     heads = [block.self_attn for block in spread.model.blocks if isinstance(block.self_attn, HeadsMixer)]
     if not heads:
         return 0.0
@@ -158,6 +168,6 @@ def _sequence_s(spread: Spread, tokens: float, size: int, reach: Reach) -> float
     if mesh.context == "gather" or cfg.num_kv_heads % mesh.cp:
         # keys and values gathered forward, again backward, and their fp32 gradients scattered
         kept = 2.0 * cfg.num_kv_heads * dim * tokens * mesh.cp
-        return 2 * reach.gather_s(kept * size) + reach.gather_s(kept * 4.0)
+        return (forward + 1) * reach.gather_s(kept * size) + reach.gather_s(kept * 4.0)
     # q, k, v one way and the output the other, and their gradients
-    return 2 * reach.all_to_all_s(2.0 * (cfg.num_heads + cfg.num_kv_heads) * dim * size * tokens / mesh.cp)
+    return (forward + 1) * reach.all_to_all_s(2.0 * (cfg.num_heads + cfg.num_kv_heads) * dim * size * tokens / mesh.cp)

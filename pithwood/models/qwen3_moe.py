@@ -242,7 +242,7 @@ class Block(nn.Module):
             travelling = None if self.mlp.exchange is None else partial(self._share, routed)
             out_TD = self.mlp.mix(
                 routed.ffn_in_TD, routed.ids_Tk, routed.weight_Tk, routed.residual_TD, stages.experts, travelling,
-                exact=ctx.ledger is None,
+                exact=ctx.ledger is None, unread=ctx.recomputing,
             )  # fmt: skip
         return stages.merge(routed, out_TD), routed.carry
 

@@ -59,19 +59,21 @@ class MoELayer(nn.Module):
         experts: Callable[..., Tensor] | None = None,
         meanwhile: Callable[[], None] | None = None,
         exact: bool = False,
+        unread: bool = False,
     ) -> Tensor:
         """Dispatch, experts, combine: [T, D] sum of each token's experts, plus the residual.
 
         Tokens are taken `chunk_tokens` at a time if the configuration says so: the [R, D] and [R, 2F] rows exist for
         one chunk only, in the backward pass too. `experts` stands in for the layer's own, of the same signature.
         `meanwhile` is called once, where there is an exchange while the first tokens travel. `exact` asks the exchange
-        for exact sizes: outside a step nobody asks how full bounded buffers were.
+        for exact sizes: outside a step nobody asks how full bounded buffers were. `unread` says that the sum's graph is
+        wanted, not its value, as in the second pass of a recomputed block: results then do not travel back.
         """
         cfg = self.cfg
         run = self.experts if experts is None else experts
         if self.exchange is not None:
             inputs = x_TD, ids_Tk, weight_Tk, residual_TD
-            return self._mix_between(self.exchange, *inputs, run, meanwhile, exact)
+            return self._mix_between(self.exchange, *inputs, run, meanwhile, exact, unread)
         if meanwhile is not None:
             meanwhile()
 
@@ -104,6 +106,7 @@ class MoELayer(nn.Module):
         run: Callable[..., Tensor],
         meanwhile: Callable[[], None] | None,
         exact: bool,
+        unread: bool,
     ) -> Tensor:
         """`mix` between processes. While the experts work on one chunk, the next one's tokens come and the results of
         the last one go; a chunk whose experts are computed again keeps the tokens that arrived.
@@ -135,7 +138,7 @@ class MoELayer(nn.Module):
                 part_SD = compute(*inputs)
             if going is not None:
                 outs.append(going.wait(residuals[index - 1]))
-            going = exchange.begin_combine(part_SD, arrived.handle)
+            going = exchange.begin_combine(part_SD, arrived.handle, unread)
         assert going is not None
         outs.append(going.wait(residuals[-1]))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -145,7 +148,7 @@ class MoELayer(nn.Module):
         ids_Tk, weight_Tk, x_TD = self.route(x_TD, ctx)
         shared: list[Tensor | None] = []
         share = lambda: shared.append(self.shared(x_TD))  # noqa: E731
-        out_TD = self.mix(x_TD, ids_Tk, weight_Tk, meanwhile=share, exact=ctx.ledger is None)
+        out_TD = self.mix(x_TD, ids_Tk, weight_Tk, meanwhile=share, exact=ctx.ledger is None, unread=ctx.recomputing)
         return out_TD if shared[0] is None else out_TD + shared[0]
 
     @property

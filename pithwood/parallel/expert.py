@@ -181,12 +181,16 @@ class ExpertExchange:
         """Both halves of the way there."""
         return self.begin_dispatch(x_TD, ids_Tk, weight_Tk, exact).wait()
 
-    def begin_combine(self, part_SD: Tensor, handle: Route) -> Combining:
-        """Send back one row per arrived token: the sum over its experts here, weights applied."""
+    def begin_combine(self, part_SD: Tensor, handle: Route, unread: bool = False) -> Combining:
+        """Send back one row per arrived token: the sum over its experts here, weights applied.
+
+        unread   nobody reads what comes back, whose graph alone is wanted: nothing travels but gradients later, and
+                 zeros come. All processes say so, or none
+        """
         back = replace(
             handle, given_sizes=handle.out_sizes, out_sizes=handle.given_sizes, num_arrived=handle.plan.num_rows
         )
-        flights = (_Flight(self.group, back),)
+        flights = (_Flight(self.group, back, unread),)
         return Combining(handle, flights, _Leave.apply(flights, part_SD))
 
     def combine(self, part_SD: Tensor, handle: Route, residual_TD: Tensor | None = None) -> Tensor:
@@ -276,8 +280,8 @@ def _balanced_share(num_experts: int, experts_each: int, k: int) -> float:
 class _Flight:
     """One exchange of rows, and the exchange of their gradients the other way."""
 
-    def __init__(self, group: Group, route: Route) -> None:
-        self.group, self.route = group, route
+    def __init__(self, group: Group, route: Route, unread: bool = False) -> None:
+        self.group, self.route, self.unread = group, route, unread
         self.num_given = 0
         self._work: Any = None
         self._held: tuple[Tensor, Tensor] | None = None
@@ -285,6 +289,9 @@ class _Flight:
 
     def leave(self, rows_ND: Tensor) -> None:
         self.num_given = rows_ND.shape[0]
+        if self.unread:
+            self._held = rows_ND, rows_ND.new_zeros(self.route.num_arrived, *rows_ND.shape[1:])
+            return
         self._begin(rows_ND, self.route.num_arrived, self.route.out_sizes, self.route.given_sizes)
 
     def leave_back(self, grad_SD: Tensor) -> None:

@@ -208,3 +208,20 @@ def test_replicas_hide_behind_what_scattering_leaves_of_the_last_backward_pass()
     assert 0 < room < two.sent["replicas"]
     assert two.communication["replicas"] == pytest.approx(two.sent["replicas"] - room)
     assert many.communication["replicas"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "more"),
+    [
+        (("samples_per_micro_batch=8", "mesh.dp_shard=4", "mesh.ep=4"), "experts", 5 / 4),
+        (("mesh.cp=2", "mesh.context=heads"), "sequence", 3 / 2),
+        (("mesh.cp=2", "mesh.context=gather"), "sequence", 5 / 4),
+    ],
+)
+def test_recomputed_blocks_pay_for_what_travels_again(words, kind, more):
+    once = time(run_of(*words))
+    half = ",".join(["block"] * 4 + ["none"] * 4)
+    # latencies are not in proportion to bytes
+    for recompute, times in (("block", more), (half, (1 + more) / 2)):
+        again = time(run_of(*words, f"recompute={recompute}"))
+        assert again.sent[kind] == pytest.approx(times * once.sent[kind], rel=0.01)

@@ -192,6 +192,23 @@ def test_recomputation_repeats_the_exchange_and_counts_nothing_twice(balance: st
     check_parity(mesh_cfg, "live", "bounded", again=True, num_shared_experts=1, balance=balance, balance_coef=0.5)
 
 
+def exchanges(mesh: Mesh, run: Run) -> int:
+    """Exchanges of rows with experts that a process takes part in during a step's passes."""
+    trainer = Trainer(run, mesh.device, None, mesh)
+    here = trainer.local(Documents(run).step(0, trainer.share))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        trainer.gradients(0, here)
+    return sum(event.name == "c10d::alltoall_base_" for event in profile.events())
+
+
+@pytest.mark.parametrize(("recompute", "each"), [("none", 8), ("block", 12), ("selective", 8)])
+def test_a_recomputed_block_sends_its_tokens_once_more_and_no_results_back(recompute: str, each: int) -> None:
+    cfg = MeshConfig(dp_shard=2, ep=2, exchange="exact")
+    # sizes, ids, weights and tokens there, results back; gradients of weights, tokens and results: of three layers in
+    # two micro-batches
+    assert run_on(cfg, exchanges, tiny_run(mesh=cfg, recompute=recompute)) == [3 * 2 * each] * 2
+
+
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("fields", [{"save_rows": False}, {"chunk_recompute": False}, {"num_shared_experts": 2}])
 def test_chunks_overlap_and_change_nothing(how: str, fields: dict[str, Any]) -> None:
