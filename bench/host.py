@@ -108,6 +108,7 @@ def row_of(run: Run, started: Started) -> Row:
     forward, backward   of one micro-batch, ends of the model included; None in a pipeline, whose passes interleave
     gradients           of a step, per micro-batch: all passes and exchanges, the batches' way to the device included
     update              of a step
+    until_idle_ms       on a GPU: the same until the device had done it
     """
     trainer = started.trainer
     layers, micro_batches = len(trainer.model.layers), run.samples_per_step // run.samples_per_micro_batch
@@ -116,11 +117,14 @@ def row_of(run: Run, started: Started) -> Row:
     if trainer.pipeline is None:
         times = {"forward": [], "backward": [], **times}
     per = {name: layers * (micro_batches if name == "gradients" else 1) for name in times}
+    on_gpu = trainer.device.type == "cuda"
+    idle: dict[str, list[float]] = {name: [] for name in times}
     for repeat in range(WARM + REPEATS):
         seconds = {**step.whole(plain), **({} if trainer.pipeline else step.passes(plain))}
         for name, taken in times.items():
             if repeat >= WARM:
                 taken.append(1e3 * seconds[name] / per[name])
+                idle[name].append(1e3 * step.until_idle[name] / per[name])
     profiles = {name: cProfile.Profile(clock(trainer.device)) for name in times}
 
     def profiled(name: str) -> Any:
@@ -138,6 +142,7 @@ def row_of(run: Run, started: Started) -> Row:
         "recipe": run.name, "mesh": mesh, "attention": mixer, "recompute": run.recompute, "layers": layers,
         "tokens": run.samples_per_micro_batch * run.seq_len, "device": trainer.device.type, "processes": run.mesh.size,
         "ms_per_layer": {name: statistics.median(taken) for name, taken in times.items()},
+        "until_idle_ms": {name: statistics.median(taken) for name, taken in idle.items()} if on_gpu else None,
         "spread_ms": {name: spread(taken) for name, taken in times.items()},
         "functions": {name: functions(profiles[name], PROFILED * per[name]) for name in times},
     }  # fmt: skip
@@ -167,6 +172,8 @@ class Steps:
 
     def __init__(self, started: Started) -> None:
         self.started, self.trainer, self.step = started, started.trainer, 0
+        self.until_idle: dict[str, float] = {}
+        """Seconds from the beginning of each pass, when it ran last, until its device had done it."""
 
     def clocked(self, name: str, around: Callable[[str], Any], call: Callable[[], Any]) -> tuple[Any, float]:
         """(what the call returns, seconds until it returned) with all devices idle before."""
@@ -175,7 +182,10 @@ class Steps:
         with around(name):
             begin = now()
             result = call()
-            return result, now() - begin
+            seconds = now() - begin
+        synchronize(self.trainer.device)
+        self.until_idle[name] = now() - begin
+        return result, seconds
 
     def whole(self, around: Callable[[str], Any]) -> dict[str, float]:
         """Seconds of one optimizer step's gradients and update."""

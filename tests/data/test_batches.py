@@ -11,6 +11,7 @@ from pithwood.data.batches import Batch, BatchSource, sequential_batches
 from pithwood.data.prepare import CorpusConfig, prepare
 from pithwood.data.sources import TextFolder
 from pithwood.data.tokenizer import END_OF_TEXT_ID
+from pithwood.ops.packing import Packing
 from tests.data.texts import prose
 
 pytestmark = pytest.mark.quick
