@@ -101,7 +101,7 @@ class Packing:
 
     def query_doc(self) -> Tensor:
         """[T_q] int64: document of each query."""
-        return doc_of_rows(self.cu_q, self.num_queries)
+        return self.remember("query_doc", lambda: doc_of_rows(self.cu_q, self.num_queries))
 
     def key_doc(self, num_keys: int) -> Tensor:
         """[T_k] int64: document of each key."""
@@ -109,6 +109,9 @@ class Packing:
 
     def query_key_position(self) -> Tensor:
         """[T_q] int64: position of each query among its document's keys; negative if it stands before all of them."""
+        return self.remember("query_key_position", self._query_key_position)
+
+    def _query_key_position(self) -> Tensor:
         doc_T = self.query_doc()
         cu_q, cu_k = self.cu_q.long(), self.cu_k.long()
         shift_N = (cu_k[1:] - cu_k[:-1]) - (cu_q[1:] - cu_q[:-1]) - cu_q[:-1]
@@ -116,6 +119,9 @@ class Packing:
 
     def unit_offsets(self, block_size: int) -> Tensor:
         """[N + 1] int64: offsets of each document's key blocks, ceil(Lk / block_size) each."""
+        return self.remember(("unit_offsets", block_size), lambda: self._unit_offsets(block_size))
+
+    def _unit_offsets(self, block_size: int) -> Tensor:
         lengths = (self.cu_k[1:] - self.cu_k[:-1]).long()
         return _cumulate((lengths + block_size - 1) // block_size)
 
