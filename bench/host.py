@@ -54,7 +54,7 @@ MESHES = (
 )
 WARM, REPEATS, PROFILED = 3, 15, 5
 """Passes that are dropped, timed, and run under the profiler."""
-MOST = 40
+MOST = 12
 """Functions that a row keeps of each pass."""
 
 
@@ -134,9 +134,8 @@ def row_of(run: Run, started: Started) -> Row:
         step.whole(profiled)
         if trainer.pipeline is None:
             step.passes(profiled)
-    mesh = {
-        name: size for name in ("pp", "dp_replicate", "dp_shard", "cp", "ep") if (size := getattr(run.mesh, name)) > 1
-    }
+    sizes = {name: getattr(run.mesh, name) for name in ("pp", "dp_replicate", "dp_shard", "cp", "ep")}
+    mesh = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one process"
     mixer = type(run.model.mixers()[0]).__name__.removesuffix("Config")
     return {
         "recipe": run.name, "mesh": mesh, "attention": mixer, "recompute": run.recompute, "layers": layers,

@@ -19,7 +19,7 @@ def test_a_row_tells_times_and_calls_per_layer_of_each_pass(monkeypatch):
         ("FullAttention", "selective"),
     ]
     for row in rows:
-        assert (row["mesh"], row["layers"], row["tokens"], row["device"]) == ({}, 3, 32, "cpu")
+        assert (row["mesh"], row["layers"], row["tokens"], row["device"]) == ("one process", 3, 32, "cpu")
         assert list(row["ms_per_layer"]) == ["forward", "backward", "gradients", "update"]
         assert min(row["ms_per_layer"].values()) > 0
         assert row["until_idle_ms"] is None
