@@ -83,7 +83,7 @@ def variants(run: Run) -> list[Run]:
 def apart(overrides: tuple[str, ...]) -> list[Row]:
     """The rows of the small model on a mesh, measured by processes of their own."""
     count = 2 if overrides else 1
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count)] if count > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     command = [sys.executable, *launcher, "-m", "bench.host", "debug", *SMALL, *overrides]
     print(" ".join(["python", *command[1:]]), file=sys.stderr, flush=True)
     found: list[Row] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
