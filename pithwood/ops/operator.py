@@ -27,6 +27,7 @@ class Operator:
     def __init__(self, name: str, function: Function, mutates: tuple[str, ...]) -> None:
         self.op = torch.library.custom_op(f"pithwood::{name}", function, mutates_args=mutates)
         """As torch knows it: torch.ops.pithwood.<name>."""
+        self._overload = getattr(torch.ops.pithwood, name).default
         self._function = function
         names = list(inspect.signature(function).parameters)
         self._mutated = [names.index(name) for name in mutates]
@@ -35,11 +36,11 @@ class Operator:
     def __call__(self, *inputs: Any) -> Any:
         # modes of dispatch watch or trace: fake tensors, for instance, have no memory
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return self.op(*inputs)
+            return self._overload(*inputs)
         if torch.is_grad_enabled():
             for x in inputs:
                 if isinstance(x, Tensor) and x.requires_grad:
-                    return (self.op if self._differentiable is None else self._differentiable.apply)(*inputs)
+                    return (self._overload if self._differentiable is None else self._differentiable.apply)(*inputs)
         result = self._function(*inputs)
         for place in self._mutated:
             # what a kernel writes torch does not see
