@@ -29,8 +29,8 @@ STARTUP_SECONDS = 600
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _NEW_NAMES = hasattr(dist.ProcessGroup, "all_gather_single_coalesced")
-_ALL_GATHER_MANY = "all_gather_single_coalesced" if _NEW_NAMES else "allgather_into_tensor_coalesced"
-_REDUCE_SCATTER_MANY = "reduce_scatter_single_coalesced" if _NEW_NAMES else "reduce_scatter_tensor_coalesced"
+_ALL_GATHER_SEVERAL = "all_gather_single_coalesced" if _NEW_NAMES else "allgather_into_tensor_coalesced"
+_REDUCE_SCATTER_SEVERAL = "reduce_scatter_single_coalesced" if _NEW_NAMES else "reduce_scatter_tensor_coalesced"
 _ALL_TO_ALL = "all_to_all_single" if hasattr(dist.ProcessGroup, "all_to_all_single") else "alltoall_base"
 
 
@@ -89,7 +89,7 @@ class Group:
             return None
         return _reduce_scatter(part, whole, group=self.handle, async_op=not wait)
 
-    def all_gather_many(self, wholes: list[Tensor], parts: list[Tensor]) -> Any:
+    def all_gather_several(self, wholes: list[Tensor], parts: list[Tensor]) -> Any:
         """Begin `all_gather` of several pairs at once, of whatever dtypes; returns the work of all."""
         if self.handle is None:
             for whole, part in zip(wholes, parts, strict=True):
@@ -97,15 +97,15 @@ class Group:
             return None
         # as bytes: one call takes one dtype
         as_bytes = ([x.view(torch.uint8) for x in tensors] for tensors in (wholes, parts))
-        return getattr(self.handle, _ALL_GATHER_MANY)(*as_bytes)
+        return getattr(self.handle, _ALL_GATHER_SEVERAL)(*as_bytes)
 
-    def reduce_scatter_many(self, parts: list[Tensor], wholes: list[Tensor]) -> Any:
+    def reduce_scatter_several(self, parts: list[Tensor], wholes: list[Tensor]) -> Any:
         """Begin `reduce_scatter` of several pairs of one dtype at once; returns the work of all."""
         if self.handle is None:
             for part, whole in zip(parts, wholes, strict=True):
                 self.reduce_scatter(part, whole)
             return None
-        return getattr(self.handle, _REDUCE_SCATTER_MANY)(parts, wholes)
+        return getattr(self.handle, _REDUCE_SCATTER_SEVERAL)(parts, wholes)
 
     def all_to_all(
         self, out: Tensor, given: Tensor, out_sizes: list[int] | None, given_sizes: list[int] | None, wait: bool = True

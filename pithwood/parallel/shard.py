@@ -96,7 +96,7 @@ class Unit:
         """Begin to fill the parameters, in one exchange per group of processes."""
         for group, weights in self.by_group:
             wholes, parts = zip(*(weight.buffers() for weight in weights), strict=True)
-            self.works.append(group.all_gather_many(list(wholes), list(parts)))
+            self.works.append(group.all_gather_several(list(wholes), list(parts)))
         self.gathered = True
 
     def wait(self) -> None:
@@ -299,7 +299,7 @@ class Shards:
             assert not unit.replicated, f"{given[0].name} has a gradient after its last backward pass"
             wholes = [_whole_gradient(weight) for weight in given]
             parts = [torch.empty_like(weight.kept, requires_grad=False) for weight in given]
-            self._scattering.append((group.reduce_scatter_many(parts, wholes), given, parts, wholes))
+            self._scattering.append((group.reduce_scatter_several(parts, wholes), given, parts, wholes))
 
     def _settle(self) -> None:
         for work, weights, parts, _ in self._scattering:

@@ -159,12 +159,12 @@ def exchanged_at_once(mesh: Mesh) -> dict[str, list]:
     first, group = 10.0 * mesh.rank, mesh.shard
     parts = [make(first, first + 1), make(first + 2, dtype=torch.bfloat16)]
     wholes = [part.new_empty(group.size * len(part)) for part in parts]
-    work = group.all_gather_many(wholes, parts)
+    work = group.all_gather_several(wholes, parts)
     grads = [make(1, 2, 3, 4), make(first, first + 1)]
     sums = [grad.new_empty(len(grad) // group.size) for grad in grads]
-    scattered = group.reduce_scatter_many(sums, grads)
+    scattered = group.reduce_scatter_several(sums, grads)
     totals = [make(first), make(1, first)]
-    added = group.all_reduce_many(totals)
+    added = group.all_reduce_several(totals, wait=False)
     rows = make(first, first + 1)
     got = torch.empty_like(rows)
     sent = group.all_to_all(got, rows, None, None, wait=False)
