@@ -19,7 +19,7 @@ from torch import Tensor
 from pithwood.data.corpus import Corpus, Split, TokenStream
 from pithwood.data.curriculum import Curriculum, Stage
 from pithwood.data.documents import KeptDocuments
-from pithwood.ops.packing import Packing
+from pithwood.ops.packing import Packing, sent
 from pithwood.parallel.context import local_packing
 
 
@@ -39,7 +39,7 @@ class Batch:
         return self.packing.num_queries
 
     def to(self, device: torch.device | str) -> Batch:
-        columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
+        columns = {name: sent(column, device) for name, column in self.columns.items()}
         return Batch(columns, self.packing.to(device))
 
 

@@ -55,16 +55,18 @@ def cheaply_recomputed(
     cheap   submodules of one tensor to one, such as norms; whoever saves their output gets it anew, once for all. One
             that returns (input, output), the input perhaps a sum of two, has its output computed again from that
     """
-    made: dict[tuple[int, torch.Size, torch.dtype], tuple[Tensor, _Again]] = {}
+    made: dict[int, tuple[Tensor, _Again]] = {}
 
     def note(module: nn.Module, args: tuple[Tensor, ...], result: Tensor | tuple[Tensor, Tensor]) -> None:
         x, out = result if isinstance(result, tuple) else (args[0], result)
         # the output is held until the block is done, so that no other tensor can take its address
-        made[out.data_ptr(), out.shape, out.dtype] = out, _Again(module, x.detach())
+        made[out.data_ptr()] = out, _Again(module, x.detach())
 
     def pack(tensor: Tensor) -> Tensor | _Again:
-        found = made.get((tensor.data_ptr(), tensor.shape, tensor.dtype)) if tensor.is_contiguous() else None
-        return tensor if found is None else found[1].saved()
+        found = made.get(tensor.data_ptr())
+        if found is None or tensor.shape != found[0].shape or tensor.dtype != found[0].dtype:
+            return tensor
+        return found[1].saved() if tensor.is_contiguous() else tensor
 
     def unpack(kept: Tensor | _Again) -> Tensor:
         return kept.get() if isinstance(kept, _Again) else kept

@@ -18,7 +18,18 @@ EXCHANGE = "exchange"
 IDLE = "idle"
 UNKNOWN = ""
 
-_SHARED = ("linear", "master", "packing", "units", "softmax", "checks", "triton_support", "offsets_triton", "__init__")
+_SHARED = (
+    "linear",
+    "master",
+    "operator",
+    "packing",
+    "units",
+    "softmax",
+    "checks",
+    "triton_support",
+    "offsets_triton",
+    "__init__",
+)
 """Files of ops/ that serve several parts: whoever called them decides."""
 
 _WORDS = (

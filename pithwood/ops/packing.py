@@ -84,9 +84,9 @@ class Packing:
         )
 
     def to(self, device: torch.device | str) -> Packing:
-        cu_q = self.cu_q.to(device, non_blocking=True)
-        cu_k = cu_q if self.self_attention else self.cu_k.to(device, non_blocking=True)
-        return replace(self, cu_q=cu_q, cu_k=cu_k, position_T=self.position_T.to(device, non_blocking=True))
+        cu_q = sent(self.cu_q, device)
+        cu_k = cu_q if self.self_attention else sent(self.cu_k, device)
+        return replace(self, cu_q=cu_q, cu_k=cu_k, position_T=sent(self.position_T, device))
 
     def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once per packing and key (say, once for all layers of a step)."""
@@ -101,7 +101,7 @@ class Packing:
 
     def query_doc(self) -> Tensor:
         """[T_q] int64: document of each query."""
-        return doc_of_rows(self.cu_q, self.num_queries)
+        return self.remember("query_doc", lambda: doc_of_rows(self.cu_q, self.num_queries))
 
     def key_doc(self, num_keys: int) -> Tensor:
         """[T_k] int64: document of each key."""
@@ -109,6 +109,9 @@ class Packing:
 
     def query_key_position(self) -> Tensor:
         """[T_q] int64: position of each query among its document's keys; negative if it stands before all of them."""
+        return self.remember("query_key_position", self._query_key_position)
+
+    def _query_key_position(self) -> Tensor:
         doc_T = self.query_doc()
         cu_q, cu_k = self.cu_q.long(), self.cu_k.long()
         shift_N = (cu_k[1:] - cu_k[:-1]) - (cu_q[1:] - cu_q[:-1]) - cu_q[:-1]
@@ -116,6 +119,9 @@ class Packing:
 
     def unit_offsets(self, block_size: int) -> Tensor:
         """[N + 1] int64: offsets of each document's key blocks, ceil(Lk / block_size) each."""
+        return self.remember(("unit_offsets", block_size), lambda: self._unit_offsets(block_size))
+
+    def _unit_offsets(self, block_size: int) -> Tensor:
         lengths = (self.cu_k[1:] - self.cu_k[:-1]).long()
         return _cumulate((lengths + block_size - 1) // block_size)
 
@@ -178,6 +184,14 @@ def doc_of_rows(cu: Tensor, num_rows: int) -> Tensor:
     """[num_rows] int64: the document that holds each row, for offsets cu [N + 1]; zero-length documents hold none."""
     rows = torch.arange(num_rows, device=cu.device, dtype=cu.dtype)
     return torch.searchsorted(cu, rows, right=True).sub_(1).clamp_(0, max(cu.shape[0] - 2, 0))
+
+
+def sent(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on a device, itself if it is there; the host waits for no copy to a GPU, nor for what the GPU is at."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        # the driver stages pageable memory itself, and may do so only when the stream gets there
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def _offsets(lengths: Sequence[int], device: torch.device | str | None) -> Tensor:

@@ -26,9 +26,14 @@ class UnitTable:
 
 
 def unit_table(packing: Packing, block_size: int, num_keys: int, num_units: int | None = None) -> UnitTable:
-    """The table for num_units rows (default: the bound of the packing). Reads nothing on the host."""
+    """The table for num_units rows (default: the bound of the packing), made once. Reads nothing on the host."""
     if num_units is None:
         num_units = packing.num_units_bound(num_keys, block_size)
+    key = "unit_table", block_size, num_keys, num_units
+    return packing.remember(key, lambda: _make_table(packing, block_size, num_keys, num_units))
+
+
+def _make_table(packing: Packing, block_size: int, num_keys: int, num_units: int) -> UnitTable:
     offsets_N = packing.unit_offsets(block_size)
     cu_k = packing.cu_k.long()
     unit_U = torch.arange(num_units, device=cu_k.device)

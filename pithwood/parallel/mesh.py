@@ -25,9 +25,13 @@ STARTUP_SECONDS = 600
 """How long processes wait for each other before the first step."""
 
 
-# torch 2.13 renamed both and warns of the old names
+# torch 2.13 renamed them and warns of the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_NEW_NAMES = hasattr(dist.ProcessGroup, "all_gather_single_coalesced")
+_ALL_GATHER_SEVERAL = "all_gather_single_coalesced" if _NEW_NAMES else "allgather_into_tensor_coalesced"
+_REDUCE_SCATTER_SEVERAL = "reduce_scatter_single_coalesced" if _NEW_NAMES else "reduce_scatter_tensor_coalesced"
+_ALL_TO_ALL = "all_to_all_single" if hasattr(dist.ProcessGroup, "all_to_all_single") else "alltoall_base"
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,24 @@ class Group:
             return None
         return _reduce_scatter(part, whole, group=self.handle, async_op=not wait)
 
+    def all_gather_several(self, wholes: list[Tensor], parts: list[Tensor]) -> Any:
+        """Begin `all_gather` of several pairs at once, of whatever dtypes; returns the work of all."""
+        if self.handle is None:
+            for whole, part in zip(wholes, parts, strict=True):
+                self.all_gather(whole, part)
+            return None
+        # as bytes: one call takes one dtype
+        as_bytes = ([x.view(torch.uint8) for x in tensors] for tensors in (wholes, parts))
+        return getattr(self.handle, _ALL_GATHER_SEVERAL)(*as_bytes)
+
+    def reduce_scatter_several(self, parts: list[Tensor], wholes: list[Tensor]) -> Any:
+        """Begin `reduce_scatter` of several pairs of one dtype at once; returns the work of all."""
+        if self.handle is None:
+            for part, whole in zip(parts, wholes, strict=True):
+                self.reduce_scatter(part, whole)
+            return None
+        return getattr(self.handle, _REDUCE_SCATTER_SEVERAL)(parts, wholes)
+
     def all_to_all(
         self, out: Tensor, given: Tensor, out_sizes: list[int] | None, given_sizes: list[int] | None, wait: bool = True
     ) -> Any:
@@ -92,7 +114,10 @@ class Group:
         if self.handle is None:
             out.copy_(given)
             return None
-        return dist.all_to_all_single(out, given, out_sizes, given_sizes, group=self.handle, async_op=not wait)
+        if wait:
+            return dist.all_to_all_single(out, given, out_sizes, given_sizes, group=self.handle)
+        # what `dist` does before it gets here takes 12 us, and every layer pays it several times
+        return getattr(self.handle, _ALL_TO_ALL)(out, given, out_sizes or [], given_sizes or [])
 
     def send(self, x: Tensor, to: int, number: int = 0) -> Any:
         """The work of sending x to the to-th process; x stays as it is until the work is waited for."""

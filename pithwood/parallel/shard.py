@@ -16,7 +16,6 @@ it is added in fp32, by a pass of its own; the products here add to fp32 as they
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,19 +48,18 @@ class Weight:
         self.writes = not self.holders or group.rank == 0
         """Whether this process saves it, if it is the first of its replicas."""
 
-    def gather(self) -> Any:
-        """Begin to fill the parameter; returns the work to wait for, None if there is nothing to wait for."""
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """(what to gather into, this process's part of it), both flat: the parameter is there once that is done."""
         if self.low is not None:
             keep_copies([self.kept], self.low)
             whole = torch.empty(self.param.shape, dtype=self.low, device=self.kept.device)
-            work = self.group.all_gather(whole.view(-1), self.kept.kept_copy[0], wait=False)  # type: ignore[attr-defined]
             # the version is that of the parameter, which nothing changes: `in_dtype` takes the copy as fresh
             self.param.kept_copy = (whole, self.param._version)  # type: ignore[attr-defined]
-            return work
+            return whole.view(-1), self.kept.kept_copy[0]  # type: ignore[attr-defined]
         self.param.untyped_storage().resize_(self.param.numel() * self.param.element_size())
         # `data` has a version of its own: a graph that holds the parameter finds the same values in it again, and is
         # not told of the writing
-        return self.group.all_gather(self.param.data.view(-1), self.kept.detach(), wait=False)
+        return self.param.data.view(-1), self.kept.detach()
 
     def release(self) -> None:
         """Give up the memory of the gathered parameter."""
@@ -70,23 +68,43 @@ class Weight:
         self.param.untyped_storage().resize_(0)
 
 
-@dataclass
 class Unit:
     """Weights that are gathered and scattered together, those of a block for instance."""
 
-    weights: list[Weight]
-    works: list[Any] = field(default_factory=list)
-    """Of a gathering that was begun and not waited for."""
-    gathered: bool = False
-    """Whether the weights are there, or on their way."""
-    backwards: int = 0
-    """Backward passes of this step that are done."""
-    replicated: bool = False
-    """Whether its pieces' gradients are being added up between replicas: those of all micro-batches are in them."""
+    def __init__(self, weights: list[Weight]) -> None:
+        self.weights = weights
+        self.cut = [weight for weight in weights if weight.cut]
+        """Those that are divided."""
+        self.by_group: list[tuple[Group, list[Weight]]] = []
+        """The same, by those who divide them: they travel together."""
+        for weight in self.cut:
+            with_it = [others for group, others in self.by_group if group.ranks == weight.group.ranks]
+            if with_it:
+                with_it[0].append(weight)
+            else:
+                self.by_group.append((weight.group, [weight]))
+        self.works: list[Any] = []
+        """Of a gathering that was begun and not waited for."""
+        self.gathered = False
+        """Whether the weights are there, or on their way."""
+        self.backwards = 0
+        """Backward passes of this step that are done."""
+        self.replicated = False
+        """Whether its pieces' gradients are being added up between replicas: those of all micro-batches are in them."""
 
-    @property
-    def cut(self) -> list[Weight]:
-        return [weight for weight in self.weights if weight.cut]
+    def begin_gather(self) -> None:
+        """Begin to fill the parameters, in one exchange per group of processes."""
+        for group, weights in self.by_group:
+            wholes, parts = zip(*(weight.buffers() for weight in weights), strict=True)
+            self.works.append(group.all_gather_several(list(wholes), list(parts)))
+        self.gathered = True
+
+    def wait(self) -> None:
+        """Until the parameters are there."""
+        for work in self.works:
+            if work is not None:
+                work.wait()
+        self.works = []
 
 
 class Shards:
@@ -105,8 +123,10 @@ class Shards:
         self.micro_batches = 1
         self.tell_output: Callable[[str, Tensor], None] = lambda key, x: None
         """Told every unit's output, in a forward pass proper."""
-        self._scattering: list[tuple[Any, Weight, Tensor, Tensor]] = []
-        """Work, its weight, where the result will be, and what it is made of."""
+        self._neighbours: dict[str, dict[int, Unit]] = {}
+        """The unit before (-1) and after (1) each, where there is one."""
+        self._scattering: list[tuple[Any, list[Weight], list[Tensor], list[Tensor]]] = []
+        """Work, its weights, where the results will be, and what they are made of."""
         self._complete: list[Unit] = []
         """Of whose pieces the step's gradients are complete once all of that is there."""
         self._adding: list[Any] = []
@@ -128,7 +148,14 @@ class Shards:
                 group = self.mesh.expert_shard
                 piece = Piece.whole(shapes[name]).part(self.mesh.ep.rank, self.mesh.ep.size)
             weights.append(Weight(name, param, piece, group, self.low if name in products else None))
-        self.units[key] = Unit(weights)
+        unit = Unit(weights)
+        if self.units:
+            last = next(reversed(self.units))
+            self._neighbours[last][1] = unit
+            self._neighbours[key] = {-1: self.units[last]}
+        else:
+            self._neighbours[key] = {}
+        self.units[key] = unit
 
     def weights(self) -> Iterator[Weight]:
         for unit in self.units.values():
@@ -230,27 +257,18 @@ class Shards:
 
     def _gather(self, unit: Unit) -> None:
         if not unit.gathered:
-            unit.works = [weight.gather() for weight in unit.cut]
-            unit.gathered = True
-        for work in unit.works:
-            if work is not None:
-                work.wait()
-        unit.works = []
+            unit.begin_gather()
+        unit.wait()
 
     def _prefetch(self, key: str, ahead: int) -> None:
-        keys = list(self.units)
-        place = keys.index(key) + ahead
-        if 0 <= place < len(keys):
-            unit = self.units[keys[place]]
-            if not unit.gathered:
-                unit.works, unit.gathered = [weight.gather() for weight in unit.cut], True
+        unit = self._neighbours[key].get(ahead)
+        if unit is not None and not unit.gathered:
+            unit.begin_gather()
 
     def _release(self, unit: Unit) -> None:
         if unit.gathered:
-            for work in unit.works:
-                if work is not None:
-                    work.wait()
-            unit.works, unit.gathered = [], False
+            unit.wait()
+            unit.gathered = False
             for weight in unit.cut:
                 weight.release()
 
@@ -272,23 +290,22 @@ class Shards:
             self._release(unit)
 
     def _scatter(self, unit: Unit) -> None:
-        """Begin to add up the whole gradients of a unit's divided weights."""
-        for weight in unit.cut:
-            whole = weight.param.grad
-            if not weight.param.requires_grad or (whole is None and weight.kept.grad is not None):
+        """Begin to add up the whole gradients of a unit's divided weights, in one exchange per group of processes."""
+        for group, weights in unit.by_group:
+            given = [weight for weight in weights if weight.param.requires_grad
+                     and (weight.param.grad is not None or weight.kept.grad is None)]  # fmt: skip
+            if not given:
                 continue
-            assert not unit.replicated, f"{weight.name} has a gradient after its last backward pass"
-            if whole is None:
-                whole = torch.zeros(weight.param.shape, dtype=weight.kept.dtype, device=weight.kept.device)
-            part = torch.empty_like(weight.kept, requires_grad=False)
-            work = weight.group.reduce_scatter(part, whole.reshape(-1), wait=False)
-            weight.param.grad = None
-            self._scattering.append((work, weight, part, whole))
+            assert not unit.replicated, f"{given[0].name} has a gradient after its last backward pass"
+            wholes = [_whole_gradient(weight) for weight in given]
+            parts = [torch.empty_like(weight.kept, requires_grad=False) for weight in given]
+            self._scattering.append((group.reduce_scatter_several(parts, wholes), given, parts, wholes))
 
     def _settle(self) -> None:
-        for work, weight, part, _ in self._scattering:
+        for work, weights, parts, _ in self._scattering:
             work.wait()
-            weight.kept.grad = part if weight.kept.grad is None else weight.kept.grad.add_(part)
+            for weight, part in zip(weights, parts, strict=True):
+                weight.kept.grad = part if weight.kept.grad is None else weight.kept.grad.add_(part)
         self._scattering.clear()
         self._begin_replicas()
 
@@ -324,6 +341,14 @@ class Shards:
                     weight.kept.grad = torch.zeros_like(weight.kept)
                 grads.append(weight.kept.grad)
         self._adding.append(self.mesh.replicate.all_reduce_several(grads, wait=False))
+
+
+def _whole_gradient(weight: Weight) -> Tensor:
+    """[numel] fp32, taken from the parameter; zeros if it has none."""
+    whole, weight.param.grad = weight.param.grad, None
+    if whole is None:
+        return torch.zeros(weight.param.numel(), dtype=weight.kept.dtype, device=weight.kept.device)
+    return whole.reshape(-1)
 
 
 class _Gate(torch.autograd.Function):

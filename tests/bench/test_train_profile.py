@@ -28,7 +28,7 @@ def test_parts_add_up_to_the_step_and_kernels_to_the_parts(tmp_path, capsys):
     assert len(rows) == found["kinds"] > 3
     for part in PARTS:
         assert sum(float(row["ms"]) for row in rows if row["part"] == part) == pytest.approx(found["parts"][part])
-    for word, part in (("grouped_mm", "experts"), ("KeyMajor", "attention"), ("RmsNorm", "dense"),
+    for word, part in (("_Experts", "experts"), ("KeyMajor", "attention"), ("RmsNorm", "dense"),
                        ("_LinearN|_LinearL", "head and loss"), ("baddbmm", "optimizer")):  # fmt: skip
         assert {row["part"] for row in rows if re.search(word, row["name"])} == {part}, word
     assert all(found["parts"][part] > 0 for part in PARTS)

@@ -11,6 +11,7 @@ from pithwood.data.batches import Batch, BatchSource, sequential_batches
 from pithwood.data.prepare import CorpusConfig, prepare
 from pithwood.data.sources import TextFolder
 from pithwood.data.tokenizer import END_OF_TEXT_ID
+from pithwood.ops.packing import Packing
 from tests.data.texts import prose
 
 pytestmark = pytest.mark.quick
@@ -247,3 +248,17 @@ def test_steps_far_out_are_as_cheap_as_the_first(corpus):
     source = train_source(corpus)
     assert source.batch(10**12, 2).num_tokens == 2 * SEQ
     assert np.array_equal(source.samples(10**12, 2), train_source(corpus).samples(10**12, 2))
+
+
+@pytest.mark.gpu
+def test_a_batch_on_its_way_to_a_gpu_does_not_wait_for_what_the_gpu_is_at():
+    tokens = 1 << 20
+    batch = Batch({"tokens": torch.arange(tokens)}, Packing.from_lengths([tokens]))
+    batch.to("cuda")
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)
+    busy = torch.cuda.Event()
+    busy.record()
+    there = batch.to("cuda")
+    assert not busy.query()
+    assert torch.equal(there.columns["tokens"].cpu(), batch.columns["tokens"])

@@ -122,7 +122,7 @@ def test_the_ops_keep_the_rules_of_custom_ops():
     (q, k, v), packing, ids = _to_device(inputs, moba_selection(inputs, 16, 2))
     plan = block_plan(packing, 16, 50, own=True)
     args = (q, k, v, ids.ids_per_head(packing, 2, 1), plan.units, plan.queries, True, True, 16, 3, True, 0.25, True)
-    torch.library.opcheck(schedule.attend_blocks, args)
+    torch.library.opcheck(schedule.attend_blocks.op, args)
 
 
 @pytest.mark.parametrize(

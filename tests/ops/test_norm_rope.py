@@ -110,5 +110,5 @@ class TestKernel:
         (q, k, q_weight, k_weight, eps, rope), _, _ = make(device=DEVICE)
         plain = [x.detach() for x in (q, k, q_weight, k_weight)]
         tests, tail = ("test_schema", "test_faketensor"), (rope.cos_TK, rope.sin_TK, eps)
-        torch.library.opcheck(norm_rope_forward, (*plain, *tail), test_utils=tests)
-        torch.library.opcheck(norm_rope_backward, (*plain[:2], *plain, *tail), test_utils=tests)
+        torch.library.opcheck(norm_rope_forward.op, (*plain, *tail), test_utils=tests)
+        torch.library.opcheck(norm_rope_backward.op, (*plain[:2], *plain, *tail), test_utils=tests)

@@ -113,6 +113,6 @@ def test_the_kernels_refuse_fp64_and_are_known_to_the_compiler():
     with pytest.raises(ValueError, match=r"fp32, fp16 and bf16, got torch\.float64; use impl='torch'"):
         rms_norm(x.double(), weight, 1e-6, impl="triton")
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(rms_norm_forward, (x, x, weight, 1e-6), test_utils=tests)
+    torch.library.opcheck(rms_norm_forward.op, (x, x, weight, 1e-6), test_utils=tests)
     inv_rms = torch.ones(5, device=DEVICE)
-    torch.library.opcheck(rms_norm_backward, (x, None, x, weight, inv_rms), test_utils=tests)
+    torch.library.opcheck(rms_norm_backward.op, (x, None, x, weight, inv_rms), test_utils=tests)

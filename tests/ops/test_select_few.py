@@ -165,7 +165,7 @@ def test_the_custom_op_passes_torch_s_own_checks():
     inputs = on_device(make_inputs([1, 2], [40, 33], heads=2))
     p = inputs.packing
     arguments = (inputs.q, _summary(inputs, 4), None, p.cu_q, p.cu_k, p.max_q, p.max_k, 3, 4, "later", "centered")
-    torch.library.opcheck(few_triton.select_few, arguments)
+    torch.library.opcheck(few_triton.select_few.op, arguments)
 
 
 @pytest.mark.parametrize("route_per", ["q_head", "kv_group"])

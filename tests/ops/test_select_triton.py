@@ -227,4 +227,4 @@ def test_it_is_one_opaque_operation_to_the_compiler():
     summary = summarise(inputs.k, inputs.packing, 8)
     cu = inputs.packing.cu_q
     args = (inputs.q, summary, cu, cu, True, 3, 8, True, "later", False, "input")
-    torch.library.opcheck(select_blocks, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(select_blocks.op, args, test_utils=("test_schema", "test_faketensor"))

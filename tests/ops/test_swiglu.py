@@ -112,7 +112,7 @@ def test_the_operators_are_known_to_the_compiler(impl: str) -> None:
     gate_up_RF, weight_R, pull_RF = inputs(9, 8, torch.float32)
     args = (pull_RF, gate_up_RF.detach(), weight_R.detach(), None)
     for operator in (triton.swiglu_gradient, triton.swiglu_backward_):
-        torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(operator.op, args, test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(lambda x, w: swiglu(x, w, impl=impl), fullgraph=True, backend="aot_eager")
     grads = torch.autograd.grad(compiled(gate_up_RF, weight_R), (gate_up_RF, weight_R), pull_RF)
     wants = torch.autograd.grad(swiglu(gate_up_RF, weight_R), (gate_up_RF, weight_R), pull_RF)

@@ -151,3 +151,45 @@ def test_a_process_that_fails_is_named_and_the_next_job_runs():
     with pytest.raises(AssertionError, match=r"rank 1 failed:(.|\n)*meant to fail"):
         run_on(MeshConfig(dp_shard=2), failing)
     assert len(run_on(MeshConfig(dp_shard=2), exchanged)) == 2
+
+
+def exchanged_at_once(mesh: Mesh) -> dict[str, list]:
+    """What gathering, scattering and adding up several tensors at once gives, and one exchange of rows."""
+    make = lambda *values, dtype=torch.float32: torch.tensor(values, dtype=dtype, device=mesh.device)  # noqa: E731
+    first, group = 10.0 * mesh.rank, mesh.shard
+    parts = [make(first, first + 1), make(first + 2, dtype=torch.bfloat16)]
+    wholes = [part.new_empty(group.size * len(part)) for part in parts]
+    work = group.all_gather_several(wholes, parts)
+    grads = [make(1, 2, 3, 4), make(first, first + 1)]
+    sums = [grad.new_empty(len(grad) // group.size) for grad in grads]
+    scattered = group.reduce_scatter_several(sums, grads)
+    totals = [make(first), make(1, first)]
+    added = group.all_reduce_several(totals, wait=False)
+    rows = make(first, first + 1)
+    got = torch.empty_like(rows)
+    sent = group.all_to_all(got, rows, None, None, wait=False)
+    for one in (work, scattered, added, sent):
+        if one is not None:
+            one.wait()
+    found = {"gathered": wholes, "scattered": sums, "added": totals, "rows": [got]}
+    return {name: [tensor.tolist() for tensor in tensors] for name, tensors in found.items()}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.multi_gpu])])
+def test_several_tensors_travel_at_once(device):
+    first, second = run_on(MeshConfig(dp_shard=2), exchanged_at_once, device=device)
+    assert first == {
+        "gathered": [[0, 1, 10, 11], [2, 12]],
+        "scattered": [[2, 4], [10]],
+        "added": [[10], [2, 10]],
+        "rows": [[0, 10]],
+    }
+    assert second == {
+        "gathered": [[0, 1, 10, 11], [2, 12]],
+        "scattered": [[6, 8], [12]],
+        "added": [[10], [2, 10]],
+        "rows": [[1, 11]],
+    }
+    alone = exchanged_at_once(Mesh.single())
+    assert alone["gathered"] == [[0, 1], [2]]
+    assert alone["rows"] == [[0, 1]]

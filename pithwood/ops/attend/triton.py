@@ -35,6 +35,7 @@ from pithwood.ops.attend.forward_hopper_parts import hopper_forward
 from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
 from pithwood.ops.attend.lists_triton import Items, Lists, Segments, build_items, build_lists, empty_lists
 from pithwood.ops.attend.plan import BlockPlan, block_plan
+from pithwood.ops.operator import operator
 from pithwood.ops.packing import Packing, Selection
 
 WORKSPACE_BYTES = 2**30
@@ -156,7 +157,7 @@ def attend_triton(
     return o, lse
 
 
-@torch.library.custom_op("pithwood::attend_blocks", mutates_args=())
+@operator("attend_blocks")
 def attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, ids: Tensor, units: Tensor, queries: Tensor, causal: bool, self_attention: bool,
     unit: int, most_units: int, own: bool, scale: float, deterministic: bool,
@@ -181,7 +182,7 @@ def _(q, k, v, ids, units, queries, causal, self_attention, unit, most_units, ow
     )
 
 
-@torch.library.custom_op("pithwood::attend_blocks_backward", mutates_args=())
+@operator("attend_blocks_backward")
 def attend_blocks_backward(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, entry_P: Tensor,
     start_X: Tensor, count_X: Tensor, ids: Tensor, units: Tensor, queries: Tensor, causal: bool, self_attention: bool,

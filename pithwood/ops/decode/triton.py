@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pithwood.ops.operator import operator
+
 LOG2_E = 1.4426950408889634
 PROGRAMS_PER_CORE = 4
 """Programs wanted per streaming multiprocessor, of which three run at a time."""
@@ -65,7 +67,7 @@ def piece_keys(num_pairs: int, keys: int, cores: int) -> int:
     return max(min(triton.next_power_of_2(wanted), MOST_PIECE), LEAST_PIECE)
 
 
-@torch.library.custom_op("pithwood::decode_split", mutates_args=())
+@operator("decode_split")
 def decode_split(
     q_THK: Tensor,
     k_TGK: Tensor,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pithwood.ops.master import gradient_sink
+from pithwood.ops.operator import operator
 
 PLACES = 8
 """Places in the order of tokens that a program takes."""
@@ -46,11 +47,11 @@ class _Embed(torch.autograd.Function):
         if not add:
             total_XD.zero_()
         sorted_T, order_T = torch.sort(token_T, stable=True)
-        torch.ops.pithwood.add_rows(total_XD, grad_TD.contiguous(), sorted_T, order_T)
+        add_rows(total_XD, grad_TD.contiguous(), sorted_T, order_T)
         return None, total_XD if sink is None else None, None
 
 
-@torch.library.custom_op("pithwood::add_rows", mutates_args=("total_XD",))
+@operator("add_rows", mutates=("total_XD",))
 def add_rows(total_XD: Tensor, rows_TD: Tensor, sorted_T: Tensor, order_T: Tensor) -> None:
     """total[sorted[i]] += rows[order[i]] for every i; sorted ascending, equal ids in the order of their rows.
 

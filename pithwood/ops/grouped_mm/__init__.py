@@ -94,9 +94,9 @@ def grouped_grad_weight(
     if impl == "triton" and misfit:
         raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='ref'")
     if impl == "triton" or (impl is None and rows_RD.is_cuda and not misfit):
-        from pithwood.ops.grouped_mm import weight_triton  # noqa: F401  (registers the operator)
+        from pithwood.ops.grouped_mm import weight_triton
 
-        torch.ops.pithwood.grouped_grad_weight(grad_RX, rows_RD, offsets, out_EXD, add)
+        weight_triton.grouped_grad_weight(grad_RX, rows_RD, offsets, out_EXD, add)
     else:
         grouped_grad_weight_ref(grad_RX, rows_RD, offsets, out_EXD, add)
     return out_EXD

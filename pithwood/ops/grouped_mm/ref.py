@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pithwood.ops.operator import operator
+
 
 def grouped_mm_ref(rows_RD: Tensor, w_EXD: Tensor, offsets: Tensor) -> Tensor:
     """rows[offsets[e]:offsets[e + 1]] @ w[e]^T for every group, as `grouped_mm`; reads the offsets on the host."""
     return _product(rows_RD, w_EXD, offsets)
 
 
-@torch.library.custom_op("pithwood::grouped_mm_ref", mutates_args=())
+@operator("grouped_mm_ref")
 def _product(rows_RD: Tensor, w_EXD: Tensor, offsets: Tensor) -> Tensor:
     out_RX = rows_RD.new_empty(rows_RD.shape[0], w_EXD.shape[1])
     for e, group in _groups(offsets):
@@ -28,7 +30,7 @@ def _product(rows_RD: Tensor, w_EXD: Tensor, offsets: Tensor) -> Tensor:
     return out_RX
 
 
-@torch.library.custom_op("pithwood::grouped_mm_ref_grad_rows", mutates_args=())
+@operator("grouped_mm_ref_grad_rows")
 def _grad_rows(grad_RX: Tensor, w_EXD: Tensor, offsets: Tensor) -> Tensor:
     grad_RD = grad_RX.new_empty(grad_RX.shape[0], w_EXD.shape[2])
     for e, group in _groups(offsets):
@@ -36,7 +38,7 @@ def _grad_rows(grad_RX: Tensor, w_EXD: Tensor, offsets: Tensor) -> Tensor:
     return grad_RD
 
 
-@torch.library.custom_op("pithwood::grouped_mm_ref_grad_weight", mutates_args=())
+@operator("grouped_mm_ref_grad_weight")
 def _grad_weight(grad_RX: Tensor, rows_RD: Tensor, offsets: Tensor) -> Tensor:
     grad_EXD = rows_RD.new_empty(offsets.shape[0] - 1, grad_RX.shape[1], rows_RD.shape[1])
     for e, group in _groups(offsets):

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 
+from pithwood.ops.operator import operator
+
 
 class Tiling(NamedTuple):
     """How a launch cuts its work."""
@@ -44,7 +46,7 @@ PANEL = 8
 """Tiles of X that share their tiles of D in the cache while programs walk through a group."""
 
 
-@torch.library.custom_op("pithwood::grouped_grad_weight", mutates_args={"out_EXD"})
+@operator("grouped_grad_weight", mutates=("out_EXD",))
 def grouped_grad_weight(grad_RX: Tensor, rows_RD: Tensor, offsets: Tensor, out_EXD: Tensor, add: bool) -> None:
     """out[e] (+)= grad[group e]^T @ rows[group e]; out contiguous, fp32 or in the rows' dtype."""
     launch(grad_RX, rows_RD, offsets, out_EXD, add, choose_tiling(grad_RX, rows_RD))

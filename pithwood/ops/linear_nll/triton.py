@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pithwood.ops.linear import add_product
 from pithwood.ops.master import gradient_sink, in_dtype
+from pithwood.ops.operator import operator
 
 WIDTH = 8
 """Neighbouring logits that one thread takes at a time: 16 bytes in half precision."""
@@ -92,7 +93,7 @@ def _chunks(
         part = slice(start, min(start + rows, num_tokens))
         chunk = logits_nX[: part.stop - start]
         torch.mm(x_TD[part], head_XD.t(), out=chunk)
-        torch.ops.pithwood.nll_of_rows(chunk, target_T[part], weight_T[part], loss_T[part], wants)
+        nll_of_rows(chunk, target_T[part], weight_T[part], loss_T[part], wants)
         if grad_x is not None:
             torch.mm(chunk, head_XD, out=grad_x[part])
         if grad_weight is not None:
@@ -100,7 +101,7 @@ def _chunks(
     return loss_T
 
 
-@torch.library.custom_op("pithwood::nll_of_rows", mutates_args=("logits_nX", "loss_n"))
+@operator("nll_of_rows", mutates=("logits_nX", "loss_n"))
 def nll_of_rows(logits_nX: Tensor, target_n: Tensor, weight_n: Tensor, loss_n: Tensor, want_grad: bool) -> None:
     """Write each row's weight * -log softmax[target] to loss, and with want_grad its gradient over the logits.
 

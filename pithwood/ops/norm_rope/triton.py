@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pithwood.ops.operator import operator
 from pithwood.ops.rope import Rope
 
 TILE_ELEMENTS = 1024
@@ -45,7 +46,7 @@ class _NormRope(torch.autograd.Function):
         saved = (None, None) if q_weight is None else (q, k)
         ctx.save_for_backward(*saved, q_weight, k_weight, cos, sin)
         ctx.eps = eps
-        return torch.ops.pithwood.norm_rope_forward(_unit(q), _unit(k), q_weight, k_weight, cos, sin, eps)
+        return norm_rope_forward(_unit(q), _unit(k), q_weight, k_weight, cos, sin, eps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -53,7 +54,7 @@ class _NormRope(torch.autograd.Function):
         q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
         if q is None:
             q, k = grad_q, grad_k
-        dq, dk, dq_weight, dk_weight = torch.ops.pithwood.norm_rope_backward(
+        dq, dk, dq_weight, dk_weight = norm_rope_backward(
             _unit(grad_q), _unit(grad_k), _unit(q), _unit(k), q_weight, k_weight, cos, sin, ctx.eps
         )
         if q_weight is None:
@@ -66,7 +67,7 @@ def _unit(x_THK: Tensor) -> Tensor:
     return x_THK if x_THK.stride(2) == 1 else x_THK.contiguous()
 
 
-@torch.library.custom_op("pithwood::norm_rope_forward", mutates_args=())
+@operator("norm_rope_forward")
 def norm_rope_forward(
     q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None,
     eps: float,
@@ -87,7 +88,7 @@ def _(q, k, q_weight, k_weight, cos, sin, eps):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@torch.library.custom_op("pithwood::norm_rope_backward", mutates_args=())
+@operator("norm_rope_backward")
 def norm_rope_backward(
     grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     cos: Tensor | None, sin: Tensor | None, eps: float,

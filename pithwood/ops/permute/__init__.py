@@ -40,7 +40,6 @@ __all__ = [
 ]
 
 
-@torch.no_grad()
 def plan_rows(
     ids_Tk: Tensor, num_experts: int, *, first: int = 0, max_rows: int | None = None, impl: str | None = None
 ) -> RowPlan:
@@ -59,17 +58,16 @@ def plan_rows(
     if max_rows is not None and max_rows < 0:
         raise ValueError(f"max_rows={max_rows} must be at least 0")
     if _use_triton_for_ids(impl, ids_Tk):
-        from pithwood.ops.permute import plan_triton  # noqa: F401  (registers the operator)
+        from pithwood.ops.permute import plan_triton
 
         bound = -1 if max_rows is None else max_rows
-        return RowPlan(*torch.ops.pithwood.plan_rows(ids_Tk, num_experts, first, bound))
+        return RowPlan(*plan_triton.plan_rows(ids_Tk, num_experts, first, bound))
     # On the CPU looking is free, and without -1 ids masks can be left out; on a device it would be a sync.
     plan = plan_rows_ref(ids_Tk, num_experts, first, max_rows)
     all_routed = ids_Tk.device.type == "cpu" and int(plan[0][-1]) == ids_Tk.numel()
     return RowPlan(*plan, all_routed=all_routed)
 
 
-@torch.no_grad()
 def plan_slots(ids_Tk: Tensor, num_parts: int, capacity: int, *, impl: str | None = None) -> RowPlan:
     """Where each (token, slot) pair stands among equal parts of rows, in each part in the order of the pairs.
 
@@ -88,13 +86,12 @@ def plan_slots(ids_Tk: Tensor, num_parts: int, capacity: int, *, impl: str | Non
             f"{num_parts} parts of capacity={capacity} have 2**31 rows or more: route fewer tokens at a time"
         )
     if _use_triton_for_ids(impl, ids_Tk):
-        from pithwood.ops.permute import plan_triton  # noqa: F401  (registers the operator)
+        from pithwood.ops.permute import plan_triton
 
-        return RowPlan(*torch.ops.pithwood.plan_slots(ids_Tk, num_parts, capacity))
+        return RowPlan(*plan_triton.plan_slots(ids_Tk, num_parts, capacity))
     return RowPlan(*plan_slots_ref(ids_Tk, num_parts, capacity))
 
 
-@torch.no_grad()
 def owner_ids(ids_Tk: Tensor, experts_each: int, num_owners: int, *, impl: str | None = None) -> Tensor:
     """The owners of each token's experts, where owner p has experts p * experts_each to (p + 1) * experts_each - 1.
 
@@ -107,13 +104,12 @@ def owner_ids(ids_Tk: Tensor, experts_each: int, num_owners: int, *, impl: str |
     check_positive("experts_each", experts_each)
     _check_ids(ids_Tk)
     if _use_triton_for_ids(impl, ids_Tk):
-        from pithwood.ops.permute import owners_triton  # noqa: F401  (registers the operator)
+        from pithwood.ops.permute import owners_triton
 
-        return torch.ops.pithwood.owner_ids(ids_Tk, experts_each, num_owners)
+        return owners_triton.owner_ids(ids_Tk, experts_each, num_owners)
     return owner_ids_ref(ids_Tk, experts_each, num_owners)
 
 
-@torch.no_grad()
 def gather_ids(ids_Tk: Tensor, plan: RowPlan, *, impl: str | None = None) -> Tensor:
     """Copy each token's expert ids to its rows.
 
@@ -127,13 +123,12 @@ def gather_ids(ids_Tk: Tensor, plan: RowPlan, *, impl: str | None = None) -> Ten
     if ids_Tk.shape[0] != plan.num_tokens:
         raise ValueError(f"ids {tuple(ids_Tk.shape)} must be [T, k] of the plan's {plan.num_tokens} tokens")
     if _use_triton_for_ids(impl, ids_Tk):
-        from pithwood.ops.permute import owners_triton  # noqa: F401  (registers the operator)
+        from pithwood.ops.permute import owners_triton
 
-        return torch.ops.pithwood.gather_ids(ids_Tk, plan.token_R)
+        return owners_triton.gather_ids(ids_Tk, plan.token_R)
     return gather_ids_ref(ids_Tk, plan.token_R)
 
 
-@torch.no_grad()
 def count_pairs(ids_Tk: Tensor, num_experts: int, *, impl: str | None = None) -> Tensor:
     """The (token, slot) pairs of each expert; ids of -1 are not counted.
 
@@ -144,9 +139,9 @@ def count_pairs(ids_Tk: Tensor, num_experts: int, *, impl: str | None = None) ->
     """
     check_impl(impl, ("ref", "triton"))
     if _use_triton_for_ids(impl, ids_Tk):
-        from pithwood.ops.permute import plan_triton  # noqa: F401  (registers the operator)
+        from pithwood.ops.permute import plan_triton
 
-        return torch.ops.pithwood.count_pairs(ids_Tk, num_experts)
+        return plan_triton.count_pairs(ids_Tk, num_experts)
     return count_pairs_ref(ids_Tk, num_experts)
 
 
@@ -163,7 +158,9 @@ def gather_rows(x_TD: Tensor, plan: RowPlan, *, impl: str | None = None) -> Tens
     if x_TD.dim() != 2 or x_TD.shape[0] != plan.num_tokens:
         raise ValueError(f"x {tuple(x_TD.shape)} must be [T, D] of the plan's {plan.num_tokens} tokens")
     if _use_triton(impl, x_TD):
-        return torch.ops.pithwood.gather_rows(x_TD, plan.row_Tk, plan.offsets, plan.num_rows)
+        from pithwood.ops.permute import triton
+
+        return triton.gather_rows(x_TD, plan.row_Tk, plan.offsets, plan.num_rows)
     return _Gather.apply(x_TD, plan)
 
 
@@ -187,7 +184,9 @@ def sum_rows(rows_RD: Tensor, plan: RowPlan, residual_TD: Tensor | None = None, 
         if residual_TD.dtype != rows_RD.dtype:
             raise ValueError(f"residual is {residual_TD.dtype} and rows are {rows_RD.dtype}; cast one of them")
     if _use_triton(impl, rows_RD):
-        return torch.ops.pithwood.sum_rows(rows_RD, plan.row_Tk, plan.offsets, residual_TD)
+        from pithwood.ops.permute import triton
+
+        return triton.sum_rows(rows_RD, plan.row_Tk, plan.offsets, residual_TD)
     return _Sum.apply(rows_RD, residual_TD, plan)
 
 
@@ -210,8 +209,6 @@ def _check_ids(ids_Tk: Tensor) -> None:
 def _use_triton(impl: str | None, x: Tensor) -> bool:
     if impl == "triton" or (impl is None and x.is_cuda and triton_misfit(x) is None):
         _check_triton(impl, x)
-        from pithwood.ops.permute import triton  # noqa: F401  (registers the operators)
-
         return True
     return False
 

@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pithwood.ops.operator import operator
+
 TOKENS = 256
 ROW_ELEMENTS = 2048
 
 
-@torch.library.custom_op("pithwood::owner_ids", mutates_args=())
+@operator("owner_ids")
 def owner_ids(ids_Tk: Tensor, experts_each: int, num_owners: int) -> Tensor:
     """[T, min(k, num_owners)] int32, as `owner_ids_ref`; ids int32 or int64."""
     ids_Tk = ids_Tk.contiguous()
@@ -29,7 +31,7 @@ def owner_ids(ids_Tk: Tensor, experts_each: int, num_owners: int) -> Tensor:
     return owner_Tm
 
 
-@torch.library.custom_op("pithwood::gather_ids", mutates_args=())
+@operator("gather_ids")
 def gather_ids(ids_Tk: Tensor, token_R: Tensor) -> Tensor:
     """[R, k] int32, as `gather_ids_ref`; ids int32 or int64."""
     ids_Tk = ids_Tk.contiguous()

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pithwood.ops.operator import operator
+
 TILE = 256
 """Pairs that one program ranks: it compares each with all, in pieces of PIECE."""
 PIECE = 32
@@ -26,7 +28,7 @@ MIN_BINS = 32
 """As many as a warp has threads: a histogram of fewer saves nothing."""
 
 
-@torch.library.custom_op("pithwood::plan_rows", mutates_args=())
+@operator("plan_rows")
 def plan_rows(
     ids_Tk: Tensor, num_experts: int, first: int = 0, max_rows: int = -1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -44,7 +46,7 @@ def plan_rows(
     return offsets, row_Tk, pair_R, token_R, total[:num_experts]
 
 
-@torch.library.custom_op("pithwood::plan_slots", mutates_args=())
+@operator("plan_slots")
 def plan_slots(ids_Tk: Tensor, num_parts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(offsets, row_Tk, pair_R, token_R, count), all int32, as `plan_slots_ref`; ids int32 or int64."""
     ids_Tk, num_rows = ids_Tk.contiguous(), num_parts * capacity
@@ -88,7 +90,7 @@ def _sort(
     return total
 
 
-@torch.library.custom_op("pithwood::count_pairs", mutates_args=())
+@operator("count_pairs")
 def count_pairs(ids_Tk: Tensor, num_experts: int) -> Tensor:
     """[E] int64, as `count_pairs_ref`; ids int32 or int64."""
     ids_Tk = ids_Tk.contiguous()

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pithwood.ops.operator import operator
 
 TILE_ELEMENTS = 4096
 """Elements of one slot that a program holds: TOKENS x COLUMNS, 32 a thread in four warps."""
@@ -21,7 +22,7 @@ MAX_COLUMNS = 2048
 WARPS = 4
 
 
-@torch.library.custom_op("pithwood::gather_rows", mutates_args=())
+@operator("gather_rows")
 def gather_rows(x_TD: Tensor, row_Tk: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
     """[R, D] with rows[row_tj] = x_t where row_tj lies below offsets[-1]; no other row is written."""
     x_TD = x_TD.contiguous()
@@ -32,7 +33,7 @@ def gather_rows(x_TD: Tensor, row_Tk: Tensor, offsets: Tensor, num_rows: int) ->
     return rows_RD
 
 
-@torch.library.custom_op("pithwood::sum_rows", mutates_args=())
+@operator("sum_rows")
 def sum_rows(rows_RD: Tensor, row_Tk: Tensor, offsets: Tensor, residual_TD: Tensor | None) -> Tensor:
     """[T, D]: residual_t + sum_j rows[row_tj], fp32 inside; rows of pairs without an expert are not read."""
     rows_RD = rows_RD.contiguous()

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pithwood.ops.operator import operator
+
 TILE_ELEMENTS = 2048
 """Elements that a program holds at a time: one row of the widest models, several of a narrow one."""
 PARTS = 264
@@ -43,7 +45,7 @@ def branch_rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> tuple[Tenso
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        _, normed, inv_rms_R = torch.ops.pithwood.rms_norm_forward(_rows(x), None, weight, eps)
+        _, normed, inv_rms_R = rms_norm_forward(_rows(x), None, weight, eps)
         ctx.save_for_backward(x, weight, inv_rms_R)
         return normed.view(x.shape)
 
@@ -51,9 +53,7 @@ class _RmsNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_normed: Tensor):  # type: ignore[override]
         x, weight, inv_rms_R = ctx.saved_tensors
-        grad_x, grad_weight = torch.ops.pithwood.rms_norm_backward(
-            _rows(grad_normed), None, _rows(x), weight, inv_rms_R
-        )
+        grad_x, grad_weight = rms_norm_backward(_rows(grad_normed), None, _rows(x), weight, inv_rms_R)
         return grad_x.view(x.shape), grad_weight.to(weight.dtype), None
 
 
@@ -61,7 +61,7 @@ class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, weight: Tensor, eps: float):  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        total, normed, inv_rms_R = torch.ops.pithwood.rms_norm_forward(_rows(x), _rows(y), weight, eps)
+        total, normed, inv_rms_R = rms_norm_forward(_rows(x), _rows(y), weight, eps)
         ctx.save_for_backward(total, weight, inv_rms_R)
         return total.view(x.shape), normed.view(x.shape)
 
@@ -72,9 +72,7 @@ class _AddRmsNorm(torch.autograd.Function):
         if grad_normed is None:
             return grad_total, grad_total, None, None
         residual = None if grad_total is None else _rows(grad_total)
-        grad_x, grad_weight = torch.ops.pithwood.rms_norm_backward(
-            _rows(grad_normed), residual, total, weight, inv_rms_R
-        )
+        grad_x, grad_weight = rms_norm_backward(_rows(grad_normed), residual, total, weight, inv_rms_R)
         grad_x = grad_x.view(grad_normed.shape)
         return grad_x, grad_x, grad_weight.to(weight.dtype), None
 
@@ -83,7 +81,7 @@ class _BranchRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float):  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        _, normed, inv_rms_R = torch.ops.pithwood.rms_norm_forward(_rows(x), None, weight, eps)
+        _, normed, inv_rms_R = rms_norm_forward(_rows(x), None, weight, eps)
         ctx.save_for_backward(x, weight, inv_rms_R)
         return x.view_as(x), normed.view(x.shape)
 
@@ -94,9 +92,7 @@ class _BranchRmsNorm(torch.autograd.Function):
         if grad_normed is None:
             return grad_x, None, None
         residual = None if grad_x is None else _rows(grad_x)
-        grad_x, grad_weight = torch.ops.pithwood.rms_norm_backward(
-            _rows(grad_normed), residual, _rows(x), weight, inv_rms_R
-        )
+        grad_x, grad_weight = rms_norm_backward(_rows(grad_normed), residual, _rows(x), weight, inv_rms_R)
         return grad_x.view(x.shape), grad_weight.to(weight.dtype), None
 
 
@@ -106,7 +102,7 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
-@torch.library.custom_op("pithwood::rms_norm_forward", mutates_args=())
+@operator("rms_norm_forward")
 def rms_norm_forward(x_RD: Tensor, y_RD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(x + y, its norm, 1 / rms [R] fp32); without y an empty tensor and the norm of x."""
     rows, dim = x_RD.shape
@@ -142,7 +138,7 @@ def _(x_RD, y_RD, weight_D, eps):
     return total, x_RD.new_empty(rows, dim), x_RD.new_empty(rows, dtype=torch.float32)
 
 
-@torch.library.custom_op("pithwood::rms_norm_backward", mutates_args=())
+@operator("rms_norm_backward")
 def rms_norm_backward(
     grad_RD: Tensor, residual_RD: Tensor | None, x_RD: Tensor, weight_D: Tensor, inv_rms_R: Tensor
 ) -> tuple[Tensor, Tensor]:

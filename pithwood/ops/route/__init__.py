@@ -47,9 +47,9 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor, *, impl: str | None = None) -
             f"{x_TD.device.type}, {weight_ED.dtype} weights {tuple(weight_ED.shape)}; use impl='ref'"
         )
     if fits and impl != "ref":
-        from pithwood.ops.route import split  # noqa: F401  (registers the operators)
+        from pithwood.ops.route import split
 
-        return torch.ops.pithwood.router_logits(x_TD, weight_ED)
+        return split.router_logits(x_TD, weight_ED)
     return router_logits_ref(x_TD, weight_ED)
 
 
@@ -69,7 +69,9 @@ def select_experts(
     """
     check_impl(impl, ("ref", "triton"))
     if _use_triton(impl, logits_TE, rule):
-        return torch.ops.pithwood.select_experts(
+        from pithwood.ops.route import triton
+
+        return triton.select_experts(
             logits_TE, bias_E, rule.top_k, rule.score == "sigmoid",
             rule.num_groups, rule.groups_per_token, rule.group_score == "top2_sum",
         )  # fmt: skip
@@ -91,7 +93,9 @@ def expert_weights(
     """
     check_impl(impl, ("ref", "triton"))
     if _use_triton(impl, logits_TE, rule):
-        weight_Tk, prob_TE = torch.ops.pithwood.expert_weights(
+        from pithwood.ops.route import triton
+
+        weight_Tk, prob_TE = triton.expert_weights(
             logits_TE, ids_Tk, rule.score == "sigmoid", rule.renormalize, rule.scale, with_prob
         )
         return weight_Tk, prob_TE if with_prob else None
@@ -109,8 +113,4 @@ def _use_triton(impl: str | None, logits_TE: Tensor, rule: RoutingRule) -> bool:
         )
     if impl == "triton" and misfit:
         raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='ref'")
-    if impl == "triton" or (impl is None and logits_TE.is_cuda and not misfit):
-        from pithwood.ops.route import triton  # noqa: F401  (registers the operators)
-
-        return True
-    return False
+    return bool(impl == "triton" or (impl is None and logits_TE.is_cuda and not misfit))

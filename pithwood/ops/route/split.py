@@ -18,11 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pithwood.ops.operator import operator
+
 BLOCK = 1024
 """Numbers that a program cuts up."""
 
 
-@torch.library.custom_op("pithwood::router_logits", mutates_args=())
+@operator("router_logits")
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """[T, E] fp32 for x in bf16 and weights in fp32."""
     num_experts = weight_ED.shape[0]
@@ -31,7 +33,7 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return logits.view(-1, 3, num_experts).sum(1)
 
 
-@torch.library.custom_op("pithwood::router_logits_backward", mutates_args=())
+@operator("router_logits_backward")
 def router_logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient of x in bf16, gradient of the weight in fp32)."""
     num_experts = weight_ED.shape[0]

@@ -15,12 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pithwood.ops.operator import operator
+
 TILE_ELEMENTS = 2048
 """Scores that a program holds: TOKENS x experts, 16 a thread in four warps."""
 WARPS = 4
 
 
-@torch.library.custom_op("pithwood::select_experts", mutates_args=())
+@operator("select_experts")
 def select_experts(
     logits_TE: Tensor, bias_E: Tensor | None, top_k: int, sigmoid: bool, groups: int, open_groups: int, top2_sum: bool
 ) -> Tensor:
@@ -37,7 +39,7 @@ def select_experts(
     return ids_Tk
 
 
-@torch.library.custom_op("pithwood::expert_weights", mutates_args=())
+@operator("expert_weights")
 def expert_weights(
     logits_TE: Tensor, ids_Tk: Tensor, sigmoid: bool, renormalize: bool, scale: float, with_prob: bool
 ) -> tuple[Tensor, Tensor]:
@@ -55,7 +57,7 @@ def expert_weights(
     return weight_Tk, prob_TE
 
 
-@torch.library.custom_op("pithwood::expert_weights_backward", mutates_args=())
+@operator("expert_weights_backward")
 def expert_weights_backward(
     grad_Tk: Tensor | None, grad_TE: Tensor | None, logits_TE: Tensor, ids_Tk: Tensor,
     sigmoid: bool, renormalize: bool, scale: float,

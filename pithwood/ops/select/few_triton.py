@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pithwood.ops.operator import operator
 from pithwood.ops.packing import Packing
 
 MOST_QUERIES = 16
@@ -41,7 +42,7 @@ def decodes_few(packing: Packing, num_heads: int, num_units: int, top_k: int, bl
     return packing.max_q <= MOST_QUERIES and top_k <= MOST_CHOSEN and units <= MOST_UNITS and small
 
 
-@torch.library.custom_op("pithwood::select_few", mutates_args=())
+@operator("select_few")
 def select_few(
     q_THK: Tensor,
     s_UGK: Tensor,

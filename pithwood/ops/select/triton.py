@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pithwood.ops.offsets_triton import block_offsets, doc_of_row, num_tiles
+from pithwood.ops.operator import operator
 from pithwood.ops.select.gate_triton import select_kernel
 
 
@@ -43,7 +44,7 @@ DIM_CHUNK_FP32 = 32
 MEANS_WARPS = 4
 
 
-@torch.library.custom_op("pithwood::select_blocks", mutates_args=())
+@operator("select_blocks")
 def select_blocks(
     q_THK: Tensor,
     s_UGK: Tensor,

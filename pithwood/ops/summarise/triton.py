@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pithwood.ops.offsets_triton import block_offsets, doc_of_row
+from pithwood.ops.operator import operator
 from pithwood.ops.packing import Packing
 
 TILE_ELEMENTS = 8192
@@ -24,10 +25,10 @@ MEAN_WARPS = 4
 def summarise_triton(k_TGK: Tensor, packing: Packing, block_size: int) -> Tensor:
     """As summarise_ref, for fp32, fp16 and bf16 keys. A block's digits do not depend on what it is packed with."""
     num_units = packing.num_units_bound(k_TGK.shape[0], block_size)
-    return torch.ops.pithwood.summarise_mean(k_TGK, packing.cu_k, block_size, num_units)
+    return summarise_mean(k_TGK, packing.cu_k, block_size, num_units)
 
 
-@torch.library.custom_op("pithwood::summarise_mean", mutates_args=())
+@operator("summarise_mean")
 def summarise_mean(k_TGK: Tensor, cu_k: Tensor, block_size: int, num_units: int) -> Tensor:
     """[num_units, G, K] fp32 block means; rows beyond the last block are zero. One launch more counts the blocks."""
     _, num_kv_heads, dim = k_TGK.shape

@@ -32,7 +32,9 @@ def swiglu(
     check_impl(impl, ("ref", "triton"))
     _check(gate_up_RF, weight_R)
     if _use_triton(impl, gate_up_RF):
-        return torch.ops.pithwood.swiglu(gate_up_RF, weight_R, offsets)
+        from pithwood.ops.swiglu import triton
+
+        return triton.swiglu(gate_up_RF, weight_R, offsets)
     if torch.compiler.is_compiling():
         return swiglu_ref(gate_up_RF, weight_R)
     return _SwiGLU.apply(gate_up_RF, weight_R)
@@ -62,8 +64,10 @@ def swiglu_backward(
             f"{tuple(gate_up_RF.shape)}, in its dtype {gate_up_RF.dtype}"
         )
     if _use_triton(impl, gate_up_RF):
+        from pithwood.ops.swiglu import triton
+
         hidden_RF = grad_RF.contiguous()
-        grad_gate_up, grad_weight = torch.ops.pithwood.swiglu_backward_(hidden_RF, gate_up_RF, weight_R, offsets)
+        grad_gate_up, grad_weight = triton.swiglu_backward_(hidden_RF, gate_up_RF, weight_R, offsets)
         return hidden_RF, grad_gate_up, None if weight_R is None else grad_weight
     hidden, grad_gate_up, grad_weight = swiglu_backward_ref(grad_RF, gate_up_RF, weight_R, needs_hidden=True)
     assert hidden is not None
@@ -81,11 +85,7 @@ def _use_triton(impl: str | None, gate_up: Tensor) -> bool:
     misfit = triton_misfit(gate_up) or (f"it takes [R, 2F], not {gate_up.dim()} axes" if gate_up.dim() != 2 else None)
     if impl == "triton" and misfit:
         raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='ref'")
-    if impl == "triton" or (impl is None and gate_up.is_cuda and not misfit):
-        from pithwood.ops.swiglu import triton  # noqa: F401  (registers the operators)
-
-        return True
-    return False
+    return bool(impl == "triton" or (impl is None and gate_up.is_cuda and not misfit))
 
 
 class _SwiGLU(torch.autograd.Function):

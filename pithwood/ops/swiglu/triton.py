@@ -16,13 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pithwood.ops.operator import operator
+
 TILE_ELEMENTS = 2048
 """Elements of gate and of up that a program holds at a time: ROWS x COLUMNS, 16 a thread in four warps."""
 MAX_COLUMNS = 256
 WARPS = 4
 
 
-@torch.library.custom_op("pithwood::swiglu", mutates_args=())
+@operator("swiglu")
 def swiglu(gate_up_RF: Tensor, weight_R: Tensor | None, offsets: Tensor | None) -> Tensor:
     """[R, F]; rows from offsets[-1] on are not written."""
     gate_up_RF = gate_up_RF.contiguous()
@@ -33,7 +35,7 @@ def swiglu(gate_up_RF: Tensor, weight_R: Tensor | None, offsets: Tensor | None) 
     return out_RF
 
 
-@torch.library.custom_op("pithwood::swiglu_gradient", mutates_args=())
+@operator("swiglu_gradient")
 def swiglu_gradient(
     grad_RF: Tensor, gate_up_RF: Tensor, weight_R: Tensor | None, offsets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -41,7 +43,7 @@ def swiglu_gradient(
     return _run_backward(grad_RF.contiguous(), gate_up_RF, weight_R, offsets, hidden=False)
 
 
-@torch.library.custom_op("pithwood::swiglu_backward_", mutates_args={"grad_RF"})
+@operator("swiglu_backward_", mutates=("grad_RF",))
 def swiglu_backward_(
     grad_RF: Tensor, gate_up_RF: Tensor, weight_R: Tensor | None, offsets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
