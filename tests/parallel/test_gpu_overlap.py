@@ -39,7 +39,7 @@ def run_of(cfg: MeshConfig) -> Run:
 
 
 def gradients_on_gpus(mesh: Mesh, run: Run) -> dict[str, Any]:
-    """This process's pieces of the gradients; in the second of two equal steps the passes may not wait for the device."""
+    """This process's pieces of the gradients; in a second, equal step the passes may not wait for the device."""
     trainer = Trainer(run, mesh.device, None, mesh)
     assert trainer.part is not None
     here = trainer.local(Documents(run).step(0, trainer.share))
