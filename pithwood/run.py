@@ -171,6 +171,8 @@ class Run:
             )
         if self.mesh.size > 1 and self.compile:
             raise ValueError("compile=true runs in one process; set compile=false, or all sizes of mesh to 1")
+        if self.mesh.overlap == "pairs":
+            self._check_pairs()
         layers = self.model.num_layers
         if not isinstance(self.recompute, str) and len(self.recompute) != layers:
             raise ValueError(
@@ -204,6 +206,21 @@ class Run:
                 samples_per_micro_batch=stage.samples_per_batch,
                 seq_len=stage.seq_len,
                 tied=self.model.tie_embeddings,
+            )
+
+    def _check_pairs(self) -> None:
+        """What keeps the passes of a pair from pausing while tokens travel."""
+        if "block" in self.recompute_by_block():
+            raise ValueError(
+                f"mesh.overlap=pairs hides exchanges between the parts of a block, and recompute={self.recompute!r} "
+                "repeats them within; set recompute to none or selective in all blocks, or mesh.overlap=none"
+            )
+        tokens = self.samples_per_micro_batch * self.seq_len // (self.mesh.data_size * self.mesh.cp)
+        if 0 < self.model.moe.chunk_tokens < tokens:
+            raise ValueError(
+                f"mesh.overlap=pairs hides the exchange of all {tokens} tokens that a process has of a micro-batch at "
+                f"once, and model.moe.chunk_tokens={self.model.moe.chunk_tokens} exchanges them in parts; set "
+                "model.moe.chunk_tokens=0 and a smaller samples_per_micro_batch, or mesh.overlap=none"
             )
 
     def _check_phase_data(self, number: int) -> None:

@@ -113,8 +113,8 @@ class Trainer:
                 self.whole = Qwen3MoE(cfg)
             self.whole.keep_activations(activation_plan(run))
         self.pipeline: ModelPipeline | None = None
-        """Runs the stages of the model; None if this process has all layers."""
-        if self.mesh.pp.size > 1:
+        """Runs the stages of the model; None if this process has all layers, and runs its micro-batches one by one."""
+        if self.mesh.pp.size > 1 or self.mesh.cfg.overlap == "pairs":
             self.pipeline = ModelPipeline(self.model, self.whole, self.mesh, self.dtype)
         self.saving: Saving | None = None
         """The checkpoint that is being written beside the training."""

@@ -137,9 +137,11 @@ def floors_of_processes(run: Run, stages: Sequence[Stages], peaks: Peaks) -> lis
 
 
 def timeline_name(mesh: MeshConfig) -> str:
-    """The file of a mesh's picture: timeline-dp_shard2-ep2.png, with the schedule where there is a pipeline."""
+    """The file of a mesh's picture: timeline-dp_shard2-ep2.png, with the schedule where there is a pipeline, and with
+    the overlap that was asked for."""
     sizes = [f"{size}{getattr(mesh, size)}" for size in MESH if getattr(mesh, size) > 1]
-    return f"timeline-{'-'.join([*sizes, *([mesh.schedule] if mesh.pp > 1 else [])])}.png"
+    how = [mesh.schedule] if mesh.pp > 1 else [mesh.overlap] if mesh.overlap != "none" else []
+    return f"timeline-{'-'.join([*sizes, *how])}.png"
 
 
 def communication_fields(found: Communication | None) -> dict[str, float] | None:

@@ -21,10 +21,12 @@ def estimate_memory(run: Run, device: Device, spread: Spread | None = None) -> d
 
     One device: `memory_by_kind`. On a mesh cp divides the tokens and pp the layers, of whose activations the first
     stage keeps those of several micro-batches; the fullest stage counts, with the embedding or the head beside its
-    layers. dp_shard x cp divide the state, experts by ep and then by what is left of the two. Then there are
+    layers. Passes in pairs without a pipeline (mesh.overlap) keep about two layers more than those of a micro-batch:
+    one begins as the other ends. dp_shard x cp divide the state, experts by ep and then by what is left of the two.
+    Then there are
 
     gathered_weights  in the dtype of the products that take them: of the whole stage with mesh.gather=step, else of
-                      two blocks
+                      two blocks for each pass
     gradients         fp32: of the device's pieces, and with mesh.reduce=step of the whole stage, else of two blocks
     exchange          with ep: rows that came from other devices, of every layer whose activations are kept, and those
                       on their way
@@ -44,7 +46,7 @@ def estimate_memory(run: Run, device: Device, spread: Spread | None = None) -> d
         size = DTYPES[run.precision].itemsize
         products = sum(weight.numel() for weight in spread.model.product_weights().values()) / whole
         divided["weight_copies"] = size * products * spread.pieces if size < 4 else 0.0
-        divided["gathered_weights"] = size * (spread.gathered if mesh.gather == "step" else spread.two_blocks)
+        divided["gathered_weights"] = size * (spread.gathered if mesh.gather == "step" else spread.blocks_of_passes)
         if mesh.gather == "step":
             # what no product takes, the embedding above all, is gathered as it is
             divided["gathered_weights"] += (4 - size) * (1 - products) * whole / mesh.pp

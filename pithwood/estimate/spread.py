@@ -87,21 +87,38 @@ class Spread:
     @property
     def two_blocks(self) -> float:
         """The same of the two largest blocks: one at work, one on its way."""
+        return self._of_blocks(2)
+
+    @property
+    def blocks_of_passes(self) -> float:
+        """The same of the blocks whose weights a pass needs at a time, or two passes in turns."""
+        return self._of_blocks(4 if self.mesh.overlap == "pairs" else 2)
+
+    def _of_blocks(self, count: int) -> float:
         experts = self.block_experts / self.mesh.ep if self.shards > self.mesh.ep else 0.0
-        return min(2 * (self.block_dense + experts), self.gathered)
+        return min(count * (self.block_dense + experts), self.gathered)
 
     @property
     def in_flight(self) -> float:
         """Micro-batches whose activations the first process of the pipeline holds at most, all its layers counted."""
         mesh = self.mesh
         if mesh.pp == 1:
-            return 1.0
+            return self._pair_in_flight if mesh.overlap == "pairs" else 1.0
         most = float(mesh.pp)
         if mesh.schedule == "interleaved":
             most += (mesh.pp - 1) / mesh.stages_per_process
         elif mesh.schedule == "dualpipe_v":
             most += 0.5
         return min(most, float(self.micro_batches))
+
+    @property
+    def _pair_in_flight(self) -> float:
+        """Of a forward and a backward pass in turns, a part each: what one has begun and the other has not ended."""
+        blocks = self.model.blocks
+        sparse = [layer for layer, block in enumerate(blocks) if isinstance(block.mlp, MoELayer)]
+        # a part ends where tokens leave for the experts of a layer, and where they leave for home
+        begun = [layer + 1 for layer in sparse for _ in range(2)] + [len(blocks)]
+        return max(one + other for one, other in zip(begun, reversed(begun), strict=True)) / len(blocks)
 
     @property
     def bubble(self) -> float:

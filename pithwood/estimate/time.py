@@ -5,8 +5,9 @@ update is divided over the devices that share a state. The stage with the head h
 others, which wait for it. Communication is what the slowest device spends on its exchanges, by kind:
 
     experts     a row per token and process that has an expert of it, there and back, forward and backward; hidden
-                behind the compute of another micro-batch with schedule=dualpipe_v, else not; blocks with
-                recompute=block send them there once more
+                behind the compute of another micro-batch with schedule=dualpipe_v, and without a pipeline with
+                overlap=pairs but for the first forward and the last backward pass; else not; blocks
+                with recompute=block send them there once more
     weights     gathered in the products' dtype: once a step, hidden behind the first forward pass, or with
                 mesh.gather=forward before each pass, hidden behind all of them
     gradients   fp32, scattered once a step behind the last backward pass, or with mesh.reduce=micro_batch behind each
@@ -76,8 +77,10 @@ def estimate_time(run: Run, device: Device, known: Efficiency, spread: Spread | 
     # a forward pass is a third of the work
     once = compute / spread.micro_batches
     last = sent["gradients"] / (1 if mesh.reduce == "step" else spread.micro_batches)
+    # without a pipeline the first forward and the last backward pass have no other beside them
+    paired = 1 - 1 / spread.micro_batches if mesh.overlap == "pairs" else 1.0
     hidden = {
-        "experts": compute if mesh.pp > 1 and mesh.schedule == "dualpipe_v" else 0.0,
+        "experts": min(compute, paired * sent["experts"]) if mesh.pauses else 0.0,
         "weights": once / 3 if mesh.gather == "step" else compute,
         "gradients": 2 / 3 * (once if mesh.reduce == "step" else compute),
         "replicas": max(2 / 3 * once - last, 0.0),

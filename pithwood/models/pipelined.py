@@ -73,16 +73,15 @@ class LayersStage:
 
 
 class ModelPipeline:
-    """Runs steps of a model whose layers are divided over `mesh.pp`; made by all processes of the mesh together."""
+    """Runs steps of a model whose layers are divided over `mesh.pp`, or are one stage whose passes run in pairs; made
+    by all processes of the mesh together."""
 
     def __init__(self, model: Qwen3MoE, whole: Qwen3MoE, mesh: Mesh, dtype: torch.dtype) -> None:
         """model: this process's part. whole: the model with all layers, perhaps without memory."""
         self.model, self.whole, self.dtype = model, whole, dtype
         self._layers = mesh.cfg.layers_of_stages(model.cfg.num_layers)
-        # pauses are for the pairs of this schedule
-        pauses = mesh.cfg.schedule == "dualpipe_v" and mesh.ep.size > 1
         self.stages = {
-            stage: LayersStage(model, self._layers[stage], dtype, pauses)
+            stage: LayersStage(model, self._layers[stage], dtype, mesh.cfg.pauses)
             for stage in mesh.cfg.stages_of_process(mesh.pp.rank)
         }
         self.executor = PipelineExecutor(mesh, self.stages, [{} for _ in self._layers[1:]])
@@ -162,16 +161,19 @@ def layer_in_parts(
         routed = block.attend_and_route(x_TD, ctx)
     coming = mlp.exchange.begin_dispatch(routed.ffn_in_TD, routed.ids_Tk, routed.weight_Tk)
     if mlp.shared_experts is None:
-        # nobody reads it again
-        routed.ffn_in_TD = routed.ffn_in_TD.detach()[:0]
+        # nobody reads it again; of a view its memory would stay
+        routed.ffn_in_TD = routed.ffn_in_TD.new_empty(0)
     names, later = list(routed.carry), [routed.residual_TD, routed.ffn_in_TD, *routed.carry.values()]
-    coming.left, *later = yield [coming.left, *later]
+    coming.left, routed.residual_TD, routed.ffn_in_TD, *later = yield [coming.left, *later]
+    routed.carry = dict(zip(names, later, strict=True))
+    del later
     arrived = coming.wait()
     rows_RD, weight_R, plan = planned_rows(arrived.x_SD, arrived.weight_Sk, arrived.plan)
     rows_RD = block.experts(rows_RD, plan.offsets, weight_R, None if mlp.save_rows else (arrived.x_SD, plan))
     going = mlp.exchange.begin_combine(combine_tokens(rows_RD, plan), arrived.handle)
-    going.left, *later = yield [going.left, *later]
-    routed.residual_TD, routed.ffn_in_TD, *rest = later
-    routed.carry = dict(zip(names, rest, strict=True))
+    # what passes by the experts is cut once
+    (going.left,) = yield [going.left]
+    # under the way back; and its gradients are made under that of the gradients, which leave first
+    block.share(routed)
     out = block.merge(routed, going.wait(routed.residual_TD)), routed.carry
     return out if model.part is None else model.part.shards.leave(key, out)

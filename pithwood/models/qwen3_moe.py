@@ -226,7 +226,7 @@ class Block(nn.Module):
         shared_TD = self.mlp.shared(routed.ffn_in_TD) if routed.shared_TD is None else routed.shared_TD
         return out_TD if shared_TD is None else out_TD + shared_TD
 
-    def _share(self, routed: Routed) -> None:
+    def share(self, routed: Routed) -> None:
         """Compute the shared experts' part ahead of `merge`."""
         assert isinstance(self.mlp, MoELayer)
         routed.shared_TD = self.mlp.shared(routed.ffn_in_TD)
@@ -239,7 +239,7 @@ class Block(nn.Module):
         if routed.ids_Tk is not None:
             assert isinstance(self.mlp, MoELayer)
             assert routed.weight_Tk is not None
-            travelling = None if self.mlp.exchange is None else partial(self._share, routed)
+            travelling = None if self.mlp.exchange is None else partial(self.share, routed)
             out_TD = self.mlp.mix(
                 routed.ffn_in_TD, routed.ids_Tk, routed.weight_Tk, routed.residual_TD, stages.experts, travelling,
                 exact=ctx.ledger is None, unread=ctx.recomputing,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Schedule = Literal["1f1b", "interleaved", "zero_bubble_v", "dualpipe_v"]
+Overlap = Literal["none", "pairs"]
 Exchange = Literal["auto", "exact", "bounded"]
 ContextExchange = Literal["auto", "heads", "gather"]
 
@@ -47,6 +48,11 @@ class MeshConfig:
     """How tokens travel to their experts. exact: sizes are read on the host. bounded: buffers of a fixed size, nothing
     is read on the host, and a step that does not fit is done again with larger ones. auto: bounded on GPUs, exact on
     CPUs."""
+    overlap: Overlap = "none"
+    """What runs while tokens travel to their experts and back, without a pipeline. none: what the same micro-batch has
+    to do meanwhile. pairs: another micro-batch, one's forward pass and the backward pass of the one before in turns;
+    with ep above 1, pp=1 and two micro-batches or more, for the activations of about two layers more. In a pipeline
+    schedule=dualpipe_v does so."""
     context: ContextExchange = "auto"
     """How attention sees other processes' tokens with cp above 1. heads: each process takes all tokens of some heads;
     cp divides num_kv_heads. gather: each takes its tokens' keys and values from all. auto: heads where they divide."""
@@ -68,6 +74,18 @@ class MeshConfig:
             return 1
         return self.pp * {"1f1b": 1, "interleaved": self.stages_per_process}.get(self.schedule, 2)
 
+    @property
+    def least_micro_batches(self) -> int:
+        """Micro-batches that a step needs."""
+        if self.pp == 1:
+            return 2 if self.overlap == "pairs" else 1
+        return {"interleaved": self.pp, "dualpipe_v": 2 * self.pp}.get(self.schedule, 1)
+
+    @property
+    def pauses(self) -> bool:
+        """Whether passes run in pairs, and pause where tokens travel to their experts and back."""
+        return self.ep > 1 and (self.overlap == "pairs" if self.pp == 1 else self.schedule == "dualpipe_v")
+
     def __post_init__(self) -> None:
         for name in ("pp", "dp_replicate", "dp_shard", "cp", "ep"):
             if getattr(self, name) < 1:
@@ -79,6 +97,17 @@ class MeshConfig:
             )
         if self.stages_per_process < 2:
             raise ValueError(f"mesh.stages_per_process={self.stages_per_process} must be at least 2; or schedule=1f1b")
+        if self.overlap == "pairs":
+            if self.pp > 1:
+                raise ValueError(
+                    f"mesh.overlap=pairs is for runs without a pipeline, and mesh.pp={self.pp}; in one "
+                    "mesh.schedule=dualpipe_v runs passes in pairs: set that, or mesh.overlap=none"
+                )
+            if self.ep == 1:
+                raise ValueError(
+                    "mesh.overlap=pairs hides the exchange of tokens with their experts, and mesh.ep=1 has none; "
+                    "set mesh.overlap=none"
+                )
         if self.layers_per_stage:
             if len(self.layers_per_stage) != self.num_stages:
                 raise ValueError(
@@ -129,20 +158,19 @@ class MeshConfig:
                 f"mesh.context=heads needs mesh.cp={self.cp} to divide model.num_kv_heads={num_kv_heads}; "
                 "set mesh.context=gather"
             )
-        micro_batches = samples_per_step // samples_per_micro_batch
-        if self.pp > 1:
-            if tied:
-                raise ValueError(
-                    "model.tie_embeddings=true makes the first and the last stage share a weight; "
-                    f"set it to false, or mesh.pp=1 (given {self.pp})"
-                )
-            least = {"interleaved": self.pp, "dualpipe_v": 2 * self.pp}.get(self.schedule, 1)
-            if micro_batches < least:
-                raise ValueError(
-                    f"schedule={self.schedule} needs at least {least} micro-batches per step with mesh.pp={self.pp}, "
-                    f"but samples_per_step={samples_per_step} / samples_per_micro_batch={samples_per_micro_batch} "
-                    f"are {micro_batches}; lower samples_per_micro_batch"
-                )
+        if self.pp > 1 and tied:
+            raise ValueError(
+                "model.tie_embeddings=true makes the first and the last stage share a weight; "
+                f"set it to false, or mesh.pp=1 (given {self.pp})"
+            )
+        micro_batches, least = samples_per_step // samples_per_micro_batch, self.least_micro_batches
+        if micro_batches < least:
+            asks = f"schedule={self.schedule}" if self.pp > 1 else "mesh.overlap=pairs"
+            raise ValueError(
+                f"{asks} needs at least {least} micro-batches per step with mesh.pp={self.pp}, "
+                f"but samples_per_step={samples_per_step} / samples_per_micro_batch={samples_per_micro_batch} "
+                f"are {micro_batches}; lower samples_per_micro_batch"
+            )
 
     def layers_of_stages(self, num_layers: int) -> list[range]:
         """The layers of each stage, in order."""

@@ -32,8 +32,8 @@ class Links:
         # one hardware queue would put compute behind an exchange that waits for it
         if mesh.device.type == "cuda" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
             raise ValueError(
-                "CUDA_DEVICE_MAX_CONNECTIONS=1 lets the processes of a pipeline wait for each other forever; "
-                "unset it, or set it to 32"
+                "CUDA_DEVICE_MAX_CONNECTIONS=1 puts compute into one queue with the exchanges that wait for it, and "
+                "processes would wait for each other forever; unset it, or set it to 32"
             )
         self._group = mesh.pp
         self._lines: dict[tuple[int, int], Group] = {}

@@ -320,4 +320,6 @@ def topology(mesh: Mesh, hosts: Iterable[str]) -> list[str]:
         if len(members) > 1:
             across = len({hosts[rank] for rank in members})
             lines.append(f"  {name}: {len(members)} processes on {across} host{'s' * (across > 1)}")
+    if cfg.overlap == "pairs":
+        lines.append("  passes in pairs: tokens travel to their experts under another micro-batch's compute")
     return lines

@@ -34,9 +34,9 @@ Stage = Callable[[int, Tensor | None, dict[str, Tensor]], Outcome | Parts]
 """`stage(micro, x or None, carry)`, None for the first stage. A plain function returns its outcome.
 
 One that is to be interleaved with another pass (`Pair`) is a generator. At each yield its graph is cut and the other
-pass may run: it yields all tensors of the graph that it uses after the yield, and goes on with what it gets for them,
-in the same order. An exchange begun before a yield and waited for after it runs under the other pass; cut between
-both, its backward pass does so too.
+pass may run: it yields all tensors of the graph that it uses after the yield, but for those that it got for an earlier
+one, and goes on with what it gets for them, in the same order. An exchange begun before a yield and waited for after it
+runs under the other pass; cut between both, its backward pass does so too.
 """
 
 

@@ -1,8 +1,8 @@
 """In which order each process of a pipeline runs its stages' forward and backward passes.
 
-A schedule is a list of actions per process, a pure function of the mesh's pp, schedule and stages_per_process and of
-the number of micro-batches. Nothing here sends, waits or computes: `pipeline.py` runs the lists, `simulate` says what
-they would take.
+A schedule is a list of actions per process, a pure function of the mesh's pp, schedule, stages_per_process and overlap
+and of the number of micro-batches. Nothing here sends, waits or computes: `pipeline.py` runs the lists, `simulate` says
+what they would take.
 
 Of one stage every kind of pass takes the micro-batches in order. Times below are those of one stage: F forward, B
 backward with respect to the inputs, W of the weights.
@@ -16,6 +16,7 @@ zero_bubble_v   ZB-V (Qi et al. 2024, arXiv 2405.15362): with F = B = W no proce
 dualpipe_v      DualPipeV (DeepSeek 2025, github.com/deepseek-ai/DualPipe; Qi et al. 2025, "DualPipe could be better
                 without the Dual"): DualPipe (arXiv 2412.19437) on a V; idle (pp - 1)(F + 2B - W) with pairs that
                 take F + B + W, up to 2 pp + 1 stage passes alive
+without a pipeline, with overlap=pairs: F0, (F1, B0), (F2, B1), ..., B[M - 1] of the one stage; two passes alive
 """
 
 from __future__ import annotations
@@ -57,11 +58,14 @@ def pipeline_actions(cfg: MeshConfig, pp_rank: int, micro_batches: int) -> list[
 
     raises  ValueError if the schedule needs more micro-batches (`MeshConfig.check` refuses such a run at its start)
     """
-    least = {"interleaved": cfg.pp, "dualpipe_v": 2 * cfg.pp}.get(cfg.schedule, 1) if cfg.pp > 1 else 1
+    least = cfg.least_micro_batches
     if micro_batches < least:
-        raise ValueError(f"schedule={cfg.schedule} with mesh.pp={cfg.pp} needs {least} micro-batches: {micro_batches}")
+        asks = f"overlap={cfg.overlap}" if cfg.pp == 1 else f"schedule={cfg.schedule}"
+        raise ValueError(f"{asks} with mesh.pp={cfg.pp} needs {least} micro-batches: {micro_batches}")
     out = _Actions(micro_batches)
-    if cfg.pp == 1 or cfg.schedule == "1f1b":
+    if cfg.pp == 1 and cfg.overlap == "pairs":
+        _pairs(out)
+    elif cfg.pp == 1 or cfg.schedule == "1f1b":
         _one_forward_one_backward(out, cfg.pp, pp_rank)
     elif cfg.schedule == "interleaved":
         _interleaved(out, cfg.pp, cfg.stages_of_process(pp_rank), pp_rank)
@@ -114,6 +118,14 @@ class _Actions:
 
     def pair(self, forward: int, backward: int) -> None:
         self.steps.append(Pair(self.next("forward", forward), self.next("backward", backward)))
+
+
+def _pairs(out: _Actions) -> None:
+    """Each forward pass but the first beside the backward pass of the micro-batch before."""
+    out.add("forward", 0)
+    for _ in range(out.micro_batches - 1):
+        out.pair(0, 0)
+    out.add("backward", 0)
 
 
 def _one_forward_one_backward(out: _Actions, pp: int, rank: int) -> None:

@@ -91,6 +91,9 @@ class Unit:
         """Backward passes of this step that are done."""
         self.replicated = False
         """Whether its pieces' gradients are being added up between replicas: those of all micro-batches are in them."""
+        self.wanted: set[int] = set()
+        """The passes that are in the unit or will be next: 1 a forward pass, -1 a backward pass. Two that take turns
+        may both be in it, and neither takes the weights from the other."""
 
     def begin_gather(self) -> None:
         """Begin to fill the parameters, in one exchange per group of processes."""
@@ -195,7 +198,7 @@ class Shards:
         unit = self.units[key]
         if not unit.cut and not self._reduces:
             return inputs
-        self._gather(unit)
+        self._gather(unit, 1)
         self._prefetch(key, 1)
 
         def after_backward() -> None:
@@ -210,16 +213,17 @@ class Shards:
         self.tell_output(key, out if isinstance(out, Tensor) else out[0])
         if not unit.cut and not self._reduces:
             return out
+        unit.wanted.discard(1)
+        # the last unit's backward pass follows at once
+        if not torch.is_grad_enabled() or key != next(reversed(self.units)):
+            self._drop(unit)
         if not torch.is_grad_enabled():
-            self._drop_after_forward(unit)
             return out
 
         def before_backward() -> None:
-            self._gather(unit)
+            self._gather(unit, -1)
             self._prefetch(key, -1)
 
-        if self.mesh.cfg.gather == "forward" and key != next(reversed(self.units)):
-            self._drop_after_forward(unit)
         if isinstance(out, Tensor):
             return _gate(out, before_backward)
         x, carry = out
@@ -228,7 +232,7 @@ class Shards:
     def available(self, key: str) -> None:
         """Wait until the unit's weights are there, and begin to gather the next one's. They stay until the step's end,
         as does the unit's whole gradient."""
-        self._gather(self.units[key])
+        self._gather(self.units[key], 1)
         self._prefetch(key, 1)
 
     def finish_step(self) -> None:
@@ -249,21 +253,25 @@ class Shards:
     def release(self) -> None:
         """Forget what is gathered: the pieces have changed, or memory is wanted."""
         for unit in self.units.values():
+            unit.wanted.clear()
             self._release(unit)
 
     @property
     def _reduces(self) -> bool:
         return self.mesh.tokens.size > 1
 
-    def _gather(self, unit: Unit) -> None:
+    def _gather(self, unit: Unit, direction: int) -> None:
+        unit.wanted.add(direction)
         if not unit.gathered:
             unit.begin_gather()
         unit.wait()
 
-    def _prefetch(self, key: str, ahead: int) -> None:
-        unit = self._neighbours[key].get(ahead)
-        if unit is not None and not unit.gathered:
-            unit.begin_gather()
+    def _prefetch(self, key: str, direction: int) -> None:
+        unit = self._neighbours[key].get(direction)
+        if unit is not None:
+            unit.wanted.add(direction)
+            if not unit.gathered:
+                unit.begin_gather()
 
     def _release(self, unit: Unit) -> None:
         if unit.gathered:
@@ -272,12 +280,14 @@ class Shards:
             for weight in unit.cut:
                 weight.release()
 
-    def _drop_after_forward(self, unit: Unit) -> None:
-        if self.mesh.cfg.gather == "forward":
+    def _drop(self, unit: Unit) -> None:
+        """Release a unit that a pass has left, if weights are gathered for each pass and no other wants it."""
+        if self.mesh.cfg.gather == "forward" and not unit.wanted:
             self._release(unit)
 
     def _after_backward(self, unit: Unit) -> None:
         unit.backwards += 1
+        unit.wanted.discard(-1)
         last = unit.backwards == self.micro_batches
         if last or self.mesh.cfg.reduce == "micro_batch":
             self._settle()
@@ -286,8 +296,9 @@ class Shards:
             self._complete.append(unit)
             if not self._scattering:
                 self._begin_replicas()
-        if last or self.mesh.cfg.gather == "forward":
+        if last:
             self._release(unit)
+        self._drop(unit)
 
     def _scatter(self, unit: Unit) -> None:
         """Begin to add up the whole gradients of a unit's divided weights, in one exchange per group of processes."""

@@ -115,6 +115,7 @@ def test_a_mesh_without_its_processes_is_refused(tmp_path, capsys):
 @pytest.mark.quick
 def test_pictures_are_named_by_the_mesh_and_the_order_of_its_passes():
     assert timeline_name(MeshConfig(dp_shard=2, ep=2)) == "timeline-dp_shard2-ep2.png"
+    assert timeline_name(MeshConfig(dp_shard=2, ep=2, overlap="pairs")) == "timeline-dp_shard2-ep2-pairs.png"
     assert timeline_name(MeshConfig(pp=2, schedule="dualpipe_v")) == "timeline-pp2-dualpipe_v.png"
 
 

@@ -165,6 +165,21 @@ def test_the_exchange_hides_behind_another_micro_batch_in_dualpipe_alone():
     assert dual.sent["experts"] == plain.sent["experts"]
 
 
+def test_pairs_without_a_pipeline_hide_all_but_two_passes_and_hold_two_layers_more():
+    words = ("samples_per_micro_batch=8", "mesh.dp_shard=2", "mesh.ep=2")
+    plain, pairs = run_of(*words), run_of(*words, "mesh.overlap=pairs")
+    sent = time(plain).communication["experts"]
+    micro_batches = plain.samples_per_step // 8
+    assert time(pairs).communication["experts"] == pytest.approx(sent / micro_batches)
+    assert time(pairs).sent == time(plain).sent
+    assert memory(pairs)["activations"] == pytest.approx(memory(plain)["activations"] * (1 + 2 / 8))
+    rows = memory(plain)["exchange"] / (8 + 4)
+    assert memory(pairs)["exchange"] == pytest.approx(rows * (8 + 2 + 4))
+    anew = ("samples_per_micro_batch=8", "mesh.dp_shard=8", "mesh.ep=2", "mesh.gather=forward")
+    one, two = memory(run_of(*anew)), memory(run_of(*anew, "mesh.overlap=pairs"))
+    assert two["gathered_weights"] == pytest.approx(2 * one["gathered_weights"])
+
+
 def test_sequences_over_devices_send_heads_where_they_divide():
     words = ("seq_len=32768", "samples_per_step=4", "samples_per_micro_batch=1")
     heads, whole = time(run_of(*words, "mesh.cp=2")), time(run_of(*words, "mesh.cp=2", "mesh.context=gather"))

@@ -35,6 +35,11 @@ MESHES = {
     "cp4-ep2": MeshConfig(cp=4, ep=2),
     "shard2-bounded": MeshConfig(dp_shard=2, ep=2, exchange="bounded"),
     "anew": MeshConfig(dp_shard=2, ep=2, gather="forward", reduce="micro_batch"),
+    "ep2-pairs": MeshConfig(dp_shard=2, ep=2, overlap="pairs"),
+    "anew-pairs": MeshConfig(dp_shard=2, ep=2, overlap="pairs", gather="forward", reduce="micro_batch"),
+    "cp2-ep2-pairs": MeshConfig(cp=2, ep=2, overlap="pairs"),
+    "shard4-ep2-pairs": MeshConfig(dp_shard=4, ep=2, overlap="pairs", gather="forward"),
+    "replicate2-ep2-pairs": MeshConfig(dp_replicate=2, dp_shard=2, ep=2, overlap="pairs", exchange="bounded"),
     "all8": MeshConfig(dp_replicate=2, dp_shard=2, cp=2, ep=4),
     "pp2": MeshConfig(pp=2),
     "pp2-uneven": MeshConfig(pp=2, layers_per_stage=(1, 3)),
@@ -58,8 +63,8 @@ def run_of(attention: str, balance: str, **changes: Any) -> Run:
 
 
 def samples_per_micro_batch(cfg: MeshConfig) -> int:
-    """Two micro-batches, four where the schedule asks for them."""
-    return 2 if cfg.schedule == "dualpipe_v" else 4
+    """Two micro-batches, four where passes run in pairs and there are samples enough."""
+    return max(2, cfg.data_size) if cfg.schedule == "dualpipe_v" or cfg.overlap == "pairs" else 4
 
 
 @functools.cache
@@ -78,6 +83,9 @@ QUICK = {
     ("cp2-gather", "moba", "run"),
     ("pp2-dualpipe", "mixed", "run"),
     ("replicate2-ep2", "full", "run"),
+    ("ep2-pairs", "mixed", "run"),
+    ("anew-pairs", "moba", "sgd"),
+    ("cp2-ep2-pairs", "full", "run"),
     ("pp2-shard2-ep2", "moba", "sgd"),
 }
 """Each axis alone, and a few combinations; the others are slow."""

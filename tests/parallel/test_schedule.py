@@ -104,6 +104,15 @@ def wants(step: Action | Pair, last: int) -> list[tuple[str, int, int]]:
     return [(kinds[part.kind], part.stage, part.micro) for part in parts_of(step) if part.kind in kinds]
 
 
+def test_without_a_pipeline_each_forward_pass_runs_beside_the_backward_pass_before_it():
+    cfg = MeshConfig(dp_shard=2, ep=2, overlap="pairs")
+    for count in (2, 3, 8):
+        pairs = [Pair(Action("forward", 0, micro), Action("backward", 0, micro - 1)) for micro in range(1, count)]
+        steps = pipeline_actions(cfg, 0, count)
+        assert steps == [Action("forward", 0, 0), *pairs, Action("backward", 0, count - 1)]
+        assert most_alive(steps) == 2
+
+
 def test_nobody_waits_forever_where_receives_are_posted_one_action_ahead_in_the_order_of_the_sender():
     """A line hands over its messages in order, each once it is made and its receive is posted."""
     for cfg, count in CASES:
@@ -173,6 +182,8 @@ def test_dualpipe_pairs_every_forward_pass_but_those_that_fill_the_pipeline():
 
 
 def test_too_few_micro_batches_are_refused():
+    with pytest.raises(ValueError, match=r"overlap=pairs with mesh.pp=1 needs 2 micro-batches: 1"):
+        pipeline_actions(MeshConfig(dp_shard=2, ep=2, overlap="pairs"), 0, 1)
     with pytest.raises(ValueError, match=r"schedule=dualpipe_v with mesh.pp=4 needs 8 micro-batches: 7"):
         pipeline_actions(MeshConfig(pp=4, schedule="dualpipe_v"), 0, 7)
 
