@@ -63,10 +63,11 @@ def test_a_mesh_that_cannot_be_is_refused(settings, words):
         ({"dp_shard": 8}, {}, "set samples_per_micro_batch to a multiple of 8"),
         ({"pp": 16}, {}, "makes 16 stages, but the model has 8 layers"),
         ({"dp_shard": 16, "ep": 16}, {"samples_per_micro_batch": 16}, "mesh.ep=16 must divide model.moe.num_experts=8"),
-        ({"cp": 8, "context": "heads"}, {}, "set mesh.context=gather"),
+        ({"cp": 8, "context": "heads"}, {}, "set mesh.context=auto"),
         ({"pp": 2}, {"tied": True}, "model.tie_embeddings"),
         ({"pp": 4, "schedule": "dualpipe_v"}, {}, "needs at least 8 micro-batches"),
         ({"cp": 3}, {}, "mesh.cp=3 must divide the 256 tokens"),
+        ({"cp": 2, "context": "ring"}, {"seq_len": 1, "samples_per_micro_batch": 2}, "even number of tokens"),
     ],
 )
 def test_a_run_that_does_not_fit_is_refused_with_the_remedy(settings, changes, words):
