@@ -50,8 +50,8 @@ class MeshConfig:
     context: ContextExchange = "auto"
     """How attention sees other processes' tokens with cp above 1. heads: each process takes all tokens of some heads;
     cp divides num_kv_heads. gather: each takes the keys and values of all at once. ring: full attention takes those of
-    one process after another, under the compute of the one before; all other attention does as with gather. auto:
-    heads where they divide, else ring."""
+    one process after another, under the compute of the one before; any other (MoBA) does as with gather. auto: heads
+    where they divide, else ring."""
 
     @property
     def size(self) -> int:

@@ -295,4 +295,6 @@ def topology(mesh: Mesh, hosts: Iterable[str]) -> list[str]:
         if len(members) > 1:
             across = len({hosts[rank] for rank in members})
             lines.append(f"  {name}: {len(members)} processes on {across} host{'s' * (across > 1)}")
+    if cfg.cp > 1 and cfg.context == "ring":
+        lines.append("  mesh.context=ring: full attention by ring, any other as mesh.context=gather")
     return lines
