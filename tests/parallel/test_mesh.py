@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pithwood.parallel.config import MeshConfig
-from pithwood.parallel.mesh import Mesh, check_world, coordinates, places
+from pithwood.parallel.mesh import Group, Mesh, check_world, coordinates, places, topology
 from pithwood.parallel.pieces import Piece
 from tests.processes import run_on
 
@@ -33,6 +33,16 @@ def test_every_rank_has_one_place_and_the_groups_of_a_kind_partition_the_world(p
             groups = {places(cfg, rank)[name] for rank in range(cfg.size)}
             assert sorted(rank for group in groups for rank in group) == list(range(cfg.size)), name
             assert all(rank in places(cfg, rank)[name] for rank in range(cfg.size))
+
+
+@pytest.mark.quick
+def test_a_ring_says_at_the_start_what_becomes_of_other_attention():
+    group = Group((0, 1), 0)
+    said = [
+        topology(Mesh(MeshConfig(cp=2, context=how), 0, torch.device("cpu"), *[group] * 9), ["a", "a"])
+        for how in ("ring", "auto")
+    ]
+    assert said[0] == [*said[1], "  mesh.context=ring: full attention by ring, any other as mesh.context=gather"]
 
 
 @pytest.mark.quick
