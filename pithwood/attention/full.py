@@ -35,7 +35,8 @@ class FullAttention(HeadsMixer):
         if self.decodes(ctx):
             return self.output(self.decode(q_THK, k_TGK, v_TGK, start_N, ctx))
         if ctx.cp is not None:
-            return self.output(attend_in_context(ctx.cp, q_THK, k_TGK, v_TGK, self.attend))
+            scale = self.shape.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+            return self.output(attend_in_context(ctx.cp, q_THK, k_TGK, v_TGK, self.attend, plain_scale=scale))
         return self.output(self.attend(q_THK, k_TGK, v_TGK, ctx.packing))
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, packing: Packing) -> Tensor:

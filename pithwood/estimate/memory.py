@@ -30,6 +30,9 @@ def estimate_memory(run: Run, device: Device, spread: Spread | None = None) -> d
     gradients         fp32: of the device's pieces, and with mesh.reduce=step of the whole stage, else of two blocks
     exchange          with ep: rows that came from other devices, of every layer whose activations are kept, and those
                       on their way
+    sequence          with cp: keys and values of other devices, gathered by every layer whose activations are kept;
+                      where they go by ring, those of two devices, and fp32 gradients of one layer's queries, keys and
+                      values
     """
     cuda, spread = torch.device("cuda"), spread or Spread.of(run)
     own, mesh = spread.own_part, run.mesh
@@ -54,7 +57,24 @@ def estimate_memory(run: Run, device: Device, spread: Spread | None = None) -> d
         divided["gradients"] = 4.0 * (spread.pieces + (spread.gathered if mesh.reduce == "step" else spread.two_blocks))
     if mesh.ep > 1:
         divided["exchange"] = _exchange_bytes(run, spread)
+    if mesh.cp > 1:
+        divided["sequence"] = _sequence_bytes(run, spread)
     return divided
+
+
+def _sequence_bytes(run: Run, spread: Spread) -> float:
+    """Of what attention holds of other devices' tokens; with heads nothing beyond its own share of activations."""
+    own, cfg = spread.own_part, run.model
+    token = float(own.samples_per_micro_batch * own.seq_len * cfg.head_dim)
+    keys = 2.0 * cfg.num_kv_heads * token * DTYPES[run.precision].itemsize
+    ways = [spread.context_way(block.self_attn) for block in spread.model.blocks]
+    # a layer that is computed again holds them meanwhile
+    held = [
+        kind != "block" and way.startswith("gather") for way, kind in zip(ways, own.recompute_by_block(), strict=True)
+    ]
+    gathered = (run.mesh.cp - 1) * keys * max(sum(held) * spread.layers * spread.in_flight, 1.0)
+    ring = 2 * keys + 4.0 * (cfg.num_heads + 2 * cfg.num_kv_heads) * token
+    return max(gathered if any(way.startswith("gather") for way in ways) else 0.0, ring if "ring" in ways else 0.0)
 
 
 def _exchange_bytes(run: Run, spread: Spread) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pithwood.attention.full import FullAttention
+from pithwood.attention.projections import HeadsMixer
 from pithwood.estimate.work import meta_model
 from pithwood.models.qwen3_moe import Qwen3MoE
 from pithwood.moe.layer import MoELayer
@@ -135,6 +137,19 @@ class Spread:
         if mesh.schedule == "zero_bubble_v" and self.micro_batches < 2 * mesh.pp:
             waits = 0.5  # too few to fill the V: two stages of a process, as if interleaved
         return (mesh.pp - 1) * waits / self.micro_batches
+
+    def context_way(self, mixer: object) -> str:
+        """How a layer's attention meets the tokens of other processes: none, heads, ring, gather, or "gather, zigzag",
+        which is full attention's. A window, which fetches few keys, counts as gather.
+        """
+        mesh, full = self.mesh, isinstance(mixer, FullAttention)
+        if mesh.cp == 1 or not isinstance(mixer, HeadsMixer):
+            return "none"
+        if mesh.context in ("auto", "heads") and self.own.model.num_kv_heads % mesh.cp == 0:
+            return "heads"
+        if full and mesh.context != "gather":
+            return "ring"
+        return "gather, zigzag" if full else "gather"
 
     def rows_per_pair(self) -> float:
         """Rows that a token sends to each process of its expert group, on average: one if that has an expert of it."""

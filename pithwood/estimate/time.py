@@ -15,7 +15,10 @@ others, which wait for it. Communication is what the slowest device spends on it
                 scattering leaves of the last backward pass
     update      with Muon: matrices that are cut travel to the device that orthogonalises them, and back; not hidden
     sequence    with cp, queries, keys, values and outputs between the devices of a sequence (mesh.context=heads), or
-                keys and values to all of them (gather); not hidden; once more forward with recompute=block
+                keys and values to all of them (gather), and what full attention takes to its zigzag and back (gather,
+                ring); not hidden; once more forward with recompute=block
+    ring        keys and values from one device of a sequence after another, and their gradients home; hidden behind
+                attention; once more forward with recompute=block
     pipeline    the residual stream at each stage boundary, both ways; not hidden. The bubble is part of idle.
 
 Devices are numbered as in `pithwood/parallel/mesh.py` and fill hosts in this order; which members of a group share a
@@ -29,7 +32,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pithwood.attention.projections import HeadsMixer
 from pithwood.estimate.devices import Device, Reach
 from pithwood.estimate.efficiency import Efficiency
 from pithwood.estimate.spread import Spread
@@ -84,6 +86,8 @@ def estimate_time(run: Run, device: Device, known: Efficiency, spread: Spread | 
         "weights": once / 3 if mesh.gather == "step" else compute,
         "gradients": 2 / 3 * (once if mesh.reduce == "step" else compute),
         "replicas": max(2 / 3 * once - last, 0.0),
+        # nothing is on its way under the last turn
+        "ring": parts["attention"] * (1 - 1 / mesh.cp),
     }
     left = {kind: max(ms - hidden.get(kind, 0.0), 0.0) for kind, ms in sent.items()}
     return TimeEstimate(parts, left, sent, floors)
@@ -128,13 +132,17 @@ def _communication(spread: Spread, device: Device) -> dict[str, float]:
         dense = reach["shard"].gather_s(spread.dense / layers * per_param)
         return layers * times * (dense + reach["expert_shard"].gather_s(spread.experts / mesh.ep / layers * per_param))
 
+    ways = [spread.context_way(block.self_attn) for block in model.blocks]
+    each = {way: _sequence_s(spread, way, tokens / micro, size, reach["cp"]) for way in set(ways)}
+    sequence, ring = (spread.layers * micro * sum(each[way][part] for way in ways) for part in (0, 1))
     sent = {
         "experts": exchange,
         "weights": divided(size, 1 if mesh.gather == "step" else 2 * micro),
         "gradients": divided(4.0, 1 if mesh.reduce == "step" else micro),
         "replicas": reach["replicate"].all_reduce_s(4.0 * spread.params / spread.shards),
         "update": _update_s(spread, reach),
-        "sequence": layers * micro * _sequence_s(spread, tokens / micro, size, reach["cp"]),
+        "sequence": sequence,
+        "ring": ring,
         "pipeline": 2 * micro * len(mesh.stages_of_process(0)) * reach["pp"].send_s(tokens / micro * row),
     }
     return {kind: 1e3 * seconds for kind, seconds in sent.items()}
@@ -158,19 +166,23 @@ def _update_s(spread: Spread, reach: dict[str, Reach]) -> float:
     return reach["shard"].all_to_all_s(6.0 * cut / spread.shards)
 
 
-def _sequence_s(spread: Spread, tokens: float, size: int, reach: Reach) -> float:
-    """Of one layer and micro-batch, forward and backward; tokens: of this device."""
-    mesh, cfg = spread.mesh, spread.own.model
-    if mesh.cp == 1:
-        return 0.0
-    forward = 1 + _recomputed(spread.own)
-    heads = [block.self_attn for block in spread.model.blocks if isinstance(block.self_attn, HeadsMixer)]
-    if not heads:
-        return 0.0
-    dim = heads[0].shape.head_dim
-    if mesh.context == "gather" or cfg.num_kv_heads % mesh.cp:
-        # keys and values gathered forward, again backward, and their fp32 gradients scattered
-        kept = 2.0 * cfg.num_kv_heads * dim * tokens * mesh.cp
-        return (forward + 1) * reach.gather_s(kept * size) + reach.gather_s(kept * 4.0)
-    # q, k, v one way and the output the other, and their gradients
-    return (forward + 1) * reach.all_to_all_s(2.0 * (cfg.num_heads + cfg.num_kv_heads) * dim * size * tokens / mesh.cp)
+def _sequence_s(spread: Spread, way: str, tokens: float, size: int, reach: Reach) -> tuple[float, float]:
+    """Of one layer and micro-batch, forward and backward: what nothing hides, and what goes round under attention.
+
+    way  as `Spread.context_way` says;  tokens  of this device
+    """
+    cfg, cp = spread.own.model, spread.mesh.cp
+    passes = 2 + _recomputed(spread.own)
+    token = float(cfg.head_dim * size)
+    queries, keys = tokens * cfg.num_heads * token, tokens * 2 * cfg.num_kv_heads * token
+    if way == "none":
+        return 0.0, 0.0
+    if way == "heads":
+        # q, k, v one way and the output the other, and their gradients
+        return passes * reach.all_to_all_s((2 * queries + keys) / cp), 0.0
+    if way == "ring":
+        # a device needs the early half of what those before it have, and both halves of those after it
+        turns = (cp - 1) * reach.send_s(0.75 * keys)
+        return passes * (reach.send_s(queries + keys) + reach.send_s(queries)), (passes + 1) * turns
+    gathered = passes * reach.gather_s(keys * cp)
+    return gathered + (2 * passes * reach.send_s(queries) if way == "gather, zigzag" else 0.0), 0.0

@@ -12,7 +12,7 @@ from typing import Literal
 Schedule = Literal["1f1b", "interleaved", "zero_bubble_v", "dualpipe_v"]
 Overlap = Literal["none", "pairs"]
 Exchange = Literal["auto", "exact", "bounded"]
-ContextExchange = Literal["auto", "heads", "gather"]
+ContextExchange = Literal["auto", "heads", "gather", "ring"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class MeshConfig:
     schedule=dualpipe_v does so."""
     context: ContextExchange = "auto"
     """How attention sees other processes' tokens with cp above 1. heads: each process takes all tokens of some heads;
-    cp divides num_kv_heads. gather: each takes its tokens' keys and values from all. auto: heads where they divide."""
+    cp divides num_kv_heads. gather: each takes the keys and values of all at once. ring: full attention takes those of
+    one process after another, under the compute of the one before; any other (MoBA) does as with gather. auto: heads
+    where they divide, else ring."""
 
     @property
     def size(self) -> int:
@@ -156,7 +158,13 @@ class MeshConfig:
         if self.context == "heads" and num_kv_heads % self.cp:
             raise ValueError(
                 f"mesh.context=heads needs mesh.cp={self.cp} to divide model.num_kv_heads={num_kv_heads}; "
-                "set mesh.context=gather"
+                "set mesh.context=auto"
+            )
+        own_tokens = samples_per_micro_batch // data * seq_len // self.cp
+        if self.cp > 1 and self.context == "ring" and own_tokens % 2:
+            raise ValueError(
+                f"mesh.context=ring needs an even number of tokens of a micro-batch on each process, not {own_tokens} "
+                f"(mesh.cp={self.cp}): each takes one half early and one late; set mesh.context=gather"
             )
         if self.pp > 1 and tied:
             raise ValueError(

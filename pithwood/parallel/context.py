@@ -2,13 +2,15 @@
 
 Process r of P holds tokens r * T to (r + 1) * T of all P * T, so documents may begin on one process and end on another.
 What is done per token (projections, norms, RoPE by true positions, experts) happens where the token lies. For attention
-the tokens meet in one of two ways:
+the tokens meet in one of three ways:
 
   heads    every process receives all tokens of 1/P of the heads, attends as one process would, and sends the result
            back. Packings stay those of self-attention, so all kernels serve; work is divided evenly.
   gather   every process receives the keys and values of all processes and attends with its own queries. Causal
            attention to a prefix costs more the later the queries are: full attention takes queries from both ends (a
            zigzag), so that all processes have the same.
+  ring     full attention alone: as gather, but the keys and values of one process are here at a time, and the next
+           ones are on their way meanwhile (`pithwood/parallel/ring.py`).
 
 Where no document lies on two processes nothing is exchanged. All of it is differentiable, and all processes make the
 same calls in the same order, forward and backward.
@@ -32,6 +34,8 @@ from pithwood.ops.units import unit_table
 from pithwood.parallel.config import ContextExchange
 from pithwood.parallel.heads import HeadExchange
 from pithwood.parallel.mesh import Group
+from pithwood.parallel.ring import Spans, document_spans, ring_attention
+from pithwood.parallel.rows import exchange_rows, from_zigzag, to_zigzag, zigzag
 
 Attend = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 """(q [T_q, H, K], k [T_k, G, K], v [T_k, G, V], packing) -> o [T_q, H, V]"""
@@ -52,11 +56,14 @@ class ContextGroup:
     whole: Packing
     """Of all P * T tokens."""
     how: ContextExchange
-    """How attention sees other processes' tokens; auto: heads where the KV heads can be divided."""
+    """How attention sees other processes' tokens; auto: heads where the KV heads can be divided, else full attention
+    by ring and any other by gather."""
     crosses: bool
     """Whether some document lies on more than one process; the same on all of them."""
     local: Packing
     """Of this process's tokens, as `local_packing` cuts it; without documents that have none where all are alike."""
+    spans: Spans = ()
+    """The documents at the ends of a ring's chunks; () where attention cannot go by ring."""
     chunks: int | None = None
     """Into how many groups an exchange of heads is cut, if KV heads allow it: one travels while another is worked on.
     None: by the size of what travels."""
@@ -65,18 +72,26 @@ class ContextGroup:
     def of(group: Group, whole: Packing, how: ContextExchange = "auto") -> ContextGroup | None:
         """The context of a batch whose packing is `whole`, or None where one process has all tokens.
 
-        Offsets on the CPU are read to see whether documents cross processes; on a device they are taken to.
-        raises  ValueError if the tokens cannot be divided evenly
+        Offsets on the CPU are read to see whether documents cross processes, and where; on a device they are taken to
+        cross, and read only if a ring is asked for.
+        raises  ValueError if the tokens cannot be divided evenly, or not into the halves that a ring needs
         """
         if group.size == 1:
             return None
         tokens = tokens_per_process(whole, group.size)
-        crosses = True
-        if whole.cu_q.device.type == "cpu":
+        if how == "ring" and tokens % 2:
+            raise ValueError(
+                f"mesh.context=ring needs an even number of tokens on each process, not {whole.num_queries} / mesh.cp="
+                f"{group.size} = {tokens}: each takes one half early and one late; set mesh.context=gather"
+            )
+        crosses, on_host = True, whole.cu_q.device.type == "cpu"
+        if on_host:
             cu = whole.cu_q.long()
             inner = torch.arange(1, group.size) * tokens
             crosses = not bool(torch.isin(inner, cu).all())
-        return ContextGroup(group, whole, how, crosses, _without_absent(whole, group, crosses))
+        rings = crosses and whole.causal and (how == "ring" or (how == "auto" and on_host))
+        spans = document_spans(whole, group.size) if rings else ()
+        return ContextGroup(group, whole, how, crosses, _without_absent(whole, group, crosses), spans)
 
     def to(self, device: torch.device | str) -> ContextGroup:
         return replace(self, whole=self.whole.to(device), local=self.local.to(device))
@@ -92,16 +107,18 @@ class ContextGroup:
         return self.group.rank * self.num_tokens
 
     def exchange(self, num_kv_heads: int) -> Literal["none", "heads", "gather"]:
-        """How attention with so many KV heads meets the tokens of others; ValueError if `how` cannot be."""
+        """How attention with so many KV heads meets the tokens of others; ValueError if `how` cannot be. What full
+        attention gets by ring is gathered for any other.
+        """
         if not self.crosses:
             return "none"
         divides = num_kv_heads % self.group.size == 0
         if self.how == "heads" and not divides:
             raise ValueError(
                 f"mesh.context=heads needs mesh.cp={self.group.size} to divide num_kv_heads={num_kv_heads}; "
-                "set mesh.context=gather"
+                "set mesh.context=auto"
             )
-        return "heads" if divides and self.how != "gather" else "gather"
+        return "heads" if divides and self.how in ("auto", "heads") else "gather"
 
     def selections(self, num_kv_heads: int) -> Packing:
         """The packing that block selections refer to in attention with so many KV heads: of all tokens (and this
@@ -174,7 +191,13 @@ def local_packing(whole: Packing, rank: int, size: int) -> Packing:
 
 
 def attend_in_context(
-    cp: ContextGroup, q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, attend: Attend, window: int | None = None
+    cp: ContextGroup,
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGV: Tensor,
+    attend: Attend,
+    window: int | None = None,
+    plain_scale: float | None = None,
 ) -> Tensor:
     """o [T, H, V] of this process's queries over the keys of all, each document by itself.
 
@@ -182,6 +205,8 @@ def attend_in_context(
              with the packing of that; called for each group of heads, and twice where queries are balanced
     window   keys that a query sees, its own included, if there is a bound: where it is within T, only the keys that
              stand so near are fetched, unless heads are asked for
+    plain_scale  factor of the scores if `attend` is nothing but a softmax over all keys: it can go by ring, where
+             `attend` is not called; None: it cannot
     """
     exchange = cp.exchange(k_TGK.shape[1])
     if exchange == "none":
@@ -197,13 +222,15 @@ def attend_in_context(
         return cp.exchange_heads(q_THK, k_TGK, v_TGV).attend(lambda _, q, k, v: attend(q, k, v, cp.whole))
     if not cp.whole.causal:
         raise ValueError(
-            "keys after the queries are not gathered: attention in both directions needs mesh.context=heads"
+            "keys after the queries are not fetched: attention in both directions needs mesh.context=heads"
         )
+    if plain_scale is not None and window is None and cp.spans:
+        return ring_attention(cp.group, cp.whole, cp.spans, q_THK, k_TGK, v_TGV, plain_scale)
     k_TGK, v_TGV = gather_tokens(cp.group, k_TGK, v_TGV)
     if window is not None or cp.num_tokens % 2:
         return attend(q_THK, k_TGK[:stop], v_TGV[:stop], cp.part(start, stop))
     half, parts = cp.num_tokens // 2, []
-    for chunk, q in zip(_zigzag(cp.group.rank, cp.group.size), to_zigzag(cp.group, q_THK).split(half), strict=True):
+    for chunk, q in zip(zigzag(cp.group.rank, cp.group.size), to_zigzag(cp.group, q_THK).split(half), strict=True):
         stop = (chunk + 1) * half
         parts.append(attend(q, k_TGK[:stop], v_TGV[:stop], cp.part(stop - half, stop)))
     return from_zigzag(cp.group, torch.cat(parts))
@@ -229,27 +256,6 @@ def halo(cp: ContextGroup, x: Tensor, rows: int) -> Tensor:
     ranks = range(cp.group.size)
     got = exchange_rows(cp.group, x, [given(me, taker) for taker in ranks], [len(given(rank, me)) for rank in ranks])
     return torch.cat([x.new_zeros(rows - len(got), *x.shape[1:]), got])
-
-
-def exchange_rows(group: Group, x: Tensor, sends: list[range], takes: list[int]) -> Tensor:
-    """Rows sends[i] of x go to the i-th process; returns the takes[i] rows that come from each, in order. Gradients
-    travel back and are added up.
-    """
-    return _ExchangeRows.apply(group, x, sends, takes)
-
-
-def to_zigzag(group: Group, x: Tensor) -> Tensor:
-    """Of x [T, ...] in 2 P chunks over all processes: chunks r and 2 P - 1 - r, so that early and late tokens meet."""
-    mine = [_zigzag_owner(2 * group.rank + side, group.size) for side in (0, 1)]
-    return exchange_rows(group, x, _chunks_for(group, mine, x.shape[0]), _sizes_from(group, _homes(group), x.shape[0]))
-
-
-def from_zigzag(group: Group, x: Tensor) -> Tensor:
-    """The way back of `to_zigzag`."""
-    mine = [_zigzag_owner(2 * group.rank + side, group.size) for side in (0, 1)]
-    x = exchange_rows(group, x, _chunks_for(group, _homes(group), x.shape[0]), _sizes_from(group, mine, x.shape[0]))
-    # rows arrive in the order of the processes; late chunks lie on them in descending order
-    return torch.cat(x.chunk(2)[::-1]) if mine[0] > mine[1] else x
 
 
 def prefix_scan(cp: ContextGroup, state: State, combine: Callable[[State, State], State], start: State) -> State:
@@ -359,26 +365,6 @@ class _GatherTokens(torch.autograd.Function):
         return None, *parts
 
 
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: Group, x: Tensor, sends: list[range], takes: list[int]) -> Tensor:  # type: ignore[override]
-        ctx.group, ctx.sends, ctx.takes, ctx.rows = group, sends, takes, x.shape[0]
-        sent = torch.cat([x[rows.start : rows.stop] for rows in sends])
-        got = x.new_empty(sum(takes), *x.shape[1:])
-        group.all_to_all(got, sent, takes, [len(rows) for rows in sends])
-        return got
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        sizes = [len(rows) for rows in ctx.sends]
-        back = grad.new_empty(sum(sizes), *grad.shape[1:])
-        ctx.group.all_to_all(back, grad.contiguous(), sizes, ctx.takes)
-        grad_x = grad.new_zeros(ctx.rows, *grad.shape[1:])
-        for rows, part in zip(ctx.sends, back.split(sizes), strict=True):
-            grad_x[rows.start : rows.stop] += part
-        return None, grad_x, None, None
-
-
 class _Join(torch.autograd.Function):
     """`value`, in whose graph `other` stands too, without a part in it."""
 
@@ -397,35 +383,6 @@ def _wait(works: Sequence[Any]) -> None:
     for work in works:
         if work is not None:
             work.wait()
-
-
-def _zigzag(rank: int, size: int) -> tuple[int, int]:
-    """The chunks of a process in the zigzag."""
-    return rank, 2 * size - 1 - rank
-
-
-def _zigzag_owner(chunk: int, size: int) -> int:
-    return chunk if chunk < size else 2 * size - 1 - chunk
-
-
-def _homes(group: Group) -> list[int]:
-    """Where this process's chunks of the zigzag lie otherwise."""
-    return [chunk // 2 for chunk in _zigzag(group.rank, group.size)]
-
-
-def _chunks_for(group: Group, takers: list[int], tokens: int) -> list[range]:
-    """The rows for every process if its takers get the first and the second half of so many rows."""
-    bounds = [0, tokens // 2, tokens]
-    if takers[0] == takers[1]:
-        halves = {takers[0]: range(tokens)}
-    else:
-        halves = {taker: range(*bounds[side : side + 2]) for side, taker in enumerate(takers)}
-    return [halves.get(rank, range(0)) for rank in range(group.size)]
-
-
-def _sizes_from(group: Group, givers: list[int], tokens: int) -> list[int]:
-    """Rows that come from every process if each of two givers sends half of so many."""
-    return [givers.count(rank) * (tokens // 2) for rank in range(group.size)]
 
 
 def _without_absent(whole: Packing, group: Group, crosses: bool) -> Packing:

@@ -322,4 +322,6 @@ def topology(mesh: Mesh, hosts: Iterable[str]) -> list[str]:
             lines.append(f"  {name}: {len(members)} processes on {across} host{'s' * (across > 1)}")
     if cfg.overlap == "pairs":
         lines.append("  passes in pairs: tokens travel to their experts under another micro-batch's compute")
+    if cfg.cp > 1 and cfg.context == "ring":
+        lines.append("  mesh.context=ring: full attention by ring, any other as mesh.context=gather")
     return lines

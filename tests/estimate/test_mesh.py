@@ -190,6 +190,24 @@ def test_sequences_over_devices_send_heads_where_they_divide():
     assert whole.sent["sequence"] != heads.sent["sequence"]
 
 
+def test_a_ring_hides_what_gathering_shows_and_holds_less():
+    words = ("seq_len=32768", "samples_per_step=4", "samples_per_micro_batch=1", "mesh.cp=8")
+    ring, gather = run_of(*words), run_of(*words, "mesh.context=gather")
+    tokens, keys, queries = 32_768 / 8, 2 * 4 * 128 * 2, 32 * 128 * 2
+    # 7 turns of three quarters of another device's keys and values: forward, backward, and their gradients
+    turns = 8 * 4 * 3 * 7 * (0.75 * keys * tokens / 360e9 + 5e-6)
+    assert time(ring).sent["ring"] == pytest.approx(1e3 * turns)
+    assert time(ring).communication["ring"] == 0
+    # queries, keys and values to the zigzag, outputs back, and their gradients
+    zigzag = 8 * 4 * 2 * ((2 * queries + keys) * tokens / 360e9 + 2 * 5e-6)
+    assert time(ring).communication["sequence"] == pytest.approx(1e3 * zigzag)
+    assert time(gather).sent["ring"] == 0
+    assert time(gather).step_ms > time(ring).step_ms
+    held = [estimate_memory(run, H200)["sequence"] for run in (ring, gather)]
+    assert held[0] == 2 * keys * tokens + 4 * (32 + 2 * 4) * 128 * tokens
+    assert held[1] == 7 * keys * tokens * 8
+
+
 def test_context_ranks_divide_the_work_of_whole_sequences():
     words = ("seq_len=32768", "samples_per_step=4", "samples_per_micro_batch=1")
     one, two = time(run_of(*words)), time(run_of(*words, "mesh.cp=2"))

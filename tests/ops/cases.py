@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pithwood.ops import dense_attention as ops_dense_attention
 from pithwood.ops import permute
 from pithwood.ops.packing import Packing, Selection
 from pithwood.ops.rope import Rope
@@ -88,6 +89,18 @@ def dense_attention() -> Iterator[dict[str, Any]]:
         yield {**case, "window": 7, "need_lse": True}
         yield {**case, "sink_H": _normal(4), "need_lse": True}
     yield from _attention(torch.bfloat16)
+
+
+def dense_attention_backward() -> Iterator[dict[str, Any]]:
+    """All keys of a softmax, and a part of them: keys before the queries, without a mask."""
+    for case in [*_attention(), *_attention(torch.bfloat16)]:
+        q, packing = case["q_THK"].detach(), case["packing"]
+        k, v = case["k_TGK"].detach(), case["v_TGV"].detach()
+        o, lse = ops_dense_attention(q, k, v, packing, need_lse=True, impl="ref")
+        given = {"grad_o_THV": torch.randn_like(o), "q_THK": q, "o_THV": o}
+        yield {**given, "k_TGK": k, "v_TGV": v, "lse_TH": lse, "packing": packing}
+        part = Packing.from_lengths([len(q)], [5], causal=False)
+        yield {**given, "k_TGK": k[:5], "v_TGV": v[:5], "lse_TH": lse + 3.0, "packing": part}
 
 
 def select() -> Iterator[dict[str, Any]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pithwood.ops import Packing, dense_attention
-from pithwood.ops.dense_attention import banded
-from pithwood.ops.dense_attention.cudnn import equal_length
+from pithwood.ops import Packing, dense_attention, merge
+from pithwood.ops.dense_attention import banded, dense_attention_backward
+from pithwood.ops.dense_attention.cudnn import batch_lengths, equal_length
 from pithwood.ops.dense_attention.fa4 import installed
 from tests.numerics import assert_close, rel_error
 from tests.ops.reference import assert_lse_close, attention, dense_masks, gradients, make_inputs
@@ -198,3 +198,62 @@ def test_documents_of_one_length_are_known_without_reading_offsets():
     assert equal_length(Packing.from_lengths([64, 64, 0])) is None
     assert equal_length(Packing.from_lengths([64], [64])) is None
     assert equal_length(Packing.from_lengths([])) is None
+
+
+def in_two_parts(dtype: torch.dtype, device: str = "cpu", tokens: int = 40) -> tuple:
+    """(q, k, v, grad_o) of the later of two equal runs of tokens of one document, with the keys of both; its own
+    packing, and the one of all its queries and the keys before them."""
+    torch.manual_seed(0)
+    q, grad = torch.randn(2, tokens, 4, 32, device=device, dtype=torch.float64).to(dtype)
+    k, v = torch.randn(2, 2 * tokens, 2, 32, device=device, dtype=torch.float64).to(dtype)
+    own = Packing.from_lengths([tokens], device=device)
+    before = Packing.from_lengths([tokens], [tokens], causal=False, device=device)
+    return (q, k, v, grad), own, before
+
+
+def gradients_of_parts(dtype, impl, device="cpu", tokens=40):
+    """(dq, dk, dv) from two parts that know the whole's output and log-sum, and those of the whole in fp64."""
+    (q, k, v, grad), own, before = in_two_parts(dtype, device, tokens)
+    sides = (slice(0, tokens), before), (slice(tokens, None), own)
+    pieces = [dense_attention(q, k[keys], v[keys], packing, need_lse=True, impl=impl) for keys, packing in sides]
+    o, lse = merge(pieces)
+    parts = [dense_attention_backward(grad, q, k[keys], v[keys], o, lse, packing, impl=impl) for keys, packing in sides]
+    (dq0, dk0, dv0), (dq1, dk1, dv1) = parts
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    whole, _ = dense_attention(*leaves, Packing.from_lengths([tokens], [2 * tokens], device=device), impl="torch")
+    whole.backward(grad.double())
+    return (dq0 + dq1, torch.cat([dk0, dk1]), torch.cat([dv0, dv1])), [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("impl", ["ref", "torch"])
+def test_gradients_of_parts_add_up_to_those_of_the_whole(impl):
+    for found, expected in zip(*gradients_of_parts(torch.float64, impl), strict=True):
+        assert_close(found, expected)
+
+
+@pytest.mark.quick
+def test_a_backward_pass_refuses_what_does_not_belong_to_its_queries():
+    (q, k, v, grad), own, _ = in_two_parts(torch.float32)
+    with pytest.raises(ValueError, match="must have q's"):
+        dense_attention_backward(grad, q, k[:40], v[:40], grad, torch.zeros(40, 2), own)
+    with pytest.raises(ValueError, match="needs CUDA tensors"):
+        dense_attention_backward(grad, q, k[:40], v[:40], grad, torch.zeros(40, 4), own, impl="cudnn")
+
+
+@pytest.mark.quick
+def test_rectangles_without_a_mask_are_batches_for_cudnn():
+    assert batch_lengths(Packing.from_lengths([5], [9], causal=False), 9) == (5, 9)
+    assert batch_lengths(Packing.from_lengths([5, 5], [9, 9], causal=False), 18) == (5, 9)
+    assert batch_lengths(Packing.from_lengths([7, 7]), 14) == (7, 7)
+    # its mask would begin at the first key
+    assert batch_lengths(Packing.from_lengths([5], [9]), 9) is None
+    assert batch_lengths(Packing.from_lengths([5, 4], [9, 9], causal=False), 18) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["varlen", "cudnn", None])
+@pytest.mark.parametrize("tokens", [512, 1000])
+def test_kernels_give_the_gradients_of_a_part_from_the_wholes_log_sum(impl, tokens):
+    for found, expected in zip(*gradients_of_parts(torch.bfloat16, impl, "cuda", tokens), strict=True):
+        assert_close(found, expected, 1e-2)

@@ -52,7 +52,7 @@ MIXERS: dict[str, MixerConfig] = {
 }
 
 
-WAYS = ["heads", "heads in turn", "gather"]
+WAYS = ["heads", "heads in turn", "gather", "ring"]
 
 
 def of_one(config: MixerConfig, lengths: list[int]) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
@@ -306,7 +306,7 @@ def test_heads_that_cannot_be_divided_are_gathered_or_refused():
     assert [cp.exchange(6) for cp in chosen if cp is not None] == ["heads", "heads", "gather"]
     assert [cp.exchange(4) for cp in chosen if cp is not None and cp.how != "heads"] == ["gather", "gather"]
     assert chosen[1] is not None
-    with pytest.raises(ValueError, match=r"mesh\.cp=3 to divide num_kv_heads=4; set mesh\.context=gather"):
+    with pytest.raises(ValueError, match=r"mesh\.cp=3 to divide num_kv_heads=4; set mesh\.context=auto"):
         chosen[1].exchange(4)
 
 

@@ -71,7 +71,9 @@ def run_part(mesh: Mesh, how: Any, recompute: Any, decisions: dict[str, Any]) ->
         (2, "gather", "block"),
         (2, "heads", "block"),
         (2, "heads", "selective"),
+        (2, "ring", "block"),
         (4, "auto", "none"),
+        (4, "ring", "selective"),
     ],
 )
 def test_losses_and_raw_gradients_equal_one_process(size, how, recompute):

@@ -37,7 +37,7 @@ MIXERS: dict[str, MixerConfig] = {
     "moba": MoBAConfig(block_size=128, top_k=3, key_conv=3),
     "moba in small blocks": MoBAConfig(block_size=32, top_k=4),
 }
-WAYS = ["heads", "heads in turn", "gather"]
+WAYS = ["heads", "heads in turn", "gather", "ring"]
 Result = tuple[Tensor, dict[str, Tensor], dict[str, Any]]
 
 
@@ -91,6 +91,20 @@ def test_two_gpus_equal_one(name, how):
     assert_close(torch.cat([first[1]["x"], second[1]["x"]]), grads.pop("x"), 2e-2, "x")
     for part, grad in grads.items():
         assert_close(first[1][part] + second[1][part], grad, 2e-2, part)
+
+
+def ring_and_heads(mesh: Mesh, lengths: list[int]) -> list[Result]:
+    """Of this process's part, by ring and by heads."""
+    batch = Batch(whole_batch().columns, Packing.from_lengths(lengths))
+    batch, whole = cut_batch(batch, mesh.cp.rank, mesh.cp.size)
+    return [run(mesh.device, FullAttentionConfig(), batch, spread(mesh, whole, how), None) for how in ("ring", "heads")]
+
+
+@pytest.mark.parametrize("lengths", [[4096], CROSSING], ids=["one document", "packed"])
+def test_a_ring_gives_what_heads_give(lengths):
+    for (y_TD, grads, _), (other_TD, others, _) in run_on(MeshConfig(cp=2), ring_and_heads, lengths, device="cuda"):
+        assert_close(y_TD, other_TD, 1e-2, "output")
+        assert_close(grads["x"], others["x"], 2e-2, "x")
 
 
 def without_waiting(mesh: Mesh, config: MixerConfig, how: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pithwood.parallel.config import MeshConfig
-from pithwood.parallel.mesh import Mesh, check_world, coordinates, places
+from pithwood.parallel.mesh import Group, Mesh, check_world, coordinates, places, topology
 from pithwood.parallel.pieces import Piece
 from tests.processes import run_on
 
@@ -33,6 +33,16 @@ def test_every_rank_has_one_place_and_the_groups_of_a_kind_partition_the_world(p
             groups = {places(cfg, rank)[name] for rank in range(cfg.size)}
             assert sorted(rank for group in groups for rank in group) == list(range(cfg.size)), name
             assert all(rank in places(cfg, rank)[name] for rank in range(cfg.size))
+
+
+@pytest.mark.quick
+def test_a_ring_says_at_the_start_what_becomes_of_other_attention():
+    group = Group((0, 1), 0)
+    said = [
+        topology(Mesh(MeshConfig(cp=2, context=how), 0, torch.device("cpu"), *[group] * 9), ["a", "a"])
+        for how in ("ring", "auto")
+    ]
+    assert said[0] == [*said[1], "  mesh.context=ring: full attention by ring, any other as mesh.context=gather"]
 
 
 @pytest.mark.quick
@@ -63,10 +73,11 @@ def test_a_mesh_that_cannot_be_is_refused(settings, words):
         ({"dp_shard": 8}, {}, "set samples_per_micro_batch to a multiple of 8"),
         ({"pp": 16}, {}, "makes 16 stages, but the model has 8 layers"),
         ({"dp_shard": 16, "ep": 16}, {"samples_per_micro_batch": 16}, "mesh.ep=16 must divide model.moe.num_experts=8"),
-        ({"cp": 8, "context": "heads"}, {}, "set mesh.context=gather"),
+        ({"cp": 8, "context": "heads"}, {}, "set mesh.context=auto"),
         ({"pp": 2}, {"tied": True}, "model.tie_embeddings"),
         ({"pp": 4, "schedule": "dualpipe_v"}, {}, "needs at least 8 micro-batches"),
         ({"cp": 3}, {}, "mesh.cp=3 must divide the 256 tokens"),
+        ({"cp": 2, "context": "ring"}, {"seq_len": 1, "samples_per_micro_batch": 2}, "even number of tokens"),
     ],
 )
 def test_a_run_that_does_not_fit_is_refused_with_the_remedy(settings, changes, words):

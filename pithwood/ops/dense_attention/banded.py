@@ -79,16 +79,34 @@ class BandedAttention(torch.autograd.Function):
     def backward(ctx, grad_o, grad_lse):  # type: ignore[override]
         q, k, v, o, lse = ctx.saved_tensors
         packing, scale, window = ctx.args
-        dtype = compute_dtype(q.dtype)
-        k_GTK, v_GTV = (_by_head(x, dtype) for x in (k, v))
-        delta = (grad_o.to(dtype) * o.to(dtype)).sum(-1) - grad_lse
-        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
-        dk_GTK, dv_GTV = torch.zeros_like(k_GTK), torch.zeros_like(v_GTV)
-        for chunk in chunks(packing, q.shape[1], window):
-            sources, grads = (q, k_GTK, v_GTV, grad_o, lse, delta), (dq, dk_GTK, dv_GTV)
-            add_chunk_grads(chunk, sources, grads, packing.causal, window, scale)
-        dk, dv = dk_GTK.transpose(0, 1), dv_GTV.transpose(0, 1)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return *banded_grads(grad_o, q, k, v, o, lse, packing, scale, window, grad_lse), None, None, None
+
+
+def banded_grads(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    packing: Packing,
+    scale: float,
+    window: int | None,
+    grad_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) like q, k, v; o and lse may be those over more keys than k."""
+    dtype = compute_dtype(q.dtype)
+    k_GTK, v_GTV = (_by_head(x, dtype) for x in (k, v))
+    delta = (grad_o.to(dtype) * o.to(dtype)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    dk_GTK, dv_GTV = torch.zeros_like(k_GTK), torch.zeros_like(v_GTV)
+    for chunk in chunks(packing, q.shape[1], window):
+        sources, grads = (q, k_GTK, v_GTV, grad_o, lse, delta), (dq, dk_GTK, dv_GTV)
+        add_chunk_grads(chunk, sources, grads, packing.causal, window, scale)
+    dk, dv = dk_GTK.transpose(0, 1), dv_GTV.transpose(0, 1)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def attend_chunk(

@@ -51,3 +51,27 @@ def dense_ref(
         empty = q_THK.new_zeros(0, q_THK.shape[1], dtype=dtype)
         return empty[..., None].expand(-1, -1, v_TGV.shape[2]), empty
     return torch.cat(outs), torch.cat(lses)
+
+
+def dense_grads_ref(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, packing: Packing, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) like q, k, v: of each score s with weight p = exp(s - lse), ds = p * (do . v - do . o)."""
+    dtype, ratio = compute_dtype(q.dtype), q.shape[1] // k.shape[1]
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+    cu_q, cu_k = packing.cu_q.tolist(), packing.cu_k.tolist()
+    for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+        q_LHK, do_LHV, o_LHV, lse_LH = (x[q0:q1].to(dtype) for x in (q, grad_o, o, lse))
+        k_MHK, v_MHV = (x[k0:k1].to(dtype).repeat_interleave(ratio, dim=1) for x in (k, v))
+        position_L = torch.arange(q1 - q0, device=q.device)[:, None] + (k1 - k0) - (q1 - q0)
+        hidden_LM = torch.arange(k1 - k0, device=q.device) > position_L
+        if not packing.causal:
+            hidden_LM = torch.zeros_like(hidden_LM)
+        score_LHM = torch.einsum("lhk,mhk->lhm", q_LHK, k_MHK) * scale
+        weight_LHM = torch.exp(score_LHM - lse_LH[..., None]).masked_fill(hidden_LM[:, None], 0.0)
+        pull_LHM = torch.einsum("lhv,mhv->lhm", do_LHV, v_MHV) - (do_LHV * o_LHV).sum(-1, keepdim=True)
+        ds_LHM = weight_LHM * pull_LHM * scale
+        dq[q0:q1] = torch.einsum("lhm,mhk->lhk", ds_LHM, k_MHK)
+        dk[k0:k1] = torch.einsum("lhm,lhk->mhk", ds_LHM, q_LHK).unflatten(1, (-1, ratio)).sum(2)
+        dv[k0:k1] = torch.einsum("lhm,lhv->mhv", weight_LHM, do_LHV).unflatten(1, (-1, ratio)).sum(2)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -61,6 +61,25 @@ def varlen_attention(
     return blank_without_keys(o, lse, packing)
 
 
+def varlen_grads(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, packing: Packing, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) like q, k, v, by flash attention 2; o and lse may be those over more keys than k. No host sync.
+
+    By the operator under `varlen_attn`: it takes any log-sums, and no release has a public function that does.
+    """
+    # rows that saw nothing: the kernels' convention is +inf, with which exp(score - lse) is 0
+    lse_HT = torch.where(lse == float("-inf"), float("inf"), lse).transpose(0, 1).contiguous()
+    # what dropout would need
+    state = torch.zeros((2,), dtype=torch.uint64, device=q.device)
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        grad_o.contiguous(), q, k, v, o.contiguous(), lse_HT, packing.cu_q, packing.cu_k, packing.max_q, packing.max_k,
+        0.0, packing.causal, state, torch.empty(0, device=q.device),
+        scale=scale, window_size_left=-1, window_size_right=0 if packing.causal else -1,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
 def blank_without_keys(o_THV: Tensor, lse_TH: Tensor | None, packing: Packing) -> tuple[Tensor, Tensor | None]:
     """Zero output and log-sum -inf in rows without a visible key: our convention, not the kernels'."""
     if packing.self_attention:
