@@ -122,22 +122,6 @@ class Spread:
         begun = [layer + 1 for layer in sparse for _ in range(2)] + [len(blocks)]
         return max(one + other for one, other in zip(begun, reversed(begun), strict=True)) / len(blocks)
 
-    @property
-    def bubble(self) -> float:
-        """Time that a process of the pipeline waits, over the time it works; forward, backward of inputs and weight
-        gradients taken as equally long.
-
-        1F1B and interleaved: Narayanan et al. 2021, arXiv 2104.04473; zero_bubble_v: Qi et al. 2024, arXiv 2405.15362;
-        dualpipe_v: (pp - 1) x (a pair + a backward pass - 3 weight gradients) of half the layers, DeepSeek-V3 2024,
-        arXiv 2412.19437, with 2 pp ranks for its pp.
-        """
-        mesh = self.mesh
-        share = {"1f1b": 1.0, "interleaved": 1 / mesh.stages_per_process, "zero_bubble_v": 0.0, "dualpipe_v": 1 / 3}
-        waits = share[mesh.schedule]
-        if mesh.schedule == "zero_bubble_v" and self.micro_batches < 2 * mesh.pp:
-            waits = 0.5  # too few to fill the V: two stages of a process, as if interleaved
-        return (mesh.pp - 1) * waits / self.micro_batches
-
     def context_way(self, mixer: object) -> str:
         """How a layer's attention meets the tokens of other processes: none, heads, ring, gather, or "gather, zigzag",
         which is full attention's. A window, which fetches few keys, counts as gather.

@@ -1,8 +1,9 @@
 """How long a step takes on a mesh: the floor of each part over its efficiency, and communication that no part hides.
 
 Per device: a data rank takes its share of the samples, cp divides what is left of the work, pp the layers, and the
-update is divided over the devices that share a state. The stage with the head has it beside as many layers as the
-others, which wait for it. Communication is what the slowest device spends on its exchanges, by kind:
+update is divided over the devices that share a state. Of a pipeline the parts are those of the device that computes
+longest, and what it waits for others is found by playing the schedule through (`pipeline.py`). Communication is what
+the slowest device spends on its exchanges, by kind:
 
     experts     a row per token and process that has an expert of it, there and back, forward and backward; hidden
                 behind the compute of another micro-batch with schedule=dualpipe_v, and without a pipeline with
@@ -19,7 +20,8 @@ others, which wait for it. Communication is what the slowest device spends on it
                 ring); not hidden; once more forward with recompute=block
     ring        keys and values from one device of a sequence after another, and their gradients home; hidden behind
                 attention; once more forward with recompute=block
-    pipeline    the residual stream at each stage boundary, both ways; not hidden. The bubble is part of idle.
+    pipeline    the residual stream at each stage boundary, both ways; hidden but for what a device waits longer. What
+                it would wait for if nothing took time to travel is part of idle
 
 Devices are numbered as in `pithwood/parallel/mesh.py` and fill hosts in this order; which members of a group share a
 host follows from that.
@@ -34,8 +36,9 @@ from typing import Any
 
 from pithwood.estimate.devices import Device, Reach
 from pithwood.estimate.efficiency import Efficiency
+from pithwood.estimate.pipeline import StageMs, pipeline_ms
 from pithwood.estimate.spread import Spread
-from pithwood.estimate.work import Work, repeated, step_work
+from pithwood.estimate.work import Stages, Work, repeated, step_work
 from pithwood.moe.layer import MoELayer
 from pithwood.observe.step_parts import IDLE
 from pithwood.optim.config import MuonConfig
@@ -65,16 +68,13 @@ def estimate_time(run: Run, device: Device, known: Efficiency, spread: Spread | 
     `Spread.of(run)`, made here if not given.
     """
     spread, mesh = spread or Spread.of(run), run.mesh
-    again = repeated(run)  # what the floors leave out
     own = replace(spread.own, phases=spread.own.phases[:1])
-    work = _own_share(step_work(own, spread.model), spread)
-    floors = {part: 1e3 * sum(piece.floor_s(device.peaks) for piece in pieces) for part, pieces in work.items()}
-    parts = {part: floors[part] * again.get(part, 1.0) / known.parts[part] for part in known.parts}
-    busy = sum(parts.values())
+    # of a pipeline the device that computes longest
+    shares = [_share(own, spread, device, known, stages) for stages in _stages_of_devices(run)]
+    floors, parts = max(shares, key=lambda share: _computing(share[1]))
+    compute = _computing(parts)
     parts["other"] = 0.0
-    parts[IDLE] = known.rest * busy
-    compute = busy - parts["optimizer"]
-    parts[IDLE] += compute * spread.bubble
+    parts[IDLE] = known.rest * (compute + parts["optimizer"])
     sent = _communication(spread, device)
     # a forward pass is a third of the work
     once = compute / spread.micro_batches
@@ -90,22 +90,61 @@ def estimate_time(run: Run, device: Device, known: Efficiency, spread: Spread | 
         "ring": parts["attention"] * (1 - 1 / mesh.cp),
     }
     left = {kind: max(ms - hidden.get(kind, 0.0), 0.0) for kind, ms in sent.items()}
+    if mesh.pp > 1:
+        stages = _stages_ms(run, own, spread, device, known)
+        one_way = sent["pipeline"] / (2 * spread.micro_batches * len(mesh.stages_of_process(0)))
+        at_once, waiting = (pipeline_ms(mesh, spread.micro_batches, stages, send_ms) for send_ms in (0.0, one_way))
+        parts[IDLE] += max(at_once - compute, 0.0)
+        left["pipeline"] = waiting - at_once
     return TimeEstimate(parts, left, sent, floors)
 
 
-def _own_share(work: Work, spread: Spread) -> Work:
-    """The work of the busiest device: pp and cp divide the layers, cp the head, which one stage has whole, and the
-    shards of the state the update; its Newton-Schulz is spread over replicas too.
+def _computing(parts: dict[str, float]) -> float:
+    """Time of forward and backward passes."""
+    return sum(ms for part, ms in parts.items() if part != "optimizer")
+
+
+def _stages_of_devices(run: Run) -> list[Stages]:
+    """What the devices of a pipeline have of the model; of a mesh without one all of it."""
+    return [Stages.of(run, rank * run.mesh.size // run.mesh.pp) for rank in range(run.mesh.pp)]
+
+
+def _share(
+    own: Run, spread: Spread, device: Device, known: Efficiency, stages: Stages
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(floors, times) in ms by part of a device's work on its part of the model."""
+    again = repeated(own, stages)  # what the floors leave out
+    work = _divided(step_work(own, spread.model, stages), spread)
+    floors = {part: 1e3 * sum(piece.floor_s(device.peaks) for piece in pieces) for part, pieces in work.items()}
+    return floors, {part: floors[part] * again.get(part, 1.0) / known.parts[part] for part in known.parts}
+
+
+def _stages_ms(run: Run, own: Run, spread: Spread, device: Device, known: Efficiency) -> list[StageMs]:
+    """The passes of each stage of a pipeline."""
+    found, micro = [], spread.micro_batches
+    split = run.mesh.layers_of_stages(run.model.num_layers)
+    for stage, layers in enumerate(split):
+        part_of_model = Stages(frozenset(layers), stage == 0, stage == len(split) - 1)
+        floors, parts = _share(own, spread, device, known, part_of_model)
+        head = parts.pop("head and loss")
+        layers_ms = _computing(parts)
+        first_ms = sum(floors[part] / known.parts[part] for part in parts if part != "optimizer")
+        found.append(StageMs(first_ms / micro, (layers_ms - first_ms) / micro, head / micro))
+    return found
+
+
+def _divided(work: Work, spread: Spread) -> Work:
+    """A device's share of the work on its part of the model: cp divides it, and the shards of the state the update; its
+    Newton-Schulz is spread over replicas too.
     """
     mesh, share = spread.mesh, dict[str, Any]()
     for part, pieces in work.items():
-        layers = 1.0 if part == "head and loss" else spread.layers
         divided = []
         for piece in pieces:
             ways = float(mesh.cp)
             if part == "optimizer":
                 ways = spread.shards * (mesh.dp_replicate if piece.what == "Newton-Schulz" else 1)
-            divided.append(replace(piece, flops=piece.flops * layers / ways, bytes=piece.bytes * layers / ways))
+            divided.append(replace(piece, flops=piece.flops / ways, bytes=piece.bytes / ways))
         share[part] = divided
     return share
 
