@@ -72,9 +72,17 @@ def memory_by_kind(run: Run, device: torch.device | None = None, *, copies: bool
     copies   whether weight copies are kept; None: as `keep_weight_copies` says, with "auto" as if they fit
     returns  weights, weight_copies, gradients, optimizer_state, weight_average, activations, workspace
 
-    That moment is the end of the last forward pass, the backward pass of the first block, or the update; of several
-    phases the one that takes most counts. Nothing is allocated: model and optimizer are built without memory and asked
-    for their sizes. What torch and the driver take for themselves is left out.
+    Of the moments of `memory_moments` the one that takes most. Nothing is allocated: model and optimizer are built
+    without memory and asked for their sizes. What torch and the driver take for themselves is left out.
+    """
+    return max(memory_moments(run, device, copies=copies), key=lambda kinds: sum(kinds.values()))
+
+
+def memory_moments(
+    run: Run, device: torch.device | None = None, *, copies: bool | None = None
+) -> list[dict[str, float]]:
+    """The same at each moment that may be the fullest: of every phase the end of a step's last forward pass, the
+    backward pass of the first block, and the update.
     """
     device = pick_device(run) if device is None else device
     if copies is None:
@@ -83,7 +91,7 @@ def memory_by_kind(run: Run, device: torch.device | None = None, *, copies: bool
         model = Qwen3MoE(dataclasses.replace(run.model, attention=run.phase(0).attention))
     model.keep_activations(activation_plan(run))
     optimizer: Optimizer | None = None
-    worst: dict[str, float] = {}
+    moments: list[dict[str, float]] = []
     stages = run.stages()
     for index in range(max(len(run.phases), 1)):
         begin = run.phases[index - 1].until_step if index else 0
@@ -96,9 +104,8 @@ def memory_by_kind(run: Run, device: torch.device | None = None, *, copies: bool
                 optimizer = Optimizer(run.optim, names, roles, run.steps)
             optimizer.set_phase(names, roles, trainable=phase.trainable, lr_scales=phase.lr_scales)
         stage = next((stage for stage in stages if begin < stage.until_step), stages[-1])
-        for moment in _moments(run, model, optimizer, stage, device, copies):
-            worst = max(worst, moment, key=lambda kinds: sum(kinds.values()))
-    return worst
+        moments += _moments(run, model, optimizer, stage, device, copies)
+    return moments
 
 
 def _moments(

@@ -6,7 +6,7 @@ import torch
 
 from pithwood.estimate.devices import Device
 from pithwood.estimate.spread import Spread
-from pithwood.memory import keeps_copies, memory_by_kind
+from pithwood.memory import keeps_copies, memory_moments
 from pithwood.run import DTYPES, Run
 
 STATE = ("weights", "weight_copies", "gradients", "optimizer_state", "weight_average")
@@ -19,10 +19,11 @@ def estimate_memory(run: Run, device: Device, spread: Spread | None = None) -> d
     """Bytes on one device of the run's mesh at the peak of a step, by kind; their sum is what torch will have allocated
     at most. `Run.validate` has accepted the run; spread: `Spread.of(run)`, made here if not given.
 
-    One device: `memory_by_kind`. On a mesh cp divides the tokens and pp the layers, of whose activations the first
-    stage keeps those of several micro-batches; the fullest stage counts, with the embedding or the head beside its
-    layers. Passes in pairs without a pipeline (mesh.overlap) keep about two layers more than those of a micro-batch:
-    one begins as the other ends. dp_shard x cp divide the state, experts by ep and then by what is left of the two.
+    One device: `memory_by_kind`. On a mesh, at the moment that is the fullest there, cp divides the tokens and pp the
+    layers, of whose activations the first stage keeps those of several micro-batches; the fullest stage counts, with
+    the embedding or the head beside its layers. Passes in pairs without a pipeline (mesh.overlap) keep about two layers
+    more than those of a micro-batch: one begins as the other ends. dp_shard x cp divide the state, experts by ep and
+    then by what is left of the two.
     Then there are
 
     gathered_weights  in the dtype of the products that take them: of the whole stage with mesh.gather=step, else of
@@ -40,9 +41,15 @@ def estimate_memory(run: Run, device: Device, spread: Spread | None = None) -> d
     share = spread.params / spread.shards / whole
     # where weights are divided their pieces have copies, which are gathered
     copies = spread.shards == 1 and keeps_copies(own, cuda, device.memory_bytes / share)
-    kinds = memory_by_kind(own, cuda, copies=copies)
-    if mesh.size == 1:
-        return kinds
+    moments = memory_moments(own, cuda, copies=copies)
+    if mesh.size > 1:
+        moments = [_on_mesh(run, spread, kinds, share, whole) for kinds in moments]
+    return max(moments, key=lambda kinds: sum(kinds.values()))
+
+
+def _on_mesh(run: Run, spread: Spread, kinds: dict[str, float], share: float, whole: float) -> dict[str, float]:
+    """One device's kinds at a moment, divided: `share` of the state, of `whole` parameters."""
+    mesh = run.mesh
     held = {"activations": spread.in_flight * spread.layers}
     divided = {kind: size * (share if kind in STATE else held.get(kind, 1.0)) for kind, size in kinds.items()}
     if spread.shards > 1:
@@ -53,8 +60,10 @@ def estimate_memory(run: Run, device: Device, spread: Spread | None = None) -> d
         if mesh.gather == "step":
             # what no product takes, the embedding above all, is gathered as it is
             divided["gathered_weights"] += (4 - size) * (1 - products) * whole / mesh.pp
-        # of experts that no other process shares the gradient is made where it stays
-        divided["gradients"] = 4.0 * (spread.pieces + (spread.gathered if mesh.reduce == "step" else spread.two_blocks))
+        if kinds["gradients"]:
+            # of experts that no other process shares the gradient is made where it stays
+            kept = spread.gathered if mesh.reduce == "step" else spread.two_blocks
+            divided["gradients"] = 4.0 * (spread.pieces + kept)
     if mesh.ep > 1:
         divided["exchange"] = _exchange_bytes(run, spread)
     if mesh.cp > 1:

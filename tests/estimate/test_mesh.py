@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -103,10 +104,25 @@ def test_rows_from_other_processes_take_memory_while_their_layers_wait_for_the_b
 
 
 def test_context_ranks_divide_the_activations_of_a_sequence():
-    words = ("seq_len=131072", "samples_per_step=1", "samples_per_micro_batch=1")
+    words = ("seq_len=131072", "samples_per_step=2", "samples_per_micro_batch=1")
     one, four = memory(run_of(*words)), memory(run_of(*words, "mesh.cp=4"))
     assert four["activations"] == pytest.approx(one["activations"] / 4, rel=0.05)
     assert four["weights"] == pytest.approx(one["weights"] / 4)
+
+
+def test_the_fullest_moment_is_that_of_the_mesh_and_not_of_one_device():
+    words = ("seq_len=262144", "samples_per_step=1", "samples_per_micro_batch=1", "mesh.cp=2")
+
+    def kept(blocks: int) -> dict[str, float]:
+        return memory(run_of(*words, f"recompute={','.join(['selective'] * blocks + ['block'] * (8 - blocks))}"))
+
+    # with little kept that is the first block's backward pass, when all gradients are there; with much the end of the
+    # only forward pass, when none is
+    assert kept(1)["gradients"] > 0 == kept(7)["gradients"]
+    peaks = [sum(kept(blocks).values()) for blocks in range(1, 8)]
+    steps = [more - less for less, more in pairwise(peaks)]
+    assert min(steps) >= 0
+    assert steps[-1] == pytest.approx(steps[-2])
 
 
 def test_a_pipeline_stage_holds_its_layers_and_an_end_of_the_model():
