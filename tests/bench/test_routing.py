@@ -43,6 +43,7 @@ def test_a_folder_of_a_package_is_one_document(tmp_path: Path, monkeypatch):
         next(PackageFolders(max_bytes=1).documents())
 
 
+@pytest.mark.slow
 def test_it_trains_measures_every_layer_and_saves_one(tmp_path: Path):
     words = ["bench/routing.py", "--minutes", "0.001", "--samples", "2", "--layer", "1"]
     folders = ["--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]

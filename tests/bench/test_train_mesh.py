@@ -44,6 +44,7 @@ def alone_and_together(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]
     return alone, {"stdout": done.stdout, "stderr": done.stderr}, two
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_row_of_all_that_they_do(alone_and_together):
     alone, printed, folder = alone_and_together
     row = json.loads(printed["stdout"])["row"]
@@ -56,6 +57,7 @@ def test_two_processes_make_one_row_of_all_that_they_do(alone_and_together):
     assert json.loads((folder / "train.json").read_text())["rows"] == [row]
 
 
+@pytest.mark.slow
 def test_a_breakdown_of_several_processes_adds_up_and_shares_the_floors(alone_and_together):
     found = json.loads(alone_and_together[1]["stdout"])["row"]["breakdown"]
     assert sum(found["ms"].values()) == pytest.approx(found["total_ms"])
@@ -65,6 +67,7 @@ def test_a_breakdown_of_several_processes_adds_up_and_shares_the_floors(alone_an
     assert found["floor_ms"] == pytest.approx({part: ms / 2 for part, ms in floors.items()})
 
 
+@pytest.mark.slow
 def test_a_breakdown_of_a_pipeline_has_each_process_beside_the_floors_of_its_own_stage(tmp_path):
     words = ["bench", "train", "debug", *SMALL, "mesh.pp=2", "model.num_layers=3", "mesh.layers_per_stage=2,1"]
     done = together(*words, *STEPS, "--breakdown", "--out", str(tmp_path))
@@ -82,6 +85,7 @@ def test_a_breakdown_of_a_pipeline_has_each_process_beside_the_floors_of_its_own
     assert f"shown is rank {found['rank']}; ms that each computes: rank 0 {computed[0]:,.1f} (floor" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_profile_of_several_processes_says_whose_it_is():
     done = together("profile", "debug", *SMALL, "mesh.pp=2", "--steps", "4", "--json")
     assert done.returncode == 0, done.stderr
@@ -98,6 +102,7 @@ def test_a_line_tells_of_sixteen_processes_at_most():
     assert line.endswith("rank 15 1.0, 4 more")
 
 
+@pytest.mark.slow
 def test_the_first_of_several_processes_tells_alone(alone_and_together):
     _, printed, folder = alone_and_together
     assert len(printed["stdout"].splitlines()) == 1

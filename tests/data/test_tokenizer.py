@@ -43,6 +43,7 @@ def test_tokens_spell_the_text_byte_for_byte(tokenizer, text):
     assert END_OF_TEXT_ID not in ids
 
 
+@pytest.mark.slow
 def test_bytes_are_exact_over_the_standard_library():
     documents = [item for item in StdlibSource().documents() if isinstance(item, Document)]
     trained = train_tokenizer((document.text for document in documents[::40]), 512)

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+import pytest
 import torch
 
 from pithwood.finish import finish_alone
@@ -14,6 +15,7 @@ from tests.parallel.test_run_faults import launch, run_folder
 from tests.trained import Trained
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_ends_with_samples_and_the_picture_of_chosen_blocks(tmp_path):
     done = launch(tmp_path, settings=["steps=4"])
     assert done.code == 0, done.err
