@@ -115,9 +115,11 @@ def test_three_steps_are_those_of_one_process(name, attention, balance, update):
         assert not result["unlike"]
         assert result["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
         for log, expected in zip(result["logs"], wanted["logs"], strict=True):
-            # statistics of blocks are means over the processes, whatever each one's number of queries
+            # statistics of blocks are means over the processes, whatever each one's number of queries; where those of a
+            # document are divided between many, each one's spread over fewer blocks
             loose = {key: value for key, value in expected.items() if key.startswith("block_")}
-            assert {key: log[key] for key in loose} == pytest.approx(loose, rel=0.05, nan_ok=True)
+            far = 0.15 if cfg.cp > 2 and cfg.context in ("gather", "ring") else 0.05
+            assert {key: log[key] for key in loose} == pytest.approx(loose, rel=far, nan_ok=True)
             assert {key: log[key] for key in expected if key not in loose} == pytest.approx(
                 {key: value for key, value in expected.items() if key not in loose}, rel=2e-5
             )
