@@ -164,7 +164,8 @@ def slurm_script(args: argparse.Namespace, run: Run, groups: list[str]) -> str:
             f"for attempt in $(seq 0 {args.max_restarts}); do",
             "  export MASTER_PORT=$((20000 + (SLURM_JOB_ID + attempt) % 20000))",
             "  code=0",
-            f"  srun --kill-on-bad-exit=1 --wait=60 {command} || code=$?",
+            # since Slurm 22.05 steps do not take --cpus-per-task over from the job
+            f"  srun --cpus-per-task={args.cpus_per_gpu} --kill-on-bad-exit=1 --wait=60 {command} || code=$?",
             "  case $code in",
             "    0) exit 0 ;;",
             "    2) exit 2 ;;  # bad input stays bad",

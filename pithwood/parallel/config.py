@@ -95,7 +95,7 @@ class MeshConfig:
         if (self.dp_shard * self.cp) % self.ep:
             raise ValueError(
                 f"mesh.ep={self.ep} must divide mesh.dp_shard x mesh.cp = {self.dp_shard * self.cp}: experts are "
-                f"divided between the processes of those two; try mesh.dp_shard={self.ep}"
+                f"divided between the processes of those two; lower mesh.ep, or try mesh.dp_shard={self.ep}"
             )
         if self.stages_per_process < 2:
             raise ValueError(f"mesh.stages_per_process={self.stages_per_process} must be at least 2; or schedule=1f1b")
@@ -108,7 +108,7 @@ class MeshConfig:
             if self.ep == 1:
                 raise ValueError(
                     "mesh.overlap=pairs hides the exchange of tokens with their experts, and mesh.ep=1 has none; "
-                    "set mesh.overlap=none"
+                    "set mesh.overlap=none, or divide the experts, for instance mesh.dp_shard=2 mesh.ep=2"
                 )
         if self.layers_per_stage:
             if len(self.layers_per_stage) != self.num_stages:
@@ -133,14 +133,15 @@ class MeshConfig:
         """Raise ValueError in the words of the configuration if a run of these sizes does not fit the mesh."""
         stages, data = self.num_stages, self.data_size
         if stages > num_layers:
+            other = "" if self.schedule == "1f1b" else " or choose schedule=1f1b, which makes one stage per process"
             raise ValueError(
                 f"mesh.pp={self.pp} with schedule={self.schedule} makes {stages} stages, but the model has "
-                f"{num_layers} layers; lower mesh.pp or choose schedule=1f1b"
+                f"{num_layers} layers; lower mesh.pp{other}"
             )
         if self.layers_per_stage and sum(self.layers_per_stage) != num_layers:
             raise ValueError(
                 f"mesh.layers_per_stage={list(self.layers_per_stage)} adds up to {sum(self.layers_per_stage)}, but the "
-                f"model has {num_layers} layers"
+                f"model has {num_layers} layers; give {stages} numbers that add up to {num_layers}"
             )
         if num_experts % self.ep:
             raise ValueError(f"mesh.ep={self.ep} must divide model.moe.num_experts={num_experts}")
@@ -153,7 +154,7 @@ class MeshConfig:
         if (samples_per_micro_batch // data * seq_len) % self.cp:
             raise ValueError(
                 f"mesh.cp={self.cp} must divide the {samples_per_micro_batch // data * seq_len} tokens that a process "
-                "would otherwise hold of a micro-batch"
+                "would otherwise hold of a micro-batch; lower mesh.cp, or choose a seq_len that it divides"
             )
         if self.context == "heads" and num_kv_heads % self.cp:
             raise ValueError(

@@ -253,7 +253,7 @@ def check_world(cfg: MeshConfig, size: int) -> None:
         raise ValueError(
             f"the mesh has {cfg.size} processes (pp={cfg.pp} x dp_replicate={cfg.dp_replicate} x "
             f"dp_shard={cfg.dp_shard} x cp={cfg.cp}), but {size} were started; start {cfg.size}, for instance with "
-            f"torchrun --nproc-per-node {cfg.size}, or change mesh.dp_replicate"
+            f"torchrun --nproc-per-node {cfg.size}, or change the sizes so that they multiply to {size}"
         )
 
 
