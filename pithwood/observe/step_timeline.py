@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from pithwood.errors import naming
@@ -33,7 +34,9 @@ _COLOURS = {
 }
 _HIDDEN, _EXPOSED, _INK = "#c3c8d0", "#d1495b", "#1f2937"
 ZOOM = 1 / 20
-"""Share of the step that the lower panel shows, from its middle on."""
+"""Share of the step that the lower panel shows, from the first exchange after its middle on."""
+TITLE_WIDTH = 150
+"""Characters of a line of the title."""
 FINEST = 4000
 """A gap between kernels of one part under this part of the step is not told apart."""
 
@@ -108,14 +111,15 @@ def plot_timelines(timelines: Sequence[Timeline], path: Path, title: str) -> Non
     fig = Figure(figsize=(13.0, 2 * lane + 2.9), layout="constrained", dpi=130)
     whole, part = fig.subplots(2, 1)
     length = max(timeline.length_ms for timeline in timelines)
-    fig.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK, fontweight="bold")
-    for ax, begin, end in ((whole, 0.0, length), (part, length / 2, length * (0.5 + ZOOM))):
+    begin, end = _window(timelines, length)
+    fig.suptitle(fill(title, TITLE_WIDTH), x=0.01, ha="left", fontsize=10, color=_INK, fontweight="bold")
+    for ax, limits in ((whole, (0.0, length)), (part, (begin, end))):
         _draw_lanes(ax, timelines)
-        ax.set_xlim(begin, end)
+        ax.set_xlim(*limits)
     whole.set_title(f"one step: {length:,.0f} ms (profiled)", loc="left", fontsize=9.5)
-    part.set_title(f"{length * ZOOM:,.0f} ms of it, from the middle on", loc="left", fontsize=9.5)
+    part.set_title(f"{end - begin:,.0f} ms of it, from the first exchange after its middle on", loc="left", fontsize=9.5)
     part.set_xlabel("ms since the step began")
-    whole.axvspan(length / 2, length * (0.5 + ZOOM), color="#111827", alpha=0.08, linewidth=0)
+    whole.axvspan(begin, end, color="#111827", alpha=0.08, linewidth=0)
     there = [name for name in PARTS if any(timeline.computing.get(name) for timeline in timelines)]
     handles = [Patch(color=_COLOURS[name], label=name) for name in there]
     handles += [
@@ -128,6 +132,14 @@ def plot_timelines(timelines: Sequence[Timeline], path: Path, title: str) -> Non
     with naming(path):
         fig.savefig(temporary, format="png")
         os.replace(temporary, path)
+
+
+def _window(timelines: Sequence[Timeline], length: float) -> Interval:
+    """What the lower panel shows: computing alone, as a long head is, would say nothing of exchanges."""
+    starts = [start for timeline in timelines for start, _ in timeline.hidden + timeline.exposed if start >= length / 2]
+    begin = min(starts, default=length / 2)
+    begin = max(0.0, min(begin, length * (1 - ZOOM)))
+    return begin, begin + length * ZOOM
 
 
 def _draw_lanes(ax: Axes, timelines: Sequence[Timeline]) -> None:

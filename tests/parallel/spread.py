@@ -97,7 +97,7 @@ def steps_on(mesh: Mesh, run: Run, steps: int, update: str | None, replay: Decis
         probe: dict[str, Any] = {}
         trainer.gradients(0, here, probe)
         trainer.optimizer.zero_grad()
-        found["unlike"] = _unlike(_ids(probe), own[-1])
+        found["unlike"] = _unlike(_ids(probe), _moved(own[-1], "cpu"))
     elif mesh.world.size == 1:
         found["decisions"] = [_decisions(trainer, local) for local in here]
     ledger = trainer.gradients(0, here, replay=own)
@@ -130,15 +130,24 @@ def _decisions(trainer: Trainer, local: Local) -> dict[str, Any]:
 
 
 def _ids(probe: dict[str, Any]) -> dict[str, Any]:
-    """The ids among what a probe collected; counts follow from them."""
-    return {name: value for name, value in probe.items() if name.endswith((".experts", ".blocks"))}
+    """The ids among what a probe collected, on the host; counts follow from them."""
+    return _moved({name: value for name, value in probe.items() if name.endswith((".experts", ".blocks"))}, "cpu")
+
+
+def _moved(decisions: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    def moved(value: Any) -> Any:
+        if isinstance(value, Selection):
+            return dataclasses.replace(value, ids=value.ids.to(device), count=value.count.to(device))
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return {name: moved(value) for name, value in decisions.items()}
 
 
 def _own(decisions: dict[str, Any], local: Local, mesh: Mesh, run: Run) -> dict[str, Any]:
     """One process's decisions about a micro-batch, as a process of the mesh replays them."""
     total = run.samples_per_micro_batch * run.seq_len
     count = total // mesh.data.size
-    mine = decisions_of_rows(decisions, mesh.data.rank * count, count, total)
+    mine = decisions_of_rows(_moved(decisions, mesh.device), mesh.data.rank * count, count, total)
     return mine if local.cp is None else decisions_in_context(mine, local.cp, run.model.num_kv_heads)
 
 
