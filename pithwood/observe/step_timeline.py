@@ -117,7 +117,8 @@ def plot_timelines(timelines: Sequence[Timeline], path: Path, title: str) -> Non
         _draw_lanes(ax, timelines)
         ax.set_xlim(*limits)
     whole.set_title(f"one step: {length:,.0f} ms (profiled)", loc="left", fontsize=9.5)
-    part.set_title(f"{end - begin:,.0f} ms of it, from the first exchange after its middle on", loc="left", fontsize=9.5)
+    shown = f"{end - begin:,.0f} ms of it, from the first exchange after its middle on"
+    part.set_title(shown, loc="left", fontsize=9.5)
     part.set_xlabel("ms since the step began")
     whole.axvspan(begin, end, color="#111827", alpha=0.08, linewidth=0)
     there = [name for name in PARTS if any(timeline.computing.get(name) for timeline in timelines)]

@@ -25,8 +25,9 @@ TWO = [name for name, cfg in MESHES.items() if cfg.size == 2]
 DEVICE = "cuda"
 MOBA = MoBAConfig(block_size=64, top_k=2)
 GRADIENT, LOSS, LOG, WEIGHT = 3e-2, 1e-3, 2e-2, 1e-1
-"""Relative errors: of raw gradients and the loss, with one GPU's decisions replayed; of what three steps log, and of the
-last weights, where rounding chooses some experts and blocks otherwise (most in convolutions of keys, which are small)."""
+"""Relative errors: of raw gradients and the loss, with one GPU's decisions replayed; of what three steps log, and of
+the last weights, where rounding chooses some experts and blocks otherwise (most in key convolutions, which are small).
+"""
 
 
 def run_of(attention: str, balance: str, **changes: Any) -> Run:
