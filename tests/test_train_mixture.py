@@ -61,6 +61,7 @@ def fail_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(Trainer, "train_step", failing)
 
 
+@pytest.mark.slow
 def test_a_mixture_with_a_curriculum_resumes_with_the_same_digits(tmp_path, monkeypatch):
     run = dataclasses.replace(small_mixture(tmp_path), checkpoint_every=1)
     whole = train(run, runs_dir=tmp_path / "a", console=False)

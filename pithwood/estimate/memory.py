@@ -28,7 +28,8 @@ def estimate_memory(run: Run, device: Device, spread: Spread | None = None) -> d
 
     gathered_weights  in the dtype of the products that take them: of the whole stage with mesh.gather=step, else of
                       two blocks for each pass
-    gradients         fp32: of the device's pieces, and with mesh.reduce=step of the whole stage, else of two blocks
+    gradients         fp32: with mesh.reduce=step of the whole stage, whose place pieces take in the last backward pass,
+                      else of the device's pieces, of two blocks, and of embedding and head
     exchange          with ep: rows that came from other devices, of every layer whose activations are kept, and those
                       on their way
     sequence          with cp: keys and values of other devices, gathered by every layer whose activations are kept;
@@ -43,12 +44,17 @@ def estimate_memory(run: Run, device: Device, spread: Spread | None = None) -> d
     copies = spread.shards == 1 and keeps_copies(own, cuda, device.memory_bytes / share)
     moments = memory_moments(own, cuda, copies=copies)
     if mesh.size > 1:
-        moments = [_on_mesh(run, spread, kinds, share, whole) for kinds in moments]
+        parts = ("forward", "backward", "update")
+        moments = [
+            _on_mesh(run, spread, kinds, parts[index % len(parts)], share, whole) for index, kinds in enumerate(moments)
+        ]
     return max(moments, key=lambda kinds: sum(kinds.values()))
 
 
-def _on_mesh(run: Run, spread: Spread, kinds: dict[str, float], share: float, whole: float) -> dict[str, float]:
-    """One device's kinds at a moment, divided: `share` of the state, of `whole` parameters."""
+def _on_mesh(
+    run: Run, spread: Spread, kinds: dict[str, float], part: str, share: float, whole: float
+) -> dict[str, float]:
+    """One device's kinds at a moment in a `part` of the step, divided: `share` of the state, of `whole` parameters."""
     mesh = run.mesh
     held = {"activations": spread.in_flight * spread.layers}
     divided = {kind: size * (share if kind in STATE else held.get(kind, 1.0)) for kind, size in kinds.items()}
@@ -61,14 +67,23 @@ def _on_mesh(run: Run, spread: Spread, kinds: dict[str, float], share: float, wh
             # what no product takes, the embedding above all, is gathered as it is
             divided["gathered_weights"] += (4 - size) * (1 - products) * whole / mesh.pp
         if kinds["gradients"]:
-            # of experts that no other process shares the gradient is made where it stays
-            kept = spread.gathered if mesh.reduce == "step" else spread.two_blocks
-            divided["gradients"] = 4.0 * (spread.pieces + kept)
+            divided["gradients"] = 4.0 * _gradient_elements(spread, part)
     if mesh.ep > 1:
         divided["exchange"] = _exchange_bytes(run, spread)
     if mesh.cp > 1:
         divided["sequence"] = _sequence_bytes(run, spread)
     return divided
+
+
+def _gradient_elements(spread: Spread, part: str) -> float:
+    """Of whole gradients and of pieces: with mesh.reduce=step a block's piece takes its whole gradient's place in the
+    last backward pass; those of embedding and head stay. Of experts that no other process shares the gradient is
+    made where it stays."""
+    if part == "update":
+        return spread.pieces
+    if spread.mesh.reduce == "micro_batch" or part == "backward":
+        return spread.pieces + spread.two_blocks + spread.ends
+    return spread.pieces - spread.shared_pieces + spread.gathered
 
 
 def _sequence_bytes(run: Run, spread: Spread) -> float:

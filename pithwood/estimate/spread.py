@@ -87,6 +87,16 @@ class Spread:
         return self.dense + (self.experts / self.mesh.ep if self.shards > self.mesh.ep else 0.0)
 
     @property
+    def shared_pieces(self) -> float:
+        """Of the parameters that the process keeps, those whose whole it gathers."""
+        return (self.dense + (self.experts if self.shards > self.mesh.ep else 0.0)) / self.shards
+
+    @property
+    def ends(self) -> float:
+        """Parameters of embedding, final norm and head that it gathers, where blocks are of one size."""
+        return max(self.dense - self.block_dense * self.layers * self.model.cfg.num_layers, 0.0)
+
+    @property
     def two_blocks(self) -> float:
         """The same of the two largest blocks: one at work, one on its way."""
         return self._of_blocks(2)

@@ -138,6 +138,7 @@ def commit(root: Path, message: str) -> str:
     ).stdout.strip()
 
 
+@pytest.mark.slow
 def test_commits_are_compared_with_the_present_code(tmp_path):
     root = tmp_path / "repository"
     shutil.copytree(ROOT / "pithwood", root / "pithwood", ignore=shutil.ignore_patterns("__pycache__"))

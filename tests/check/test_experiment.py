@@ -51,6 +51,7 @@ def lines(trained: tuple[Path, dict[str, str]], variant: str, baseline: str, min
     return report(run_gates(comparison.gates())).splitlines()
 
 
+@pytest.mark.slow
 def test_comparable_runs_pass_with_the_difference_and_its_interval(trained):
     runs_dir, names = trained
     comparison = Comparison([names["moba0"], names["moba1"]], [names["dense1"], names["dense0"]], runs_dir)

@@ -84,7 +84,9 @@ def test_sequences_of_different_lengths_decode_together(name):
         assert_close(actual[n], expected[n], 1e-5, f"sequence {n}")
 
 
-@pytest.mark.parametrize("decode", [pytest.param(decode, marks=KERNEL_MARKS) for decode in ("moba", "full")])
+@pytest.mark.parametrize(
+    "decode", [pytest.param("moba", marks=[*KERNEL_MARKS, pytest.mark.slow]), pytest.param("full", marks=KERNEL_MARKS)]
+)
 def test_decode_by_kernel_where_the_cache_holds_the_keys_equals_decode_by_plain_torch(decode):
     model = TinyModel([MoBAConfig(block_size=16, top_k=2), FullAttentionConfig(), MoBAConfig(block_size=17, top_k=2)])
     sequences = tokens(45, 9, 34)

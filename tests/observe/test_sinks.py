@@ -129,6 +129,7 @@ def test_tensorboard_continues_a_resumed_run_without_a_second_take(tmp_path: Pat
     assert [step for step, _ in tensorboard_points(tmp_path, "validation/loss")] == [6]
 
 
+@pytest.mark.slow
 def test_wandb_offline_continues_a_resumed_run_over_the_same_steps(tmp_path: Path):
     def log_of() -> EventLog:
         # W&B names a sitting's folder by the second
@@ -158,6 +159,7 @@ print(json.dumps([[row["step"], row["train/loss"]] for row in rows if "train/los
 """
 
 
+@pytest.mark.slow
 def test_trackio_continues_a_resumed_run_in_its_local_store(tmp_path: Path):
     # In a process of its own: trackio reads where its store lies when it is imported.
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}

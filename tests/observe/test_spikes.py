@@ -163,6 +163,7 @@ def test_measuring_changes_no_digit_and_can_be_turned_off(tmp_path: Path):
     assert not of_kind(Path(summary["run_dir"]), "spike")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_tells_the_same_spikes_as_an_unbroken_one(tmp_path: Path, monkeypatch):
     run = poisoned_run(tmp_path)
     whole = Path(train(run, runs_dir=tmp_path / "whole", console=False)["run_dir"])

@@ -66,7 +66,8 @@ def test_queries_that_take_fewer_units_than_they_could(dtype):
 
 
 @SMALL_TILES
-@pytest.mark.parametrize("tile_units", [8, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tile_units", [8, 16])
 def test_ranks_in_tiles_and_by_counters(monkeypatch, tile_units):
     monkeypatch.setattr(lists_triton, "TILE_BLOCK", BLOCK)
     monkeypatch.setattr(lists_triton, "TILE_UNITS", tile_units)  # documents below have more, and fewer

@@ -40,7 +40,7 @@ def _to_device(inputs, selection):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lengths", [SELF, CROSS], ids=["self", "cross"])
-@pytest.mark.parametrize("block", [16, 33, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("block", [33, *(pytest.param(size, marks=pytest.mark.slow) for size in (16, 150))])
 def test_moba_selections_with_and_without_the_own_block(deterministic, causal, lengths, block):
     inputs = make_inputs(*lengths, heads=4, kv_heads=2, causal=causal)
     for forced in ("own", "none"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.pages.blocks import ROOT, Block, blocks_of, complaint, documents, is_tried, make_checkout, script, try_block
 
 PAGES = documents()
+FIRST_READ = ("README.md", "docs/getting-started.md")
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
@@ -31,7 +33,12 @@ def run_page(name: str, folder: Path, slow: bool) -> None:
             try_block(block, folder, environment)
 
 
-@pytest.mark.parametrize("name", tried(slow=False))
+def first_read(name: str) -> Any:
+    """The pages that a new user follows run in every test run, the others where there is more time."""
+    return name if name in FIRST_READ else pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [first_read(name) for name in tried(slow=False)])
 def test_the_blocks_of_a_page_run_in_a_fresh_checkout(name, tmp_path):
     run_page(name, tmp_path, slow=False)
 

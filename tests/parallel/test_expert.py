@@ -201,7 +201,10 @@ def exchanges(mesh: Mesh, run: Run) -> int:
     return sum(event.name == "c10d::alltoall_base_" for event in profile.events())
 
 
-@pytest.mark.parametrize(("recompute", "each"), [("none", 8), ("block", 12), ("selective", 8)])
+@pytest.mark.parametrize(
+    ("recompute", "each"),
+    [("block", 12), *(pytest.param(kind, 8, marks=pytest.mark.slow) for kind in ("none", "selective"))],
+)
 def test_a_recomputed_block_sends_its_tokens_once_more_and_no_results_back(recompute: str, each: int) -> None:
     cfg = MeshConfig(dp_shard=2, ep=2, exchange="exact")
     # sizes, ids, weights and tokens there, results back; gradients of weights, tokens and results: of three layers in
