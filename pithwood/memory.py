@@ -75,14 +75,15 @@ def memory_by_kind(run: Run, device: torch.device | None = None, *, copies: bool
     Of the moments of `memory_moments` the one that takes most. Nothing is allocated: model and optimizer are built
     without memory and asked for their sizes. What torch and the driver take for themselves is left out.
     """
-    return max(memory_moments(run, device, copies=copies), key=lambda kinds: sum(kinds.values()))
+    moments = memory_moments(run, device, copies=copies)
+    return max((kinds for _, kinds in moments), key=lambda kinds: sum(kinds.values()))
 
 
 def memory_moments(
     run: Run, device: torch.device | None = None, *, copies: bool | None = None
-) -> list[dict[str, float]]:
-    """The same at each moment that may be the fullest: of every phase the end of a step's last forward pass, the
-    backward pass of the first block, and the update.
+) -> list[tuple[str, dict[str, float]]]:
+    """The same at each moment that may be the fullest, with the part of the step: of every phase the end of a step's
+    last `forward` pass, the `backward` pass of the first block, and the `update`.
     """
     device = pick_device(run) if device is None else device
     if copies is None:
@@ -91,7 +92,7 @@ def memory_moments(
         model = Qwen3MoE(dataclasses.replace(run.model, attention=run.phase(0).attention))
     model.keep_activations(activation_plan(run))
     optimizer: Optimizer | None = None
-    moments: list[dict[str, float]] = []
+    moments: list[tuple[str, dict[str, float]]] = []
     stages = run.stages()
     for index in range(max(len(run.phases), 1)):
         begin = run.phases[index - 1].until_step if index else 0
@@ -110,7 +111,7 @@ def memory_moments(
 
 def _moments(
     run: Run, model: Qwen3MoE, optimizer: Optimizer, stage: Stage, device: torch.device, copies: bool
-) -> list[dict[str, float]]:
+) -> list[tuple[str, dict[str, float]]]:
     """What is on the device at the end of a step's last forward pass, in the backward pass of its first block, which
     comes last, and during its update.
     """
@@ -135,24 +136,33 @@ def _moments(
     # head's is among its workspace
     alone = run.samples_per_micro_batch == run.samples_per_step
     return [
-        {
-            **resident,
-            "gradients": 0.0 if alone else gradients,
-            "activations": whole.saved_bytes * share,
-            "workspace": whole.workspace_bytes * share,
-        },
-        {
-            **resident,
-            "gradients": gradients,
-            "activations": first.saved_bytes * share,
-            "workspace": first.workspace_bytes * share,
-        },
-        {
-            **resident,
-            "gradients": gradients,
-            "activations": 0.0,
-            "workspace": _update_bytes(run, list(optimizer.plans.values()), device),
-        },
+        (
+            "forward",
+            {
+                **resident,
+                "gradients": 0.0 if alone else gradients,
+                "activations": whole.saved_bytes * share,
+                "workspace": whole.workspace_bytes * share,
+            },
+        ),
+        (
+            "backward",
+            {
+                **resident,
+                "gradients": gradients,
+                "activations": first.saved_bytes * share,
+                "workspace": first.workspace_bytes * share,
+            },
+        ),
+        (
+            "update",
+            {
+                **resident,
+                "gradients": gradients,
+                "activations": 0.0,
+                "workspace": _update_bytes(run, list(optimizer.plans.values()), device),
+            },
+        ),
     ]
 
 

@@ -207,7 +207,6 @@ def test_weights_of_a_phase_that_cannot_be_are_refused(tmp_path, weights, messag
         dataclasses.replace(small_mixture(tmp_path), phases=(Phase(100, weights=weights),)).validate()
 
 
-@pytest.mark.quick
 def test_a_run_from_before_a_setting_existed_is_resumed_in_its_folder(tmp_path):
     run = dataclasses.replace(small_run(tmp_path / "text"), phases=(Phase(4), Phase(8, trainable=("*norm*",))))
     train(dataclasses.replace(run, steps=4), runs_dir=tmp_path / "a", console=False)

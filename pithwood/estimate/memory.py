@@ -43,12 +43,8 @@ def estimate_memory(run: Run, device: Device, spread: Spread | None = None) -> d
     # where weights are divided their pieces have copies, which are gathered
     copies = spread.shards == 1 and keeps_copies(own, cuda, device.memory_bytes / share)
     moments = memory_moments(own, cuda, copies=copies)
-    if mesh.size > 1:
-        parts = ("forward", "backward", "update")
-        moments = [
-            _on_mesh(run, spread, kinds, parts[index % len(parts)], share, whole) for index, kinds in enumerate(moments)
-        ]
-    return max(moments, key=lambda kinds: sum(kinds.values()))
+    divided = [_on_mesh(run, spread, kinds, part, share, whole) if mesh.size > 1 else kinds for part, kinds in moments]
+    return max(divided, key=lambda kinds: sum(kinds.values()))
 
 
 def _on_mesh(

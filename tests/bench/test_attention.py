@@ -95,7 +95,6 @@ def test_correct_implementations_pass_their_check(name, pass_):
     assert {"o", "dq", "dk", "dv"} & set(errors) == ({"o"} if pass_ == "fwd" else {"o", "dq", "dk", "dv"})
 
 
-@pytest.mark.quick
 def test_an_implementation_that_is_wrong_gets_no_numbers(monkeypatch):
     def leaky(q, k, v, packing, **options):
         return moba(q, k, v, packing, **options).roll(1, 0)
@@ -117,7 +116,6 @@ def test_not_a_number_is_an_infinite_error():
     assert relative_error(torch.ones(2), torch.ones(2)) == 0.0
 
 
-@pytest.mark.quick
 def test_an_error_in_one_implementation_leaves_the_others_their_rows(monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("no such\nkernel")
@@ -132,7 +130,6 @@ def test_an_error_in_one_implementation_leaves_the_others_their_rows(monkeypatch
         assert (found["pithwood"], found["sdpa"]) == (status, "ok")
 
 
-@pytest.mark.quick
 def test_rows_that_the_budget_does_not_hold_are_reported_as_skipped():
     bench = Bench(
         CPU, Options(("pithwood",), budget_s=30.0), lambda line: None, lambda shape: random_inputs(shape, CPU)
@@ -248,7 +245,6 @@ def test_rows_stand_beside_the_fastest_dense_attention_of_the_same_shape():
     assert not any("over_dense" in row for row in attention.beside_dense(only_moba))
 
 
-@pytest.mark.quick
 def test_cheap_shapes_come_first_and_every_row_is_saved(monkeypatch):
     saved: list[int] = []
     cases = grid({"length": [96, 32], "heads": [2], "head_dim": [16], "dtype": ["fp32"], "blocks": [(16, 2)]})
@@ -371,7 +367,6 @@ def test_bad_options_give_one_clear_line(words, message, capsys, monkeypatch):
     assert message in err
 
 
-@pytest.mark.quick
 def test_a_grid_is_measured_shape_by_shape_with_moba_first():
     cases = grid({"length": [64], "heads": [2], "head_dim": [16], "dtype": ["fp32"], "blocks": [(16, 2), (32, 1)]})
     bench = Bench(CPU, Options(("pithwood", "sdpa")), lambda line: None, lambda shape: random_inputs(shape, CPU))

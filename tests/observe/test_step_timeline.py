@@ -6,7 +6,7 @@ import matplotlib.image
 import pytest
 
 from pithwood.observe.step_parts import EXCHANGE
-from pithwood.observe.step_timeline import Timeline, merged, outside, plot_timelines
+from pithwood.observe.step_timeline import ZOOM, Timeline, _window, merged, outside, plot_timelines
 
 pytestmark = pytest.mark.quick
 
@@ -58,3 +58,13 @@ def test_every_process_is_drawn(tmp_path):
         assert pictures[-1].std() > 0.05
     assert pictures[1].shape[0] > pictures[0].shape[0]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("exchanges", "begin"),
+    [([(10.0, 12.0), (60.0, 61.0), (80.0, 90.0)], 60.0), ([(10.0, 12.0)], 50.0), ([], 50.0), ([(99.0, 99.5)], 95.0)],
+    ids=["the first after the middle", "none there", "none", "at the very end"],
+)
+def test_the_lower_panel_begins_with_an_exchange_and_ends_within_the_step(exchanges, begin):
+    timelines = [Timeline(100.0, {}, [], []), Timeline(100.0, {}, exchanges[:1], exchanges[1:])]
+    assert _window(timelines, 100.0) == pytest.approx((begin, begin + 100 * ZOOM))

@@ -33,12 +33,14 @@ def run_page(name: str, folder: Path, slow: bool) -> None:
             try_block(block, folder, environment)
 
 
-def first_read(name: str) -> Any:
-    """The pages that a new user follows run in every test run, the others where there is more time."""
-    return name if name in FIRST_READ else pytest.param(name, marks=pytest.mark.slow)
+def without_the_long_ones() -> list[Any]:
+    """The pages that a new user follows run in every test run. Others have more time, and run once there: with their
+    long blocks if they have such."""
+    later = [name for name in tried(slow=False) if name not in FIRST_READ and name not in tried(slow=True)]
+    return [*FIRST_READ, *(pytest.param(name, marks=pytest.mark.slow) for name in later)]
 
 
-@pytest.mark.parametrize("name", [first_read(name) for name in tried(slow=False)])
+@pytest.mark.parametrize("name", without_the_long_ones())
 def test_the_blocks_of_a_page_run_in_a_fresh_checkout(name, tmp_path):
     run_page(name, tmp_path, slow=False)
 
