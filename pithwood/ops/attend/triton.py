@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from pithwood.ops.attend.backward_hopper import _keys_hopper_kernel, hopper_tiles
+from pithwood.ops.attend.backward_hopper_apart import _keys_apart_kernel, hopper_apart_tiles
 from pithwood.ops.attend.backward_triton import (
     _cast_dq_kernel,
     _delta_kernel,
@@ -46,6 +47,8 @@ LOG2_E = 1.4426950408889634
 PAIR_KEYS = 150
 """Keys that a query can sweep over in the time that a pair of a query and a unit costs key-major besides its products:
 for its place in a list, and for a partial result that is written and read. It says up to where queries are early."""
+APART_DIM = 64
+"""Head dim up to which the Hopper backward's multiplying warpgroups have registers enough to go at their own pace."""
 HOPPER_KEYS = 128
 """Keys per program of the Hopper backward kernel; smaller blocks go to the other kernel."""
 
@@ -479,13 +482,26 @@ class _Call:
         items = build_items(lists, plan, chunk, most, at_least_one=True)
         hot_X, hot_list, dk_hot, dv_hot = self._hot_lists(lists, chunk, most, dim, v.shape[2])
         dq_rows = 0 if deterministic else num_queries
-        dq32 = torch.zeros(heads, dq_rows, dim, dtype=torch.float32, device=q.device)
+        # The last of these zeros count the work items that programs have taken.
+        dq32 = torch.zeros(heads * dq_rows * dim + 4, dtype=torch.float32, device=q.device)
         shape = self.constants(ratio)
         strides = (
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), do.stride(0), do.stride(1)
         )  # fmt: skip
         grad_strides = (dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1))
-        if hopper:
+        if hopper and dim == APART_DIM and _aligned(k) and _aligned(v):
+            options = hopper_apart_tiles()
+            num_items = items.bound * parts
+            programs = min(num_items, torch.cuda.get_device_properties(q.device).multi_processor_count)
+            _keys_apart_kernel[(programs,)](
+                q, k, v, do, lse, delta, dq32, dk, dv, dk_hot, dv_hot, lists.entry_P, lists.start_X, lists.count_X,
+                hot_X, items.list_I, items.chunk_I, dq32[-4:].view(torch.int32), plan.key_start_U, plan.key_count_U,
+                plan.query_start_U, plan.query_low_U, plan.query_high_U, *strides, *grad_strides, lse.stride(0),
+                num_queries, num_items, plan.num_units, self.scale, self.scale * LOG2_E, K=dim, RATIO=ratio,
+                SLOTS=self.slots, BLOCK=plan.block_size, CHUNK=chunk, KEYS=keys, PARTS=parts,
+                OWN_TILES=triton.cdiv(plan.block_size, options["ROWS"]), **options,
+            )  # fmt: skip
+        elif hopper:
             options = hopper_tiles(dim)
             _keys_hopper_kernel[(items.bound * parts,)](
                 q, k, v, do, lse, delta, dq32, dk, dv, dk_hot, dv_hot, lists.entry_P, lists.start_X, lists.count_X,
