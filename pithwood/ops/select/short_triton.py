@@ -39,13 +39,17 @@ class Schedule(NamedTuple):
     heads: int
     """Query heads that a program takes in turn."""
     warps: int
+    ahead: bool = True
+    """Whether the next head's queries are read while this one's blocks are sought."""
+    registers: int | None = None
+    """Most registers of a thread; None: as many as the compiler likes."""
 
 
 MOST_UNITS = 32
 """Blocks of a document: a row's choice is a word of 32 bits."""
 MOST_CHOSEN = 16
 SHORT = Schedule(tile=64, heads=4, warps=4)
-SHORT_FP32 = Schedule(tile=64, heads=1, warps=4)
+SHORT_FP32 = Schedule(tile=64, heads=1, warps=4, ahead=False)
 DIM_CHUNK_FP32 = 32
 """fp32 operands are multiplied on the CUDA cores, which hold a whole row of a chunk in registers."""
 
@@ -113,11 +117,12 @@ def run_short(
     short_kernel[(row_tiles * triton.cdiv(heads, a_program),)](
         q_THK, s_UGK, ids_THk, count_TH, cu_q, cu_k,
         block_offsets(cu_k, block_size) if unit_start_N is None else unit_start_N,
-        num_docs, block_size, *q_THK.stride(), *s_UGK.stride(),
+        num_docs, *q_THK.stride(), *s_UGK.stride(),
         HEADS=heads, RATIO=heads // s_UGK.shape[1], HEADS_A_PROGRAM=a_program, TOP_K=top_k,
         PADDED_K=triton.next_power_of_2(top_k), LATER=tie == "later", CENTERED=mean_dtype == "centered",
-        IN_FP32=in_fp32, DIM=dim, PADDED_DIM=padded_dim, DIM_CHUNK=min(padded_dim, DIM_CHUNK_FP32),
+        BLOCK=block_size, AHEAD=schedule.ahead and not in_fp32, IN_FP32=in_fp32, DIM=dim, PADDED_DIM=padded_dim, DIM_CHUNK=min(padded_dim, DIM_CHUNK_FP32),
         TILE=schedule.tile, UNITS=16 if bound <= 16 else MOST_UNITS, num_warps=schedule.warps,
+        maxnreg=schedule.registers,
     )  # fmt: skip
     return ids_THk, count_TH
 
@@ -135,10 +140,10 @@ def _in_fp32(q_THK: Tensor, mean_dtype: str) -> bool:
 @triton.jit
 def short_kernel(
     q_ptr, means_ptr, ids_ptr, count_ptr, cu_q_ptr, cu_k_ptr, offsets_ptr,
-    num_docs, block_size, stride_qt, stride_qh, stride_qk, stride_mu, stride_mg, stride_mk,
+    num_docs, stride_qt, stride_qh, stride_qk, stride_mu, stride_mg, stride_mk,
     HEADS: tl.constexpr, RATIO: tl.constexpr, HEADS_A_PROGRAM: tl.constexpr, TOP_K: tl.constexpr,
     PADDED_K: tl.constexpr, LATER: tl.constexpr, CENTERED: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    IN_FP32: tl.constexpr, DIM_CHUNK: tl.constexpr, TILE: tl.constexpr, UNITS: tl.constexpr,
+    BLOCK: tl.constexpr, AHEAD: tl.constexpr, IN_FP32: tl.constexpr, DIM_CHUNK: tl.constexpr, TILE: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """ids and counts of TILE queries and HEADS_A_PROGRAM heads; causal, the own block chosen, the best TOP_K - 1 past
     ones of at most UNITS - 1."""
@@ -154,24 +159,26 @@ def short_kernel(
     if first >= q_length:
         return
     shift = tl.load(cu_k_ptr + doc + 1) - tl.load(cu_k_ptr + doc) - q_length
-    row = tl.minimum(first + tl.arange(0, TILE), q_length - 1)
-    own = _own_block(row + shift, block_size)
-    last_own = _own_block(tl.minimum(first + TILE, q_length) - 1 + shift, block_size)
+    local = tl.minimum(tl.arange(0, TILE), q_length - 1 - first)
+    real = tl.arange(0, TILE) < q_length - first
+    position = first + shift + local
+    own = tl.where(position >= 0, position // BLOCK, -1)
+    last = tl.minimum(first + TILE, q_length) - 1 + shift
+    last_own = tl.where(last >= 0, last // BLOCK, -1)
     unit = tl.arange(0, UNITS)
-    candidate = unit[None, :] < own[:, None]
+    candidate = ((unit + 1) * BLOCK)[None, :] <= position[:, None]
 
-    real = first + tl.arange(0, TILE) < q_length
-    t = (q_begin + row).to(tl.int64)
     # Rows that have nothing to choose from are not read, nor are blocks that no row may choose.
-    q_at = q_ptr + t[:, None] * stride_qt
-    q_real = (real & (own > 0))[:, None]
+    t0 = tl.cast(q_begin + first, tl.int64)
+    q_at = q_ptr + t0 * stride_qt + (local * stride_qt)[:, None]
+    q_real = (real & (position >= BLOCK))[:, None]
     center_at = means_ptr + tl.load(offsets_ptr + doc).to(tl.int64) * stride_mu
-    mean_at = center_at + unit.to(tl.int64)[None, :] * stride_mu
+    mean_at = center_at + (unit * stride_mu)[None, :]
     dim = tl.arange(0, PADDED_DIM)
     slot = tl.arange(0, PADDED_K)
-    ids_at = ids_ptr + t[:, None] * (HEADS * TOP_K) + slot[None, :]
-    count_at = count_ptr + t * HEADS
-    if TOP_K > 1 and not IN_FP32:
+    ids_at = ids_ptr + t0 * (HEADS * TOP_K) + (local * (HEADS * TOP_K))[:, None] + slot[None, :]
+    count_at = count_ptr + t0 * HEADS + local * HEADS
+    if TOP_K > 1 and AHEAD:
         q = _load_queries(q_at, head0, q_real, dim, stride_qh, stride_qk, DIM)
         mean, center = _load_means(
             mean_at, center_at, head0 // RATIO, unit, last_own, dim, stride_mg, stride_mk, CENTERED, DIM
@@ -179,7 +186,7 @@ def short_kernel(
     for head in range(head0, end):
         chosen = tl.zeros([TILE], tl.int32)
         if TOP_K > 1:
-            if not IN_FP32:
+            if AHEAD:
                 score = tl.dot(q, _less(mean, center, CENTERED).to(q.dtype))
                 # What the next head needs is under way while this one's blocks are sought.
                 q = _load_queries(q_at, head + 1, q_real & (head + 1 < end), dim, stride_qh, stride_qk, DIM)
@@ -187,6 +194,12 @@ def short_kernel(
                 mean, center = _load_means(
                     mean_at, center_at, (head + 1) // RATIO, unit, bound, dim, stride_mg, stride_mk, CENTERED, DIM
                 )
+            elif not IN_FP32:
+                q = _load_queries(q_at, head, q_real, dim, stride_qh, stride_qk, DIM)
+                mean, center = _load_means(
+                    mean_at, center_at, head // RATIO, unit, last_own, dim, stride_mg, stride_mk, CENTERED, DIM
+                )
+                score = tl.dot(q, _less(mean, center, CENTERED).to(q.dtype))
             else:
                 score = tl.zeros([TILE, UNITS], tl.float32)
                 for chunk in range(0, PADDED_DIM, DIM_CHUNK):
@@ -208,14 +221,9 @@ def short_kernel(
 
 
 @triton.jit
-def _own_block(position, block_size):
-    return tl.where(position >= 0, position // block_size, -1)
-
-
-@triton.jit
 def _load_queries(at, head, real, dim, stride_h, stride_k, DIM: tl.constexpr):
     """[TILE, dims]"""
-    at = at + tl.cast(head, tl.int64) * stride_h + dim.to(tl.int64)[None, :] * stride_k
+    at = at + tl.cast(head, tl.int64) * stride_h + (dim * stride_k)[None, :]
     return tl.load(at, mask=real & (dim < DIM)[None, :], other=0.0)
 
 
@@ -225,7 +233,7 @@ def _load_means(
 ):
     """[dims, UNITS] means of the units below num_units, and [dims] what `_less` takes from them."""
     inside = dim < DIM
-    to = tl.cast(kv_head, tl.int64) * stride_g + dim.to(tl.int64) * stride_k
+    to = tl.cast(kv_head, tl.int64) * stride_g + dim * stride_k
     mean = tl.load(at + to[:, None], mask=inside[:, None] & (unit < num_units)[None, :], other=0.0)
     if CENTERED:
         return mean, tl.load(center_at + to, mask=inside & (num_units > 0), other=0.0)
