@@ -84,22 +84,17 @@ def select(
     by_kernel = impl == "triton" or (impl is None and not misfit and q_THK.is_cuda)
     if by_kernel:
         from pithwood.ops.select.few_triton import decodes_few, select_few
+        from pithwood.ops.select.short_triton import select_short, selects_short
 
-        plain = packing.causal and own and route_per == "q_head" and not packing.self_attention
-        if plain and decodes_few(packing, q_THK.shape[1], s_UGK.shape[0], top_k, block_size):
-            ids_TSk, count_TS = select_few(
-                q_THK,
-                s_UGK,
-                unit_start_N,
-                packing.cu_q,
-                packing.cu_k,
-                packing.max_q,
-                packing.max_k,
-                top_k,
-                block_size,
-                tie,
-                mean_dtype,
-            )
+        plain = packing.causal and own and route_per == "q_head"
+        cu_q, cu_k, max_q, max_k = packing.cu_q, packing.cu_k, packing.max_q, packing.max_k
+        arguments = (max_k, top_k, block_size, tie, mean_dtype)
+        decodes = plain and not packing.self_attention
+        if decodes and decodes_few(packing, q_THK.shape[1], s_UGK.shape[0], top_k, block_size):
+            ids_TSk, count_TS = select_few(q_THK, s_UGK, unit_start_N, cu_q, cu_k, max_q, *arguments)
+            return Selection(ids_TSk, count_TS, block_size, 1, own)
+        if plain and selects_short(packing, s_UGK.shape[0], top_k, block_size):
+            ids_TSk, count_TS = select_short(q_THK, s_UGK, unit_start_N, cu_q, cu_k, *arguments)
             return Selection(ids_TSk, count_TS, block_size, 1, own)
     if unit_start_N is not None:
         s_UGK = packed_summary(s_UGK, packing, block_size, unit_start_N)
