@@ -162,13 +162,23 @@ def _bounds_kernel(
 @triton.jit
 def _items_kernel(
     count_X, end_item_X, key_count_U, item_list, item_chunk, first_item_X, num_lists, num_units,
-    CHUNK: tl.constexpr, AT_LEAST_ONE: tl.constexpr, LISTS: tl.constexpr,
+    CHUNK: tl.constexpr, AT_LEAST_ONE: tl.constexpr, LONGEST_FIRST: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
-    """Cut every list into chunks of CHUNK rows and write one work item for each, and the first item of every list."""
+    """Cut every list into chunks of CHUNK rows and write one work item for each, and the first item of every list.
+    LONGEST_FIRST: of LISTS neighbouring lists."""
     x = tl.program_id(0) * LISTS + tl.arange(0, LISTS)
     real = x < num_lists
     chunks = _num_chunks(count_X, key_count_U, x, real, num_units, CHUNK, AT_LEAST_ONE)
     first = tl.load(end_item_X + x, mask=real, other=0) - chunks
+    if LONGEST_FIRST:
+        # The shorter, the later; lists past the last one come last.
+        count = tl.load(count_X + x, mask=real, other=-1)
+        key = tl.sort((count.to(tl.int64) << 32) | tl.arange(0, LISTS).to(tl.int64), descending=True)
+        x = tl.program_id(0) * LISTS + (key & 0xFFFFFFFF).to(tl.int32)
+        real = x < num_lists
+        start = tl.min(tl.where(tl.arange(0, LISTS) == 0, first, 0x7FFFFFFFFFFFFFFF), 0)
+        chunks = _num_chunks(count_X, key_count_U, x, real, num_units, CHUNK, AT_LEAST_ONE)
+        first = start + tl.cumsum(chunks, 0) - chunks
     tl.store(first_item_X + x, first, mask=real)
     most = tl.max(chunks, 0)
     chunk = 0
@@ -301,9 +311,12 @@ class Items:
     bound: int
 
 
-def build_items(lists: Lists, plan: BlockPlan, chunk: int, most: int, at_least_one: bool) -> Items:
+def build_items(
+    lists: Lists, plan: BlockPlan, chunk: int, most: int, at_least_one: bool, longest_first: bool = False
+) -> Items:
     """One item per `chunk` rows of every list, in the order of lists; at_least_one: also for empty lists of units that
-    hold keys. `most`: entries that the lists can have in all."""
+    hold keys. `most`: entries that the lists can have in all. longest_first: of LISTS neighbouring lists, so that the
+    last ones to be taken are short."""
     num_lists = lists.count_X.shape[0]
     bound = most // chunk + num_lists
     device = lists.count_X.device
@@ -316,6 +329,7 @@ def build_items(lists: Lists, plan: BlockPlan, chunk: int, most: int, at_least_o
     chunk_I = torch.empty(bound, dtype=torch.int32, device=device)
     first_X = torch.empty_like(end_item_X)
     _items_kernel[grid](
-        lists.count_X, end_item_X, plan.key_count_U, list_I, chunk_I, first_X, num_lists, plan.num_units, **options
-    )
+        lists.count_X, end_item_X, plan.key_count_U, list_I, chunk_I, first_X, num_lists, plan.num_units,
+        LONGEST_FIRST=longest_first, **options,
+    )  # fmt: skip
     return Items(list_I, chunk_I, first_X, bound)

@@ -479,7 +479,7 @@ class _Call:
         keys = HOPPER_KEYS if hopper else tiles.keys
         parts = triton.cdiv(plan.block_size, keys)
         chunk = WHOLE_LISTS if deterministic else backward_chunk(parts)
-        items = build_items(lists, plan, chunk, most, at_least_one=True)
+        items = build_items(lists, plan, chunk, most, at_least_one=True, longest_first=True)
         hot_X, hot_list, dk_hot, dv_hot = self._hot_lists(lists, chunk, most, dim, v.shape[2])
         dq_rows = 0 if deterministic else num_queries
         # The last of these zeros count the work items that programs have taken.
