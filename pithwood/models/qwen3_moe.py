@@ -210,11 +210,16 @@ class Block(nn.Module):
         return Routed(residual_TD, ffn_in_TD, ids_Tk, weight_Tk, carry)
 
     def experts(
-        self, rows_RD: Tensor, offsets_E: Tensor, weight_R: Tensor, source: tuple[Tensor, RowPlan] | None = None
+        self,
+        rows_RD: Tensor,
+        offsets_E: Tensor,
+        weight_R: Tensor,
+        source: tuple[Tensor, RowPlan] | None = None,
+        unread: bool = False,
     ) -> Tensor:
         """Routed experts over rows grouped by expert, each row times its weight; see `GroupedExperts.forward`."""
         assert isinstance(self.mlp, MoELayer)
-        return self.mlp.experts(rows_RD, offsets_E, weight_R, source)
+        return self.mlp.experts(rows_RD, offsets_E, weight_R, source, unread)
 
     def merge(self, routed: Routed, out_TD: Tensor | None) -> Tensor:
         """The block's output: out_TD (None in a dense layer), which is the residual plus the routed rows as combine

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pithwood.attention.base import LayerContext
 from pithwood.losses import LossLedger
+from pithwood.ops.permute import RowPlan
 
 
 class CompiledStages:
@@ -74,8 +75,18 @@ class BoundStages:
     def attend_and_route(self, x_TD: Tensor, ctx: LayerContext) -> Any:
         return self.stages.attend_and_route(self.block, x_TD, ctx)
 
-    def experts(self, *args: Any) -> Tensor:
-        return self.stages.experts(self.block, *args)
+    def experts(
+        self,
+        rows_RD: Tensor,
+        offsets_E: Tensor,
+        weight_R: Tensor,
+        source: tuple[Tensor, RowPlan] | None = None,
+        unread: bool = False,
+    ) -> Tensor:
+        """As `Block.experts`. A unit computes the value in any case: told that nobody reads it, another one would be
+        compiled.
+        """
+        return self.stages.experts(self.block, rows_RD, offsets_E, weight_R, source)
 
     def merge(self, *args: Any) -> Tensor:
         return self.stages.merge(self.block, *args)

@@ -36,9 +36,14 @@ def dispatch_tokens(x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, num_experts
     weight_Tk   [T, k] fp32
     raises      ValueError if the shapes do not fit
     """
+    return planned_rows(x_TD, weight_Tk, plan_tokens(x_TD, ids_Tk, num_experts))
+
+
+def plan_tokens(x_TD: Tensor, ids_Tk: Tensor, num_experts: int) -> RowPlan:
+    """The plan of `dispatch_tokens`."""
     if ids_Tk.dim() != 2 or ids_Tk.shape[0] != x_TD.shape[0]:
         raise ValueError(f"expert ids {tuple(ids_Tk.shape)} must be [tokens, top_k] for {x_TD.shape[0]} tokens")
-    return planned_rows(x_TD, weight_Tk, plan_rows(ids_Tk, num_experts))
+    return plan_rows(ids_Tk, num_experts)
 
 
 def planned_rows(x_TD: Tensor, weight_Tk: Tensor, plan: RowPlan) -> Dispatched:
@@ -46,13 +51,14 @@ def planned_rows(x_TD: Tensor, weight_Tk: Tensor, plan: RowPlan) -> Dispatched:
     return Dispatched(gather_rows(x_TD, plan), row_weights(weight_Tk, plan), plan)
 
 
-def combine_tokens(rows_RD: Tensor, plan: RowPlan, residual_TD: Tensor | None = None) -> Tensor:
+def combine_tokens(rows_RD: Tensor, plan: RowPlan, residual_TD: Tensor | None = None, unread: bool = False) -> Tensor:
     """Sum of each token's rows in slot order, in fp32 (fp64 for fp64), plus the residual; rounded once.
 
     rows_RD       [R, D] any float, as the experts gave them, weights applied; rows of pairs without an expert are not
                   read, even if NaN
     residual_TD   [T, D] same dtype, or None
+    unread        nobody reads the value: the rows are not read either
     returns       [T, D] in the dtype of rows_RD; the residual, or zero, for a token without experts
     raises        ValueError if the rows do not belong to the dispatch
     """
-    return sum_rows(rows_RD, plan, residual_TD)
+    return sum_rows(rows_RD, plan, residual_TD, unread=unread)

@@ -16,6 +16,7 @@ from pithwood.ops.linear import linear
 from pithwood.ops.master import add_gradient, in_dtype
 from pithwood.ops.permute import RowPlan, gather_rows
 from pithwood.ops.swiglu import swiglu, swiglu_backward
+from pithwood.ops.unread import unread_like
 
 
 class GroupedExperts(nn.Module):
@@ -27,7 +28,12 @@ class GroupedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, model_dim, expert_dim))
 
     def forward(
-        self, rows_RD: Tensor, offsets: Tensor, weight_R: Tensor, source: tuple[Tensor, RowPlan] | None = None
+        self,
+        rows_RD: Tensor,
+        offsets: Tensor,
+        weight_R: Tensor,
+        source: tuple[Tensor, RowPlan] | None = None,
+        unread: bool = False,
     ) -> Tensor:
         """down(weight * silu(gate(x)) * up(x)) with each row's own expert.
 
@@ -36,6 +42,8 @@ class GroupedExperts(nn.Module):
         weight_R   [R] fp32, the router's weight of each row
         source     (x_TD, plan) that the rows were gathered from: the backward pass gathers them again, and they need
                    not be kept; None keeps them
+        unread     nobody reads the value, its graph alone is wanted: gate and up are computed, the rest is left out and
+                   zeros come; a compiled call computes it in any case
         returns    [R, D]; rows from offsets[-1] on are unspecified
 
         Kept for the backward pass are gate_up [R, 2F], the weights and the rows or their source. Gradients of the
@@ -46,7 +54,7 @@ class GroupedExperts(nn.Module):
             return grouped_mm(swiglu(gate_up_RF, weight_R, offsets), self.down_proj.to(rows_RD.dtype), offsets)
         x_TD, plan = (None, None) if source is None else source
         x_TD = None if x_TD is None else x_TD.detach()
-        return _Experts.apply(rows_RD, weight_R, self.gate_up_proj, self.down_proj, offsets, x_TD, plan)
+        return _Experts.apply(rows_RD, weight_R, self.gate_up_proj, self.down_proj, offsets, x_TD, plan, unread)
 
     def optimizer_shapes(self) -> dict[str, tuple[int, int, int] | None]:
         """Muon's view: each expert's gate, up and down projection is a matrix of its own."""
@@ -72,12 +80,15 @@ class _Experts(torch.autograd.Function):
         offsets: Tensor,
         x_TD: Tensor | None,
         plan: RowPlan | None,
+        unread: bool,
     ) -> Tensor:
         gate_up_RF = grouped_mm(rows_RD, in_dtype(gate_up, rows_RD.dtype), offsets)
         ctx.plan = plan
         # Not saved as tensors are: recomputation hands those back as others, without their copies and gradients.
         ctx.weights = gate_up, down
         ctx.save_for_backward(rows_RD if plan is None else x_TD, weight_R, offsets, gate_up_RF)
+        if unread:
+            return unread_like(rows_RD, *rows_RD.shape)
         hidden_RF = swiglu(gate_up_RF, weight_R, offsets)
         return grouped_mm(hidden_RF, in_dtype(down, rows_RD.dtype), offsets)
 
@@ -98,7 +109,7 @@ class _Experts(torch.autograd.Function):
             grad_gate_up = _weight_gradient(gate_up, grad_gate_up_RF, kept, ctx.plan, offsets)
         if needs_rows:
             grad_rows_RD = grouped_mm(grad_gate_up_RF, in_dtype(gate_up, dtype).transpose(1, 2), offsets)
-        return grad_rows_RD, grad_weight_R, grad_gate_up, grad_down, None, None, None
+        return grad_rows_RD, grad_weight_R, grad_gate_up, grad_down, None, None, None, None
 
 
 def _weight_gradient(
@@ -113,12 +124,12 @@ def _weight_gradient(
         rows_RD = kept if plan is None else gather_rows(kept, plan)
         return grouped_grad_weight(grad_RX, rows_RD, offsets, total, add=add)
 
-    if _accumulates(weight) and add_gradient(weight, product):
+    if accumulates(weight) and add_gradient(weight, product):
         return None
     return product(torch.empty_like(weight), False)
 
 
-def _accumulates(weight: Tensor) -> bool:
+def accumulates(weight: Tensor) -> bool:
     """Whether the backward pass that runs adds to `weight.grad`; `torch.autograd.grad` hands gradients out instead."""
     if not (weight.is_leaf and weight.requires_grad):
         return False

@@ -11,14 +11,15 @@ Legend: T packed tokens, D model width, E experts, F expert width, k experts per
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pithwood.attention.base import Cost, LayerContext
+from pithwood.moe.chunks import in_chunks
 from pithwood.moe.config import MoEConfig
-from pithwood.moe.dispatch import combine_tokens, dispatch_tokens, planned_rows
+from pithwood.moe.dispatch import combine_tokens, plan_tokens, planned_rows
 from pithwood.moe.experts import DenseMLP, GroupedExperts
 from pithwood.moe.router import Router
 from pithwood.ops.permute import RowPlan
@@ -67,7 +68,9 @@ class MoELayer(nn.Module):
         one chunk only, in the backward pass too. `experts` stands in for the layer's own, of the same signature.
         `meanwhile` is called once, where there is an exchange while the first tokens travel. `exact` asks the exchange
         for exact sizes: outside a step nobody asks how full bounded buffers were. `unread` says that the sum's graph is
-        wanted, not its value, as in the second pass of a recomputed block: results then do not travel back.
+        wanted, not its value, as in the second pass of a recomputed block: what makes the value alone is then left out
+        (the experts' second product, the sums over experts), results do not travel back, and chunks that are computed
+        again in the backward pass are computed there only.
         """
         cfg = self.cfg
         run = self.experts if experts is None else experts
@@ -77,24 +80,28 @@ class MoELayer(nn.Module):
         if meanwhile is not None:
             meanwhile()
 
-        def part(x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, residual_TD: Tensor | None) -> Tensor:
-            rows_RD, weight_R, plan = dispatch_tokens(x_TD, ids_Tk, weight_Tk, cfg.num_experts)
-            rows_RD = run(rows_RD, plan.offsets, weight_R, None if self.save_rows else (x_TD, plan))
-            return combine_tokens(rows_RD, plan, residual_TD)
+        def part(x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, residual_TD: Tensor | None, unread: bool) -> Tensor:
+            plan = plan_tokens(x_TD, ids_Tk, cfg.num_experts)
+            return self._compute(run, plan, x_TD, weight_Tk, residual_TD, unread)
 
-        num_tokens = x_TD.shape[0]
-        if not 0 < cfg.chunk_tokens < num_tokens:
-            return part(x_TD, ids_Tk, weight_Tk, residual_TD)
-        outs = []
-        for first in range(0, num_tokens, cfg.chunk_tokens):
-            some = slice(first, first + cfg.chunk_tokens)
-            residual = None if residual_TD is None else residual_TD[some]
-            inputs = x_TD[some], ids_Tk[some], weight_Tk[some], residual
-            if cfg.chunk_recompute and torch.is_grad_enabled():
-                outs.append(checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False))
-            else:
-                outs.append(part(*inputs))
-        return torch.cat(outs)
+        if not 0 < cfg.chunk_tokens < x_TD.shape[0]:
+            return part(x_TD, ids_Tk, weight_Tk, residual_TD, unread)
+        given, weights = (x_TD, ids_Tk, weight_Tk), tuple(self.experts.parameters())
+        return in_chunks(part, cfg.chunk_tokens, given, residual_TD, weights, again=cfg.chunk_recompute, unread=unread)
+
+    def _compute(
+        self,
+        run: Callable[..., Tensor],
+        plan: RowPlan,
+        x_TD: Tensor,
+        weight_Tk: Tensor,
+        residual_TD: Tensor | None,
+        unread: bool,
+    ) -> Tensor:
+        """[T, D]: tokens to their rows, experts, combine; of tokens that may have come from other processes."""
+        rows_RD, weight_R, _ = planned_rows(x_TD, weight_Tk, plan)
+        rows_RD = run(rows_RD, plan.offsets, weight_R, None if self.save_rows else (x_TD, plan), unread)
+        return combine_tokens(rows_RD, plan, residual_TD, unread)
 
     def _mix_between(
         self,
@@ -115,12 +122,7 @@ class MoELayer(nn.Module):
         size = cfg.chunk_tokens or max(x_TD.shape[0], 1)
         chunks = list(zip(x_TD.split(size), ids_Tk.split(size), weight_Tk.split(size), strict=True))
         residuals = [None] * len(chunks) if residual_TD is None else residual_TD.split(size)
-        again = len(chunks) > 1 and cfg.chunk_recompute and torch.is_grad_enabled()
-
-        def compute(x_SD: Tensor, weight_Sk: Tensor, plan: RowPlan) -> Tensor:
-            rows_RD, weight_R, _ = planned_rows(x_SD, weight_Sk, plan)
-            rows_RD = run(rows_RD, plan.offsets, weight_R, None if self.save_rows else (x_SD, plan))
-            return combine_tokens(rows_RD, plan)
+        again, weights = len(chunks) > 1 and cfg.chunk_recompute, tuple(self.experts.parameters())
 
         outs: list[Tensor] = []
         coming = exchange.begin_dispatch(*chunks[0], exact)
@@ -131,11 +133,10 @@ class MoELayer(nn.Module):
             arrived = coming.wait()
             if index + 1 < len(chunks):
                 coming = exchange.begin_dispatch(*chunks[index + 1], exact)
-            inputs = arrived.x_SD, arrived.weight_Sk, arrived.plan
-            if again:
-                part_SD = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                part_SD = compute(*inputs)
+            inputs = arrived.x_SD, arrived.weight_Sk
+            compute = partial(self._compute, run, arrived.plan)
+            everyone = max(len(arrived.x_SD), 1)
+            part_SD = in_chunks(compute, everyone, inputs, None, weights, again=again, unread=unread)
             if going is not None:
                 outs.append(going.wait(residuals[index - 1]))
             going = exchange.begin_combine(part_SD, arrived.handle, unread)

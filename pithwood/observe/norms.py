@@ -26,7 +26,7 @@ class NormRecorder:
     """A ring of the last `steps` steps' norms.
 
     parameters  fp32, contiguous, on one device; their storage stays the same while this recorder is in use
-    blocks      modules whose output, or the first part of it, is the residual stream [T, D]
+    blocks      modules called with (x_TD, LayerContext) whose output, or the first part of it, is the residual stream
     steps       R; rows are reused from the oldest on
 
     Call `before_update` between backward pass and update, `after_update` after it. `close` takes the hooks off the
@@ -49,7 +49,7 @@ class NormRecorder:
         self._ring = torch.full((steps, 3 * len(self._values) + len(self.blocks)), math.nan, device=device)
         self._step_of_row: list[int | None] = [None] * steps
         self._hooks = [
-            block.register_forward_hook(lambda module, args, out, layer=layer: self._activation(layer, out))
+            block.register_forward_hook(lambda module, args, out, layer=layer: self._activation(layer, args[1], out))
             for layer, block in enumerate(self.blocks)
         ]
 
@@ -114,9 +114,11 @@ class NormRecorder:
         for hook in self._hooks:
             hook.remove()
 
-    def _activation(self, layer: int, out: Any) -> None:
-        # validation and sampling pass through the same blocks
-        if torch.is_grad_enabled():
+    @torch.no_grad()
+    def _activation(self, layer: int, ctx: Any, out: Any) -> None:
+        # Validation and sampling pass through the same blocks, and record no losses. The first pass of a recomputed
+        # block has no graph, its second one no value.
+        if ctx.ledger is not None and not ctx.recomputing:
             x_TD = (out[0] if isinstance(out, tuple) else out).detach()
             size = torch.linalg.vector_norm(x_TD, dtype=torch.float32) / math.sqrt(max(x_TD.numel(), 1))
             torch.maximum(self._activation_L[layer], size, out=self._activation_L[layer])

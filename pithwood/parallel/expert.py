@@ -38,6 +38,7 @@ from pithwood.ops.permute import (
     plan_slots,
     sum_rows,
 )
+from pithwood.ops.unread import unread_like
 from pithwood.parallel.mesh import Group
 
 How = Literal["exact", "bounded"]
@@ -191,7 +192,7 @@ class ExpertExchange:
             handle, given_sizes=handle.out_sizes, out_sizes=handle.given_sizes, num_arrived=handle.plan.num_rows
         )
         flights = (_Flight(self.group, back, unread),)
-        return Combining(handle, flights, _Leave.apply(flights, part_SD))
+        return Combining(handle, flights, _Leave.apply(flights, part_SD), unread)
 
     def combine(self, part_SD: Tensor, handle: Route, residual_TD: Tensor | None = None) -> Tensor:
         """Both halves of the way back: [T, D], see `Combining.wait`."""
@@ -260,11 +261,13 @@ class Combining:
     flights: tuple[_Flight]
     left: Tensor
     """As of `Dispatching`."""
+    unread: bool = False
+    """Whether nobody reads what comes back."""
 
     def wait(self, residual_TD: Tensor | None = None) -> Tensor:
         """[T, D]: each token's rows from all processes added up in fp32, plus the residual; rounded once."""
         (rows_ND,) = _Land.apply(self.left, self.flights)
-        return sum_rows(rows_ND, self.route.plan, residual_TD)
+        return sum_rows(rows_ND, self.route.plan, residual_TD, unread=self.unread)
 
 
 @functools.cache
@@ -290,7 +293,7 @@ class _Flight:
     def leave(self, rows_ND: Tensor) -> None:
         self.num_given = rows_ND.shape[0]
         if self.unread:
-            self._held = rows_ND, rows_ND.new_zeros(self.route.num_arrived, *rows_ND.shape[1:])
+            self._held = rows_ND, unread_like(rows_ND, self.route.num_arrived, *rows_ND.shape[1:])
             return
         self._begin(rows_ND, self.route.num_arrived, self.route.out_sizes, self.route.given_sizes)
 

@@ -122,10 +122,11 @@ def test_what_rounds_otherwise_is_as_near_to_fp32_as_the_plain_step(monkeypatch,
         assert error <= 1.5 * allowed + 1e-3, f"{name}: {error:.2e}, plain {allowed:.2e}"
 
 
-@pytest.mark.parametrize("kind", ["block", "offload"])
+@pytest.mark.parametrize("kind", ["block", "offload", "offload and chunks"])
 def test_a_step_does_not_wait_for_the_device(monkeypatch, kind):
     monkeypatch.setattr(offload, "SMALL_BYTES", 1)
-    model = make_model(ActivationPlan(("block",) * 5, offload=kind == "offload"), copies=True)
+    cfg = replace(CFG, moe=replace(CFG.moe, chunk_tokens=1000 if "chunks" in kind else 0))
+    model = make_model(ActivationPlan(("block",) * 5, offload="offload" in kind), copies=True, cfg=cfg)
     batches, ledger = make_batches()
     # kernels compile, and pinned buffers are made, in the first step
     step(model, batches, ledger)
@@ -162,6 +163,25 @@ def test_a_second_backward_pass_through_offloaded_activations_is_refused():
     hidden.float().sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="run the forward again"):
         hidden.float().sum().backward()
+
+
+def test_chunks_within_recomputed_blocks_need_one_chunks_rows_at_a_time():
+    def peak(chunk_tokens: int) -> int:
+        cfg = replace(CFG, num_layers=2, moe=replace(CFG.moe, top_k=8, expert_dim=1024, chunk_tokens=chunk_tokens))
+        model = make_model(ActivationPlan(("block",) * 2), copies=True, cfg=cfg)
+        batch = make_batches()[0][1]
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
+        hidden = model.hidden(batch.columns["tokens"], batch.packing, dtype=torch.bfloat16)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        hidden.float().sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    # gate and up of all tokens alone, and of an eighth of them with their gradients, the hidden rows and both ends
+    whole = TOKENS * 8 * 2 * 1024 * 2
+    assert peak(0) > 2 * whole
+    assert peak(512) < whole
 
 
 def test_recomputation_and_offload_lower_the_memory_kept():

@@ -99,6 +99,14 @@ def test_gradients_losses_and_counts_are_those_of_the_plain_pass(recompute, atte
     assert_same(run_step(cfg, recompute), run_step(cfg, "none"))
 
 
+@pytest.mark.parametrize("chunks", [{}, {"chunk_recompute": False}, {"save_rows": False}])
+@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+def test_chunks_of_experts_within_blocks_change_nothing(recompute, chunks):
+    moe = dataclasses.replace(CFG.moe, chunk_tokens=40, num_shared_experts=1, **chunks)
+    plain = run_step(dataclasses.replace(CFG, moe=dataclasses.replace(CFG.moe, num_shared_experts=1)), "none")
+    assert_same(run_step(dataclasses.replace(CFG, moe=moe), recompute), plain)
+
+
 @pytest.mark.quick
 def test_carry_between_layers_keeps_its_gradient():
     cfg = dataclasses.replace(CFG, attention=(ToyRecurrenceConfig(), ToyRecurrenceConfig(), MOBA))

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pithwood.attention.base import LayerContext
+from pithwood.models.recompute import recomputed
 from pithwood.moe import MoEConfig, MoELayer
 from pithwood.ops.grouped_mm import grouped_grad_weight
 from pithwood.ops.master import keep_copies
@@ -39,29 +41,47 @@ def routed(case: str, tokens: int = 700) -> Tensor:
     return ids_Tk.cuda()
 
 
+class AsBlock(nn.Module):
+    """A layer in the form of a block."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_TD: Tensor, ctx: LayerContext) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.layer(x_TD, ctx), ctx.carry
+
+
 def run(
-    layer: MoELayer, x_TD: Tensor, ids_Tk: Tensor, pull_TD: Tensor, device: str, dtype: torch.dtype
+    layer: MoELayer,
+    x_TD: Tensor,
+    ids_Tk: Tensor,
+    pull_TD: Tensor,
+    device: str,
+    dtype: torch.dtype,
+    again: bool = False,
 ) -> list[Tensor]:
-    """Output, gradient of the input, gradients of the parameters, with ids replayed."""
+    """Output, gradient of the input, gradients of the parameters, with ids replayed; again: as a recomputed block."""
     layer = layer.to(device)
     x_TD = x_TD.detach().to(device, dtype).requires_grad_()
     ctx = context([300, len(x_TD) - 300], tokens=len(x_TD), replay={"layers.0.experts": ids_Tk.to(device)})
     ctx.packing = ctx.packing.to(device)
     layer.zero_grad()
     layer.reset_step()
-    out_TD = layer(x_TD, ctx)
+    out_TD = recomputed(AsBlock(layer), x_TD, ctx)[0] if again else layer(x_TD, ctx)
     out_TD.backward(pull_TD.to(device, dtype))
     grads = [x_TD.grad, *(p.grad for p in layer.parameters())]
     assert all(grad is not None for grad in grads)
     return [out_TD.detach(), *(grad.clone() for grad in grads if grad is not None)]
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("case", ["plain", "some_none", "few_experts", "none_at_all"])
 @pytest.mark.parametrize("fields", [{}, {"save_rows": False}, {"chunk_tokens": 256}, {"score": "sigmoid", **BALANCE}])
-def test_values_and_gradients_are_those_of_fp64_on_the_cpu(fields: dict[str, Any], case: str) -> None:
+def test_values_and_gradients_are_those_of_fp64_on_the_cpu(fields: dict[str, Any], case: str, again: bool) -> None:
     ids_Tk = routed(case)
     x_TD, pull_TD = torch.randn(700, DIM).bfloat16(), torch.randn(700, DIM).bfloat16()
-    found = run(make(**fields), x_TD, ids_Tk, pull_TD, "cuda", torch.bfloat16)
+    found = run(make(**fields), x_TD, ids_Tk, pull_TD, "cuda", torch.bfloat16, again)
     exact = make(**{**fields, "chunk_tokens": 0}).cpu().double()
     wants = run(exact, x_TD, ids_Tk, pull_TD, "cpu", torch.float64)
     for value, want in zip(found, wants, strict=True):
@@ -82,17 +102,33 @@ def test_the_router_chooses_as_fp64_but_for_near_ties() -> None:
     assert (best_left - worst).max() < 1e-6
 
 
+@pytest.mark.parametrize("chunk_tokens", [0, 256])
+def test_a_pass_that_nobody_reads_changes_no_bit_of_the_gradients(chunk_tokens: int) -> None:
+    x_TD, pull_TD, ids_Tk = torch.randn(700, DIM).bfloat16(), torch.randn(700, DIM).bfloat16(), routed("some_none")
+    passes = [
+        run(make(chunk_tokens=chunk_tokens), x_TD, ids_Tk, pull_TD, "cuda", torch.bfloat16, again)
+        for again in (False, True)
+    ]
+    assert all(torch.equal(plain, other) for plain, other in zip(*passes, strict=True))
+
+
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("fields", [{}, BALANCE, {"balance": "sequence", "balance_coef": 0.05}, {"chunk_tokens": 256}])
-def test_nothing_waits_for_the_host(fields: dict[str, Any]) -> None:
+def test_nothing_waits_for_the_host(fields: dict[str, Any], again: bool) -> None:
     layer = make(**fields)
     x_TD = torch.randn(700, DIM, device="cuda").bfloat16().requires_grad_()
     ctx = context([300, 400], tokens=700)
     ctx.packing = ctx.packing.to("cuda")
-    layer(x_TD, ctx).sum().backward()
+
+    def step() -> None:
+        out_TD = recomputed(AsBlock(layer), x_TD, ctx)[0] if again else layer(x_TD, ctx)
+        out_TD.sum().backward()
+
+    step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        layer(x_TD, ctx).sum().backward()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,10 +10,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pithwood.attention.base import LayerContext
+from pithwood.losses import LossLedger
 from pithwood.observe.norms import UPDATE_SAMPLE, NormRecorder, part_of
+from pithwood.ops.packing import Packing
 from pithwood.optim.clip import global_norm
 
 pytestmark = pytest.mark.quick
+
+TRAINING = LayerContext(Packing.from_lengths([6]), None, ledger=LossLedger({"tokens": 6.0}))
 
 
 class Block(nn.Module):
@@ -20,8 +26,8 @@ class Block(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(width, width) / width**0.5)
 
-    def forward(self, x):
-        return x @ self.weight, {}
+    def forward(self, x, ctx):
+        return x @ self.weight, ctx.carry
 
 
 class OpNames(TorchDispatchMode):
@@ -49,7 +55,7 @@ def one_step(parameters, blocks, norms, step, lr=0.1, micro_batches=1):
     for _ in range(micro_batches):
         x = torch.randn(6, width)
         for block in blocks:
-            x, _ = block(x)
+            x, _ = block(x, TRAINING)
             inputs.append(x.detach())
         (x * parameters["model.norm.weight"]).square().sum().backward()
     total = norms.before_update()
@@ -117,12 +123,13 @@ def test_parameters_without_a_gradient_count_as_zero():
     assert gradients["norm"] == pytest.approx(math.sqrt(32.0))
 
 
-def test_blocks_without_gradients_and_after_closing_are_not_measured():
+def test_passes_of_validation_second_passes_and_those_after_closing_are_not_measured():
     parameters, blocks, norms = recorder()
-    with torch.no_grad():
-        blocks[0](torch.full((2, 8), 1e6))
+    large = torch.full((2, 8), 1e6)
+    blocks[0](large, dataclasses.replace(TRAINING, ledger=None))
+    blocks[0](large, dataclasses.replace(TRAINING, recomputing=True))
     norms.close()
-    blocks[0](torch.full((2, 8), 1e6))
+    blocks[0](large, TRAINING)
     for param in parameters.values():
         param.grad = torch.zeros_like(param)
     norms.before_update()

@@ -249,6 +249,23 @@ def test_sum_adds_a_tokens_rows_and_its_gradient_copies(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", ["no_tokens", "mixed", "some_none"])
+def test_a_sum_that_nobody_reads_has_the_same_gradients_and_no_memory(impl: str, case: str) -> None:
+    plan = make_plan(case)
+    used, dim = int(plan.offsets[-1]), 40
+    rows_RD = torch.full((plan.num_rows, dim), float("nan"), device=DEVICE, requires_grad=True)
+    residual_TD = torch.full((plan.num_tokens, dim), float("nan"), device=DEVICE, requires_grad=True)
+    out_TD = sum_rows(rows_RD, plan, residual_TD, unread=True, impl=impl)
+    assert out_TD.shape == residual_TD.shape
+    assert out_TD.eq(0).all()
+    assert out_TD.untyped_storage().nbytes() == 4
+    pull_TD = torch.randn(plan.num_tokens, dim, device=DEVICE)
+    grad_RD, grad_TD = torch.autograd.grad(out_TD, [rows_RD, residual_TD], pull_TD)
+    assert torch.equal(grad_RD[:used], pull_TD[plan.token_R[:used]])
+    assert torch.equal(grad_TD, pull_TD)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_sum_is_rounded_once(impl: str) -> None:
     plan = plan_rows(torch.tensor([[0, 1, 2]], device=DEVICE), 3, impl="ref")
     rows_RD = torch.tensor([[2048.0], [1.0], [1.0]], dtype=torch.float16, device=DEVICE)

@@ -219,6 +219,39 @@ def test_chunks_overlap_and_change_nothing(how: str, fields: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("case", ["live", "nobody"])
+@pytest.mark.parametrize("fields", [{}, {"save_rows": False}, {"chunk_recompute": False}])
+def test_chunks_within_a_recomputed_block_change_nothing(how: str, case: str, fields: dict[str, Any]) -> None:
+    check_parity(TWO, case, how, again=True, chunk_tokens=5, num_shared_experts=1, **fields)
+
+
+def calls_of_experts(mesh: Mesh, again: bool) -> list[tuple[bool, bool]]:
+    """Of the experts of this process: whether in the backward pass, and whether nobody reads the value."""
+    layer = filled(MoELayer(MoEConfig(**BASE, chunk_tokens=5), DIM, ExpertExchange(mesh.ep, EXPERTS)))
+    assert isinstance(layer, MoELayer)
+    calls: list[tuple[bool, bool]] = []
+    inside, going_back = layer.experts.forward, False
+
+    def noted(*args: Any) -> Tensor:
+        calls.append((going_back, args[-1]))
+        return inside(*args)
+
+    layer.experts.forward = noted  # type: ignore[method-assign]
+    x_TD = tokens_of("live", 0)[0][mesh.rank * 16 : mesh.rank * 16 + 16].clone().requires_grad_()
+    ctx = LayerContext(Packing.from_lengths([16]), None, ledger=LossLedger({"tokens": 32.0}))
+    out_TD = recomputed(AsBlock(layer), x_TD, ctx)[0] if again else layer(x_TD, ctx)
+    going_back = True
+    out_TD.sum().backward()
+    return calls
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_experts_of_chunks_that_arrive_go_forward_once_with_their_value_and_once_without(again: bool) -> None:
+    # four chunks of 16 tokens
+    assert run_on(TWO, calls_of_experts, again) == [[(False, False)] * 4 + [(True, True)] * 4] * 2
+
+
+@pytest.mark.parametrize("how", HOWS)
 def test_balanced_routing_numbers_tokens_over_all_processes(how: str) -> None:
     # with room for what balanced ids need and no more
     check_parity(FOUR, "live", how, routing="balanced", room=1.0)

@@ -26,6 +26,7 @@ from pithwood.ops.permute.ref import (
     sum_rows_ref,
 )
 from pithwood.ops.triton_support import triton_misfit
+from pithwood.ops.unread import unread_like
 
 __all__ = [
     "RowPlan",
@@ -164,11 +165,19 @@ def gather_rows(x_TD: Tensor, plan: RowPlan, *, impl: str | None = None) -> Tens
     return _Gather.apply(x_TD, plan)
 
 
-def sum_rows(rows_RD: Tensor, plan: RowPlan, residual_TD: Tensor | None = None, *, impl: str | None = None) -> Tensor:
+def sum_rows(
+    rows_RD: Tensor,
+    plan: RowPlan,
+    residual_TD: Tensor | None = None,
+    *,
+    unread: bool = False,
+    impl: str | None = None,
+) -> Tensor:
     """Sum of each token's rows in slot order, in fp32 (fp64 for fp64), plus a residual; differentiable in both.
 
     rows_RD       [R, D] float; rows without a pair or from plan.offsets[-1] on are not read, even if NaN
     residual_TD   [T, D] same dtype, added before the one rounding
+    unread        nobody reads the value, its graph alone is wanted: zeros come, and no row is read
     impl          "ref": any dtype and device. "triton": fp32, fp16, bf16. None: "triton" where it fits on CUDA.
     returns       [T, D] in the dtype of rows_RD; the residual, or zero, for a token without experts
     raises        ValueError if the rows do not belong to the plan, or an impl does not fit
@@ -183,6 +192,8 @@ def sum_rows(rows_RD: Tensor, plan: RowPlan, residual_TD: Tensor | None = None, 
             )
         if residual_TD.dtype != rows_RD.dtype:
             raise ValueError(f"residual is {residual_TD.dtype} and rows are {rows_RD.dtype}; cast one of them")
+    if unread:
+        return _UnreadSum.apply(rows_RD, residual_TD, plan, impl)
     if _use_triton(impl, rows_RD):
         from pithwood.ops.permute import triton
 
@@ -256,6 +267,20 @@ class _Sum(torch.autograd.Function):
         needs_rows, needs_residual = ctx.needs_input_grad[:2]
         grad_RD = gather_rows_ref(grad_TD, ctx.plan.token_R) if needs_rows else None
         return grad_RD, grad_TD if needs_residual else None, None
+
+
+class _UnreadSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, residual_TD: Tensor | None, plan: RowPlan, impl: str | None) -> Tensor:  # type: ignore[override]
+        ctx.plan, ctx.impl = plan, impl
+        return unread_like(rows_RD, plan.num_tokens, rows_RD.shape[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor):  # type: ignore[override]
+        needs_rows, needs_residual = ctx.needs_input_grad[:2]
+        grad_RD = gather_rows(grad_TD, ctx.plan, impl=ctx.impl) if needs_rows else None
+        return grad_RD, grad_TD if needs_residual else None, None, None
 
 
 class _RowWeights(torch.autograd.Function):
