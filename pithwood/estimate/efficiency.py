@@ -34,6 +34,9 @@ and the SwiGLU between them. The rest is what such kernels usually reach."""
 REST_SHARE = 0.04
 """Idle time and `other` as a share of the step where nothing was measured."""
 
+OFFLOADED = "optim.offload_state=true"
+"""A row with this setting does not tell how efficient an update is: its state's way decides how long it takes."""
+
 
 @dataclass(frozen=True)
 class Efficiency:
@@ -60,6 +63,8 @@ def efficiency(rows: Sequence[Row], run: Run, where: str = "results files") -> E
         if part == "other":
             continue
         chosen = same if part == "attention" or same else known
+        if part == "optimizer":
+            chosen = [row for row in chosen if OFFLOADED not in row.get("settings", ())]
         points = [(row["seq_len"], _of(row, part)) for row in _most_alike(chosen, run)]
         parts[part] = _interpolated(points, seq_len) or default(part, attention)
     rest = _interpolated([(row["seq_len"], _rest(row)) for row in _most_alike(same or known, run)], seq_len)

@@ -27,13 +27,15 @@ from pithwood.moe.experts import DenseMLP
 from pithwood.observe.metrics import HOPPER_COPY_BYTES, HOPPER_MEASURED_FLOPS
 from pithwood.observe.step_parts import PARTS
 from pithwood.ops.packing import Packing
-from pithwood.optim.config import MuonConfig
+from pithwood.optim.config import STATE_DTYPES, MuonConfig
 from pithwood.optim.groups import MATRIX_KINDS
 from pithwood.parallel.mesh import coordinates
 from pithwood.run import DTYPES, Run
 
 TRAINING = 3.0
 """FLOPs of a matrix product and its two backward products, relative to the forward one."""
+GATE_AND_UP = 2 / 3
+"""FLOPs of an expert's first product, relative to both."""
 ATTENTION_TRAINING = 3.5
 """The same for attention, which cannot keep its scores: five products backward, two forward."""
 NEWTON_SCHULZ_PRODUCTS = (3.0, 1.0)
@@ -169,19 +171,27 @@ def step_work(run: Run, model: Qwen3MoE | None = None, stages: Stages | None = N
 def repeated(run: Run, stages: Stages | None = None) -> dict[str, float]:
     """Work of each part relative to its floor where the run's settings let the backward pass compute things again.
 
-    A block that is recomputed whole goes forward once more; so do the experts where chunks of them are. What
-    recompute=selective repeats is not counted. stages: of whose blocks; None: of all.
+    A block that is recomputed whole goes forward once more, and so do the experts where chunks of them are; where both
+    come together, once. Nobody reads the value of that pass: the experts' second product is left out, unless compiled
+    stages make it, and the sums over experts are. What recompute=selective repeats is not counted. stages: of whose
+    blocks; None: of all.
     """
     blocks = run.recompute_by_block()
     if stages is not None:
         blocks = tuple(blocks[layer] for layer in sorted(stages.layers))
     share = blocks.count("block") / len(blocks)
-    chunks = run.model.moe.chunk_tokens > 0 and run.model.moe.chunk_recompute
+    moe, stage = run.model.moe, run.stages()[0]
+    tokens = stage.samples_per_batch * stage.seq_len // (run.mesh.data_size * run.mesh.cp)
+    chunks = moe.chunk_recompute and 0 < moe.chunk_tokens < tokens
+    again = 1.0 if chunks else share
+    routed = moe.top_k * moe.expert_dim / (moe.top_k * moe.expert_dim + moe.shared_width)
+    experts = again * routed * (1.0 if run.compile else GATE_AND_UP) + share * (1 - routed)
     product = (TRAINING + share) / TRAINING
     return {
         "attention": (ATTENTION_TRAINING + share) / ATTENTION_TRAINING,
-        "experts": (TRAINING + (1.0 if chunks else share)) / TRAINING,
-        "router and dispatch": 1 + share / 2,
+        "experts": (TRAINING + experts) / TRAINING,
+        # of four passes over a token's rows, copies and sums both ways, the first is made again
+        "router and dispatch": 1 + again / 4,
         "dense": product,
     }
 
@@ -241,28 +251,52 @@ def _add_mlp(work: Work, block: Block, run: Run, tokens: int, micro: int, size: 
     work["router and dispatch"].append(Piece("sums over experts", bytes=2 * row * (cfg.top_k + 1)))
 
 
+@dataclass(frozen=True)
+class _Updated:
+    """Elements that an update changes, and the FLOPs of its Newton-Schulz."""
+
+    matrices: float
+    """Of Muon's."""
+    others: float
+    """Of AdamW's."""
+    orthogonal_flops: float
+
+    @staticmethod
+    def of(run: Run, model: Qwen3MoE, stages: Stages) -> _Updated:
+        muon, roles = run.optim if isinstance(run.optim, MuonConfig) else None, model.parameter_roles()
+        orthogonal = matrices = others = 0.0
+        for name, param in model.named_parameters():
+            if not stages.has(name):
+                continue
+            role = roles[name]
+            if muon is None or role.kind not in MATRIX_KINDS:
+                others += param.numel()
+                continue
+            rows, cols = param.shape[-2:]
+            count, rows, cols = role.matrix_shape or (param.numel() // (rows * cols), rows, cols)
+            short, long = min(rows, cols), max(rows, cols)
+            square, cube = NEWTON_SCHULZ_PRODUCTS
+            orthogonal += muon.ns_steps * count * (square * short * short * long + cube * short**3)
+            matrices += param.numel()
+        return _Updated(matrices, others, orthogonal)
+
+
+def state_bytes(run: Run, model: Qwen3MoE, stages: Stages) -> float:
+    """Bytes of the optimizer state of the stages' parameters: momentum, and AdamW's two moments."""
+    updated = _Updated.of(run, model, stages)
+    moments = updated.others * 2 * STATE_DTYPES[run.optim.adam_state_dtype].itemsize
+    if not isinstance(run.optim, MuonConfig):
+        return moments
+    return moments + updated.matrices * STATE_DTYPES[run.optim.momentum_dtype].itemsize
+
+
 def _update(run: Run, model: Qwen3MoE, size: int, stages: Stages) -> list[Piece]:
     """Norm and update of every parameter that trains."""
-    muon, roles = run.optim if isinstance(run.optim, MuonConfig) else None, model.parameter_roles()
-    orthogonal = matrices = others = 0.0
-    for name, param in model.named_parameters():
-        if not stages.has(name):
-            continue
-        role = roles[name]
-        if muon is None or role.kind not in MATRIX_KINDS:
-            others += param.numel()
-            continue
-        rows, cols = param.shape[-2:]
-        count, rows, cols = role.matrix_shape or (param.numel() // (rows * cols), rows, cols)
-        short, long = min(rows, cols), max(rows, cols)
-        square, cube = NEWTON_SCHULZ_PRODUCTS
-        orthogonal += muon.ns_steps * count * (square * short * short * long + cube * short**3)
-        matrices += param.numel()
-    kept = size if size < 4 else 0
-    pieces = [Piece("gradient norm", bytes=4.0 * (matrices + others))]
-    if muon is not None:
+    updated, kept = _Updated.of(run, model, stages), size if size < 4 else 0
+    pieces = [Piece("gradient norm", bytes=4.0 * (updated.matrices + updated.others))]
+    if isinstance(run.optim, MuonConfig):
         # weight and momentum read and written, gradient read, a narrow copy of the weight written
-        pieces.append(Piece("momentum and weights", bytes=matrices * (20.0 + kept)))
-        pieces.append(Piece("Newton-Schulz", flops=orthogonal))
-    pieces.append(Piece("AdamW", bytes=others * (28.0 + kept)))
+        pieces.append(Piece("momentum and weights", bytes=updated.matrices * (20.0 + kept)))
+        pieces.append(Piece("Newton-Schulz", flops=updated.orthogonal_flops))
+    pieces.append(Piece("AdamW", bytes=updated.others * (28.0 + kept)))
     return pieces

@@ -56,6 +56,14 @@ def test_what_a_row_computed_twice_does_not_count_as_waste():
     assert found.parts["experts"] == pytest.approx(0.6)
 
 
+def test_updates_that_wait_for_their_state_do_not_count():
+    waits = {**row(2**20, share=0.1), "settings": ["optim.offload_state=true", "recompute=block"]}
+    found = efficiency([row(4096, share=0.6), waits], run_of(2**20)).parts
+    assert found["optimizer"] == pytest.approx(0.6)
+    assert found["dense"] == pytest.approx(0.1)
+    assert efficiency([waits], run_of(2**20)).parts["optimizer"] == DEFAULTS["optimizer"]
+
+
 def test_a_device_without_results_has_no_rows(tmp_path):
     assert read_rows(tmp_path, "nvidia-h200") == ([], "bench/results/nvidia-h200/train.json")
 

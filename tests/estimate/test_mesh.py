@@ -266,6 +266,22 @@ def test_a_pipeline_waits_for_its_first_and_last_micro_batch():
     assert two.communication["pipeline"] > 0
 
 
+def test_state_on_the_host_bounds_an_update_by_its_way_there_and_back():
+    on_host = "optim.offload_state=true"
+    plain, away = time(run_of()), time(run_of(on_host))
+    state = 4 * (PARAMS["experts"] + 8 * (2 * 2048 * 4096 + 2 * 2048 * 512)) + 8 * (
+        ENDS + 8 * (2 * 128 + 2 * 2048 + 128 * 2048)
+    )
+    assert away.parts["optimizer"] == pytest.approx(1e3 * 2 * state / 62e9)
+    assert away.parts["optimizer"] > plain.parts["optimizer"]
+    assert {**away.parts, "optimizer": 0, IDLE: 0} == {**plain.parts, "optimizer": 0, IDLE: 0}
+    shared = time(run_of(on_host, "mesh.dp_shard=8", "mesh.ep=8", "samples_per_micro_batch=16"))
+    assert shared.parts["optimizer"] == pytest.approx(away.parts["optimizer"] / 8)
+    fast = dataclasses.replace(H200, host_bytes_per_s=1e15)
+    unbound = estimate_time(run_of(on_host), fast, efficiency([], run_of()))
+    assert unbound.parts["optimizer"] == plain.parts["optimizer"]
+
+
 def test_slower_memory_and_fewer_flops_take_longer():
     slow = dataclasses.replace(H200, peaks=DEVICES["h100"].peaks)
     run, known = run_of(), efficiency([], run_of())

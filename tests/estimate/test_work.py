@@ -15,7 +15,9 @@ from pithwood.estimate.work import (
     Stages,
     attention_op,
     floors_ms,
+    meta_model,
     repeated,
+    state_bytes,
     step_flops,
     step_work,
 )
@@ -66,6 +68,18 @@ def test_newton_schulz_takes_the_symmetric_half_of_two_products():
     assert traffic(adamw, "optimizer") > 32 * 8e8
 
 
+def test_the_state_of_an_update_is_momentum_and_two_moments():
+    run = run_of("model.num_layers=1")
+    matrices = 3 * 128 * 768 * 2048 + 2 * 2048 * 4096 + 2 * 512 * 2048
+    others = 2 * 151_936 * 2048 + 128 * 2048 + 3 * 2048 + 2 * 128
+    everything = Stages(frozenset([0]), True, True)
+    assert state_bytes(run, meta_model(run), everything) == 4 * matrices + 8 * others
+    narrow = run_of("model.num_layers=1", "optim.momentum_dtype=bf16")
+    assert state_bytes(narrow, meta_model(run), everything) == 2 * matrices + 8 * others
+    adamw = dataclasses.replace(run, optim=AdamWConfig(adam_state_dtype="bf16"))
+    assert state_bytes(adamw, meta_model(run), everything) == 4 * (matrices + others)
+
+
 def test_more_micro_batches_move_the_weights_more_often():
     few, many = run_of("samples_per_micro_batch=16"), run_of("samples_per_micro_batch=4")
     params = 8 * 3 * 128 * 2048 * 768
@@ -95,12 +109,31 @@ def test_a_floor_is_the_longer_of_products_and_traffic():
     assert floors_ms({"dense": [Piece("", 200.0), Piece("", 0.0, 10.0)]}, peaks) == {"dense": 3000.0}
 
 
-def test_recomputed_blocks_go_forward_once_more():
+def test_recomputed_blocks_go_forward_once_more_but_for_what_makes_their_value_alone():
     half = run_of("recompute=none,none,none,none,block,block,block,block")
-    assert repeated(run_of())["experts"] == 1
-    assert repeated(half)["experts"] == pytest.approx(3.5 / 3)
-    assert repeated(run_of("recompute=block"))["attention"] == pytest.approx(4.5 / 3.5)
-    assert repeated(run_of("model.moe.chunk_tokens=4096"))["experts"] == pytest.approx(4 / 3)
+    assert set(repeated(run_of()).values()) == {1}
+    # of the experts' forward pass gate and up, two thirds
+    assert repeated(half)["experts"] == pytest.approx((3 + 1 / 3) / 3)
+    whole = repeated(run_of("recompute=block"))
+    assert whole == pytest.approx(
+        {"attention": 4.5 / 3.5, "experts": (3 + 2 / 3) / 3, "router and dispatch": 1.25, "dense": 4 / 3}
+    )
+    assert repeated(run_of("recompute=block", "compile=true"))["experts"] == pytest.approx(4 / 3)
+
+
+def test_chunks_of_experts_go_forward_once_more_within_recomputed_blocks_too():
+    chunks, blocks = "model.moe.chunk_tokens=4096", "recompute=block"
+    once = pytest.approx((3 + 2 / 3) / 3)
+    assert repeated(run_of(chunks))["experts"] == once
+    assert repeated(run_of(chunks, blocks)) == repeated(run_of(blocks))
+    assert repeated(run_of(chunks, "model.moe.chunk_recompute=false"))["experts"] == 1
+    # all tokens of a process at once are no chunk
+    assert repeated(run_of("model.moe.chunk_tokens=65536"))["experts"] == 1
+    assert repeated(run_of("model.moe.chunk_tokens=32768", "mesh.cp=2"))["experts"] == 1
+    # shared experts are repeated with their block alone, and whole
+    shared = "model.moe.num_shared_experts=8"
+    assert repeated(run_of(chunks, shared))["experts"] == pytest.approx((3 + 1 / 3) / 3)
+    assert repeated(run_of(blocks, shared))["experts"] == pytest.approx((3 + 1 / 3 + 1 / 2) / 3)
 
 
 def test_attention_is_named_as_in_results_files():
@@ -128,4 +161,4 @@ def test_the_stages_of_a_pipeline_do_the_work_of_the_whole_model(schedule):
 
 def test_what_a_stage_repeats_is_that_of_its_own_layers():
     run = run_of("recompute=block,block,block,block,none,none,none,none", "mesh.pp=2")
-    assert [repeated(run, Stages.of(run, rank))["experts"] for rank in (0, 1)] == pytest.approx([4 / 3, 1])
+    assert [repeated(run, Stages.of(run, rank))["experts"] for rank in (0, 1)] == pytest.approx([11 / 9, 1])
