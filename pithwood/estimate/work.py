@@ -180,11 +180,11 @@ def repeated(run: Run, stages: Stages | None = None) -> dict[str, float]:
     if stages is not None:
         blocks = tuple(blocks[layer] for layer in sorted(stages.layers))
     share = blocks.count("block") / len(blocks)
-    moe, stage = run.model.moe, run.stages()[0]
+    cfg, stage = run.model.moe, run.stages()[0]
     tokens = stage.samples_per_batch * stage.seq_len // (run.mesh.data_size * run.mesh.cp)
-    chunks = moe.chunk_recompute and 0 < moe.chunk_tokens < tokens
+    chunks = cfg.chunk_recompute and 0 < cfg.chunk_tokens < tokens
     again = 1.0 if chunks else share
-    routed = moe.top_k * moe.expert_dim / (moe.top_k * moe.expert_dim + moe.shared_width)
+    routed = cfg.top_k * cfg.expert_dim / (cfg.top_k * cfg.expert_dim + cfg.shared_width)
     experts = again * routed * (1.0 if run.compile else GATE_AND_UP) + share * (1 - routed)
     product = (TRAINING + share) / TRAINING
     return {
