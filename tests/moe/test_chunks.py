@@ -75,7 +75,6 @@ def train(block: AsBlock, x_TD: Tensor, again: bool) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in found.items() if value is not None}
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("fields", WAYS)
 @pytest.mark.parametrize("count", [TOKENS, 7, 1])
@@ -131,7 +130,6 @@ def test_a_chunks_experts_go_forward_once_with_their_value_and_once_in_the_backw
     assert block.calls == [(False, many, False) for many in rows] + [(True, many, True) for many in rows]
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("fields", WAYS[:4])
 def test_a_value_that_nobody_reads_takes_no_memory(fields: dict[str, Any]) -> None:
     layer = make_block(**fields).layer
@@ -185,7 +183,6 @@ def test_gradients_are_handed_out_where_they_are_asked_for(fields: dict[str, Any
         assert_close(grad, want[name], what=name)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("fields", CHUNKS)
 @pytest.mark.parametrize("kept", ["x", "experts.down_proj"])
 def test_a_pass_for_some_inputs_adds_to_those_alone(fields: dict[str, Any], kept: str) -> None:
@@ -200,7 +197,6 @@ def test_a_pass_for_some_inputs_adds_to_those_alone(fields: dict[str, Any], kept
     assert_close(inputs[kept].grad, want["x" if kept == "x" else f"layer.{kept}"])  # type: ignore[arg-type]
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("frozen", ["gate_up_proj", "down_proj", "proj"])
 def test_frozen_experts_get_no_gradient_and_all_else_the_same(again: bool, frozen: str) -> None:
@@ -218,7 +214,6 @@ def test_frozen_experts_get_no_gradient_and_all_else_the_same(again: bool, froze
             assert_close(param.grad, want[name], what=name)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("again", [False, True])
 def test_experts_train_where_nothing_before_them_does(again: bool) -> None:
     want, block = train(make_block(), tokens(), False), make_block(chunk_tokens=7)
@@ -230,7 +225,6 @@ def test_experts_train_where_nothing_before_them_does(again: bool) -> None:
         assert_close(param.grad, want[f"layer.experts.{name}"])  # type: ignore[arg-type]
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("again", [False, True])
 def test_products_of_chunks_can_wait_until_after_the_backward_pass(again: bool) -> None:
     want, block = train(make_block(), tokens(), False), make_block(chunk_tokens=7)
@@ -245,7 +239,6 @@ def test_products_of_chunks_can_wait_until_after_the_backward_pass(again: bool) 
         assert_close(param.grad, want[f"layer.experts.{name}"])  # type: ignore[arg-type]
 
 
-@pytest.mark.quick
 def test_a_second_derivative_through_chunks_is_refused() -> None:
     block, x_TD = make_block(chunk_tokens=7), tokens().requires_grad_()
     out_TD, _ = block(x_TD, context([TOKENS], tokens=TOKENS))
