@@ -29,8 +29,6 @@ def hopper_tiles(dim: int) -> dict[str, int]:
     warps, workers = 8, 8 if dim > 64 else 4
     registers = 65536 // (32 * (warps + workers)) // 8 * 8
     shape = {"ROWS": 64, "STAGES": 3, "PIECE": 16, "GATHER_WARPS": workers // 2, "ADD_WARPS": workers // 2}
-    # Only small heads leave registers for a second tile of scores.
-    shape["AHEAD"] = dim <= 64
     return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 48, "num_warps": warps, "maxnreg": registers}
 
 
@@ -177,69 +175,9 @@ def _step(
 
 
 @gluon.jit
-def _start(tile, k_tile, v_tile, rings, full, S: gl.constexpr, STAGES: gl.constexpr):
-    """(scores, dP) of a tile, on their way."""
-    q_ring, do_ring, _, _ = rings
-    KEYS: gl.constexpr = k_tile.shape[0]
-    ROWS: gl.constexpr = q_ring.shape[1]
-    slot = tile % STAGES
-    zero = gl.zeros([KEYS, ROWS], gl.float32, S)
-    mbarrier.wait(full.index(slot), tile // STAGES & 1)
-    s = warpgroup_mma(k_tile, q_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-    dp = warpgroup_mma(v_tile, do_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-    return s, dp
-
-
-@gluon.jit
-def _step_ahead(
-    tile, dk, dv, s, dp, at_key, first_row, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2,
-    MASKED: gl.constexpr, LAST: gl.constexpr, S: gl.constexpr, ACC: gl.constexpr, DQ: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """(dk, dv, s, dp) after one tile whose scores and dP are on their way; those of the next tile are when it returns,
-    unless this is the LAST. While they are computed, dQ is handed on."""
-    q_ring, do_ring, lse_ring, delta_ring = rings
-    full, empty, dq_full, dq_empty = barriers
-    ROWS: gl.constexpr = q_ring.shape[1]
-    K: gl.constexpr = k_tile.shape[1]
-    slot = tile % STAGES
-    q_tile = q_ring.index(slot)
-    do_tile = do_ring.index(slot)
-    lse2 = lse_ring.index(slot).load(gl.SliceLayout(0, S))
-    x = gl.minimum(s * scale_log2 - gl.expand_dims(lse2, 0), 0.0)
-    if MASKED:
-        at_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, S))
-        x = gl.where(gl.expand_dims(at_key, 1) <= gl.expand_dims(at_row, 0), x, float("-inf"))
-    p = gl.exp2(x)
-    dv = warpgroup_mma(
-        gl.convert_layout(p.to(q_tile.dtype), gl.DotOperandLayout(0, ACC, 2)), do_tile, dv, is_async=True
-    )  # fmt: skip
-    d = delta_ring.index(slot).load(gl.SliceLayout(0, S))
-    ds = (p * (dp - gl.expand_dims(d, 0))).to(q_tile.dtype)
-    ds_tile.store(ds)
-    fence_async_shared()
-    dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, ACC, 2)), q_tile, dk, is_async=True)
-    no_dq = gl.zeros([ROWS, K], gl.float32, DQ)
-    dq = warpgroup_mma(ds_tile.permute((1, 0)), k_tile, no_dq, use_acc=False, is_async=True)
-    if LAST:
-        dk, dv, dq = warpgroup_mma_wait(0, deps=(dk, dv, dq))
-    else:
-        s, dp = _start(tile + 1, k_tile, v_tile, rings, full, S, STAGES)
-        dk, dv, dq = warpgroup_mma_wait(2, deps=(dk, dv, dq))
-    mbarrier.arrive(empty.index(slot), count=1)
-    mbarrier.wait(dq_empty, (tile & 1) ^ 1)
-    dq_tile.store(dq)
-    mbarrier.arrive(dq_full, count=1)
-    if not LAST:
-        s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    return dk, dv, s, dp
-
-
-@gluon.jit
 def _multiply(
     work, num_tiles, part, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2,
     RATIO: gl.constexpr, S: gl.constexpr, ACC: gl.constexpr, DQ: gl.constexpr, STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):  # fmt: skip
     """(dk, dv) [KEYS, K] fp32 of all tiles, without the scale."""
     list_tiles, own_tiles, first_tile = work[0], work[1], work[2]
@@ -249,25 +187,11 @@ def _multiply(
     at_key = part * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, S))
     dk = gl.zeros([KEYS, K], gl.float32, ACC)
     dv = gl.zeros([KEYS, K], gl.float32, ACC)
-    if AHEAD:
-        if list_tiles > 0:
-            s, dp = _start(0, k_tile, v_tile, rings, barriers[0], S, STAGES)
-            s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-            for tile in range(list_tiles - 1):
-                dk, dv, s, dp = _step_ahead(
-                    tile, dk, dv, s, dp, at_key, 0, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2,
-                    False, False, S, ACC, DQ, STAGES,
-                )  # fmt: skip
-            dk, dv, _, _ = _step_ahead(
-                list_tiles - 1, dk, dv, s, dp, at_key, 0, k_tile, v_tile, ds_tile, dq_tile, rings, barriers,
-                scale_log2, False, True, S, ACC, DQ, STAGES,
-            )  # fmt: skip
-    else:
-        for tile in range(list_tiles):
-            dk, dv = _step(
-                tile, dk, dv, at_key, 0, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2, False,
-                S, ACC, DQ, STAGES,
-            )  # fmt: skip
+    for tile in range(list_tiles):
+        dk, dv = _step(
+            tile, dk, dv, at_key, 0, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2, False,
+            S, ACC, DQ, STAGES,
+        )  # fmt: skip
     for tile in range(list_tiles, num_tiles):
         own_tile = own_tiles - 1 - (tile - list_tiles)
         first_row = (first_tile + own_tile // RATIO) * ROWS
@@ -288,7 +212,7 @@ def _keys_hopper_kernel(
     num_units, scale, scale_log2,
     K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
     ROWS: gl.constexpr, KEYS: gl.constexpr, PARTS: gl.constexpr, OWN_TILES: gl.constexpr, STAGES: gl.constexpr,
-    PIECE: gl.constexpr, AHEAD: gl.constexpr, GATHER_WARPS: gl.constexpr, ADD_WARPS: gl.constexpr,
+    PIECE: gl.constexpr, GATHER_WARPS: gl.constexpr, ADD_WARPS: gl.constexpr,
     WORKER_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of KEYS keys from one chunk of their unit's list (and from the unit's own queries in chunk 0), and all
@@ -373,7 +297,7 @@ def _keys_hopper_kernel(
                 _multiply,
                 (
                     work, num_tiles, part, k_tile, v_tile, ds_tile, dq_tile, rings, (full, empty, dq_full, dq_empty),
-                    scale_log2, RATIO, S, ACC, DQ, STAGES, AHEAD,
+                    scale_log2, RATIO, S, ACC, DQ, STAGES,
                 ),
             ),
             (

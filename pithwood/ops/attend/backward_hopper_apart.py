@@ -38,8 +38,8 @@ behind the gathering ones."""
 
 def hopper_apart_tiles() -> dict[str, int]:
     """Tile shape and launch options. The warps' registers are divided anew at run time."""
-    registers = {"REGISTERS": 168, "ADD_REGISTERS": 104, "GATHER_REGISTERS": 72, "maxnreg": 128}
-    return {"ROWS": 64, "STAGES": 3, "AHEAD": False, "num_warps": 4, **registers}
+    registers = {"REGISTERS": 176, "ADD_REGISTERS": 80, "GATHER_REGISTERS": 80, "maxnreg": 128}
+    return {"ROWS": 64, "STAGES": 4, "num_warps": 4, **registers}
 
 
 @gluon.jit
@@ -183,74 +183,52 @@ def _gather(
 
 
 @gluon.jit
-def _start(g, k_tile, v_tile, rings, full, S: gl.constexpr, STAGES: gl.constexpr):
-    """(scores, dP) [keys, rows] of a tile, on their way."""
-    q_ring, do_ring, _, _ = rings
-    KEYS: gl.constexpr = k_tile.shape[0]
-    ROWS: gl.constexpr = q_ring.shape[1]
-    slot = g % STAGES
-    zero = gl.zeros([KEYS, ROWS], gl.float32, S)
-    mbarrier.wait(full.index(slot), g // STAGES & 1)
-    # What copies that announce themselves have written is not yet visible to WGMMA.
-    fence_async_shared()
-    s = warpgroup_mma(k_tile, q_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-    dp = warpgroup_mma(v_tile, do_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-    return s, dp
-
-
-@gluon.jit
 def _step(
-    g, dk, dv, s, dp, own, first_row, at_key, k_tile, v_tile, ds_ring, rings, barriers, scale_log2,
-    AHEAD: gl.constexpr, MINE: gl.constexpr, S: gl.constexpr, ACC: gl.constexpr, STAGES: gl.constexpr,
+    g, dk, dv, own, first_row, at_key, k_tile, v_tile, ds_ring, rings, barriers, scale_log2,
+    MINE: gl.constexpr, S: gl.constexpr, ACC: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """(dk, dv, s, dp) after tile g, whose scores and dP are s and dp. AHEAD: those returned are the next tile's.
-
-    own: the tile holds the unit's own queries, from first_row on
-    """
+    """(dk, dv) after tile g. own: it holds the unit's own queries, from first_row on."""
     q_ring, do_ring, lse_ring, delta_ring = rings
     full, empty, ds_full, ds_empty = barriers
     ROWS: gl.constexpr = q_ring.shape[1]
+    KEYS: gl.constexpr = k_tile.shape[0]
     P: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     slot = g % STAGES
     q_tile = q_ring.index(slot)
     do_tile = do_ring.index(slot)
+    zero = gl.zeros([KEYS, ROWS], gl.float32, S)
+    mbarrier.wait(full.index(slot), g // STAGES & 1)
+    # What copies that announce themselves have written is not yet visible to WGMMA.
+    fence_async_shared()
+    s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     lse2 = lse_ring.index(slot).load(gl.SliceLayout(0, S)) * LOG2_E
-    # No score exceeds its row's log-sum; keys past the unit's end, which are zero here, might.
-    x = gl.minimum(s * scale_log2 - gl.expand_dims(lse2, 0), 0.0)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    x = s * scale_log2 - gl.expand_dims(lse2, 0)
     if own:
         at_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, S))
-        x = gl.where(gl.expand_dims(at_key, 1) <= gl.expand_dims(at_row, 0), x, float("-inf"))
+        # No score exceeds its row's log-sum; keys past the unit's end, which are zero here, might.
+        x = gl.where(gl.expand_dims(at_key, 1) <= gl.expand_dims(at_row, 0), gl.minimum(x, 0.0), float("-inf"))
     p = _exp2(x)
     dv = warpgroup_mma(gl.convert_layout(p.to(q_tile.dtype), P), do_tile, dv, is_async=True)
     d = delta_ring.index(slot).load(gl.SliceLayout(0, S))
+    dp = warpgroup_mma_wait(1, deps=(dp,))
     ds = (p * (dp - gl.expand_dims(d, 0))).to(q_tile.dtype)
     mbarrier.wait(ds_empty.index(g % 2), (g // 2 & 1) ^ 1)
     ds_ring.index(g % 2 * HALVES + MINE).store(ds)
     fence_async_shared()
     mbarrier.arrive(ds_full.index(g % 2), count=1)
     dk = warpgroup_mma(gl.convert_layout(ds, P), q_tile, dk, is_async=True)
-    if AHEAD:
-        s, dp = _start(g + 1, k_tile, v_tile, rings, full, S, STAGES)
-        dk, dv = warpgroup_mma_wait(2, deps=(dk, dv))
-    else:
-        dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     mbarrier.arrive(empty.index(slot), count=1)
-    if AHEAD:
-        s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    return dk, dv, s, dp
-
-
-@gluon.jit
-def _first_row(tile, list_tiles, own_tiles, first_tile, RATIO: gl.constexpr, ROWS: gl.constexpr):
-    """Where in the unit an own tile of a work item begins."""
-    return (first_tile + (own_tiles - 1 - (tile - list_tiles)) // RATIO) * ROWS
+    return dk, dv
 
 
 @gluon.jit
 def _multiply(
     grads, grad_strides, kv_rings, notes, ds_ring, rings, barriers, scale, scale_log2,
     K: gl.constexpr, RATIO: gl.constexpr, BLOCK: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    AHEAD: gl.constexpr, MINE: gl.constexpr,
+    MINE: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of every work item's MINE-th half of keys."""
     dk_out, dv_out, dk_hot, dv_hot = grads
@@ -282,31 +260,16 @@ def _multiply(
         at_key = part * KEYS + mine
         dk = gl.zeros([HALF, K], gl.float32, ACC)
         dv = gl.zeros([HALF, K], gl.float32, ACC)
+        # One loop for tiles of both kinds: ptxas 12.8 loses operands of products that a first loop of no turns shares with
+        # a second one.
         num_tiles = list_tiles + own_tiles
-        if AHEAD:
-            # Every item has tiles. ptxas 12.9 loses operands of products that a loop of no turns shares with what follows
-            # it; these come first.
-            s, dp = _start(base, k_tile, v_tile, rings, full, S, STAGES)
-            s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-            for tile in range(num_tiles - 1):
-                dk, dv, s, dp = _step(
-                    base + tile, dk, dv, s, dp, tile >= list_tiles,
-                    _first_row(tile, list_tiles, own_tiles, first_tile, RATIO, ROWS), at_key, k_tile, v_tile, ds_ring,
-                    rings, inner, scale_log2, True, MINE, S, ACC, STAGES,
-                )  # fmt: skip
-            dk, dv, s, dp = _step(
-                base + num_tiles - 1, dk, dv, s, dp, own_tiles > 0, first_tile * ROWS, at_key, k_tile, v_tile, ds_ring,
-                rings, inner, scale_log2, False, MINE, S, ACC, STAGES,
+        for tile in range(num_tiles):
+            own_tile = own_tiles - 1 - (tile - list_tiles)
+            first_row = (first_tile + own_tile // RATIO) * ROWS
+            dk, dv = _step(
+                base + tile, dk, dv, tile >= list_tiles, first_row, at_key, k_tile, v_tile, ds_ring, rings, inner,
+                scale_log2, MINE, S, ACC, STAGES,
             )  # fmt: skip
-        else:
-            for tile in range(num_tiles):
-                s, dp = _start(base + tile, k_tile, v_tile, rings, full, S, STAGES)
-                s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-                dk, dv, s, dp = _step(
-                    base + tile, dk, dv, s, dp, tile >= list_tiles,
-                    _first_row(tile, list_tiles, own_tiles, first_tile, RATIO, ROWS), at_key, k_tile, v_tile, ds_ring,
-                    rings, inner, scale_log2, False, MINE, S, ACC, STAGES,
-                )  # fmt: skip
         base += num_tiles
         mbarrier.arrive(kv_empty.index(place), count=1)
 
@@ -381,7 +344,7 @@ def _keys_apart_kernel(
     num_units, scale, scale_log2,
     K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
     ROWS: gl.constexpr, KEYS: gl.constexpr, PARTS: gl.constexpr, OWN_TILES: gl.constexpr, STAGES: gl.constexpr,
-    AHEAD: gl.constexpr, REGISTERS: gl.constexpr, ADD_REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, ADD_REGISTERS: gl.constexpr,
     GATHER_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of all work items, and all pairs' parts of dQ. Arguments as of `backward_hopper._keys_hopper_kernel`;
@@ -433,14 +396,14 @@ def _keys_apart_kernel(
                 _multiply,
                 (
                     grads, grad_strides, kv_rings, notes, ds_ring, rings, barriers, scale, scale_log2, K, RATIO, BLOCK,
-                    KEYS, STAGES, AHEAD, 0,
+                    KEYS, STAGES, 0,
                 ),
             ),
             (
                 _multiply,
                 (
                     grads, grad_strides, kv_rings, notes, ds_ring, rings, barriers, scale, scale_log2, K, RATIO, BLOCK,
-                    KEYS, STAGES, AHEAD, 1,
+                    KEYS, STAGES, 1,
                 ),
             ),
             (
