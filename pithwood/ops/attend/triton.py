@@ -34,7 +34,7 @@ from pithwood.ops.attend.early_hopper import EARLY_TILE, _early_hopper_kernel, e
 from pithwood.ops.attend.early_triton import UNIT_BITS, _early_kernel
 from pithwood.ops.attend.forward_hopper_parts import hopper_forward
 from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
-from pithwood.ops.attend.lists_triton import Items, Lists, Segments, build_items, build_lists, empty_lists
+from pithwood.ops.attend.lists_triton import LISTS, Items, Lists, Segments, build_items, build_lists, empty_lists
 from pithwood.ops.attend.plan import BlockPlan, block_plan
 from pithwood.ops.operator import operator
 from pithwood.ops.packing import Packing, Selection
@@ -49,6 +49,9 @@ PAIR_KEYS = 150
 for its place in a list, and for a partial result that is written and read. It says up to where queries are early."""
 APART_DIM = 64
 """Head dim up to which the Hopper backward's multiplying warpgroups have registers enough to go at their own pace."""
+NEAR_BYTES = 32 * 2**20
+"""Of Q and dO that neighbouring lists may read for the backward pass to take the longest of them first: they must still
+find each other's rows in the L2 cache."""
 HOPPER_KEYS = 128
 """Keys per program of the Hopper backward kernel; smaller blocks go to the other kernel."""
 
@@ -479,7 +482,8 @@ class _Call:
         keys = HOPPER_KEYS if hopper else tiles.keys
         parts = triton.cdiv(plan.block_size, keys)
         chunk = WHOLE_LISTS if deterministic else backward_chunk(parts)
-        items = build_items(lists, plan, chunk, most, at_least_one=True, longest_first=True)
+        near = LISTS * plan.block_size * ratio * (dim + v.shape[2]) * q.element_size() <= NEAR_BYTES
+        items = build_items(lists, plan, chunk, most, at_least_one=True, longest_first=near)
         hot_X, hot_list, dk_hot, dv_hot = self._hot_lists(lists, chunk, most, dim, v.shape[2])
         dq_rows = 0 if deterministic else num_queries
         # The last of these zeros count the work items that programs have taken.
