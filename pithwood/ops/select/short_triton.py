@@ -119,9 +119,10 @@ def run_short(
         block_offsets(cu_k, block_size) if unit_start_N is None else unit_start_N,
         num_docs, *q_THK.stride(), *s_UGK.stride(),
         HEADS=heads, RATIO=heads // s_UGK.shape[1], HEADS_A_PROGRAM=a_program, TOP_K=top_k,
-        PADDED_K=triton.next_power_of_2(top_k), LATER=tie == "later", CENTERED=mean_dtype == "centered",
-        BLOCK=block_size, AHEAD=schedule.ahead and not in_fp32, IN_FP32=in_fp32, DIM=dim, PADDED_DIM=padded_dim, DIM_CHUNK=min(padded_dim, DIM_CHUNK_FP32),
-        TILE=schedule.tile, UNITS=16 if bound <= 16 else MOST_UNITS, num_warps=schedule.warps,
+        PADDED_K=triton.next_power_of_2(top_k), LATER=tie == "later", CENTERED=mean_dtype == "centered", DIM=dim,
+        PADDED_DIM=padded_dim, BLOCK=block_size, AHEAD=schedule.ahead and not in_fp32, IN_FP32=in_fp32,
+        DIM_CHUNK=min(padded_dim, DIM_CHUNK_FP32), TILE=schedule.tile, UNITS=16 if bound <= 16 else MOST_UNITS,
+        num_warps=schedule.warps,
         maxnreg=schedule.registers,
     )  # fmt: skip
     return ids_THk, count_TH
@@ -143,7 +144,8 @@ def short_kernel(
     num_docs, stride_qt, stride_qh, stride_qk, stride_mu, stride_mg, stride_mk,
     HEADS: tl.constexpr, RATIO: tl.constexpr, HEADS_A_PROGRAM: tl.constexpr, TOP_K: tl.constexpr,
     PADDED_K: tl.constexpr, LATER: tl.constexpr, CENTERED: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    BLOCK: tl.constexpr, AHEAD: tl.constexpr, IN_FP32: tl.constexpr, DIM_CHUNK: tl.constexpr, TILE: tl.constexpr, UNITS: tl.constexpr,
+    BLOCK: tl.constexpr, AHEAD: tl.constexpr, IN_FP32: tl.constexpr, DIM_CHUNK: tl.constexpr, TILE: tl.constexpr,
+    UNITS: tl.constexpr,
 ):  # fmt: skip
     """ids and counts of TILE queries and HEADS_A_PROGRAM heads; causal, the own block chosen, the best TOP_K - 1 past
     ones of at most UNITS - 1."""
