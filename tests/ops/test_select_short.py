@@ -158,7 +158,7 @@ def test_the_kernel_for_any_length_chooses_the_same_blocks(dtype):
         Schedule(64, 2, 4, False),
         Schedule(64, 2, 4, True),
         Schedule(128, 8, 8, True),
-        Schedule(64, 4, 4, False, 80),
+        Schedule(64, 4, 4, False, 2, 80),
     ],
 )
 def test_a_schedule_changes_no_id(schedule):

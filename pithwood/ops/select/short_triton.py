@@ -41,6 +41,8 @@ class Schedule(NamedTuple):
     warps: int
     ahead: bool = True
     """Whether the next head's queries are read while this one's blocks are sought."""
+    stages: int = 1
+    """Tiles of queries and means in shared memory."""
     registers: int | None = None
     """Most registers of a thread; None: as many as the compiler likes."""
 
@@ -122,7 +124,7 @@ def run_short(
         PADDED_K=triton.next_power_of_2(top_k), LATER=tie == "later", CENTERED=mean_dtype == "centered", DIM=dim,
         PADDED_DIM=padded_dim, BLOCK=block_size, AHEAD=schedule.ahead and not in_fp32, IN_FP32=in_fp32,
         DIM_CHUNK=min(padded_dim, DIM_CHUNK_FP32), TILE=schedule.tile, UNITS=16 if bound <= 16 else MOST_UNITS,
-        num_warps=schedule.warps,
+        num_warps=schedule.warps, num_stages=schedule.stages,
         maxnreg=schedule.registers,
     )  # fmt: skip
     return ids_THk, count_TH
