@@ -1,7 +1,9 @@
-"""Block summaries on a GPU: one program adds up the keys of one block and KV head in fp32.
+"""Block summaries on a GPU: one program adds up the keys of one block and a few KV heads in fp32.
 
-Every key is read once, in rows of K contiguous elements, so the kernel runs at the speed of memory. Programs are
-ordered with the heads fastest: the programs that run together read neighbouring addresses.
+Every key is read once, in rows of contiguous elements, so the kernel runs at the speed of memory. Heads that lie side
+by side are read as one wide head: a program's way to its block, a search through offsets, is as long as its reading
+would be for one head of 64. Programs are ordered with the heads fastest: the programs that run together read
+neighbouring addresses.
 
 Legend: T packed tokens, N documents, U units (blocks), G KV heads, K head dim.
 """
@@ -20,6 +22,9 @@ from pithwood.ops.packing import Packing
 TILE_ELEMENTS = 8192
 """Most elements of k that a program loads at a time: 16 KiB of bf16, 64 of them a thread in four warps."""
 MEAN_WARPS = 4
+MEAN_STAGES = 1
+WIDTH = 256
+"""Most elements of a row that a program takes of heads that lie side by side."""
 
 
 def summarise_triton(k_TGK: Tensor, packing: Packing, block_size: int) -> Tensor:
@@ -36,25 +41,39 @@ def summarise_mean(k_TGK: Tensor, cu_k: Tensor, block_size: int, num_units: int)
     if s_UGK.numel() == 0:
         return s_UGK
     offsets_N = block_offsets(cu_k, block_size)
-    padded_dim = triton.next_power_of_2(dim)
+    heads = _side_by_side(k_TGK)
+    width = heads * dim
+    padded_dim = triton.next_power_of_2(width)
     rows = min(triton.next_power_of_2(block_size), max(TILE_ELEMENTS // padded_dim, 1))
-    _summarise_mean[(num_units * num_kv_heads,)](
+    _summarise_mean[(num_units * num_kv_heads // heads,)](
         k_TGK,
         s_UGK,
         cu_k,
         offsets_N,
         cu_k.shape[0] - 1,
-        num_kv_heads,
+        num_kv_heads // heads,
         block_size,
         k_TGK.stride(0),
-        k_TGK.stride(1),
+        k_TGK.stride(1) * heads,
         k_TGK.stride(2),
-        DIM=dim,
+        DIM=width,
         PADDED_DIM=padded_dim,
         ROWS=rows,
+        STAGES=MEAN_STAGES,
         num_warps=MEAN_WARPS,
     )
     return s_UGK
+
+
+def _side_by_side(k_TGK: Tensor) -> int:
+    """How many heads are read as one: a divisor of G."""
+    _, num_kv_heads, dim = k_TGK.shape
+    if dim & (dim - 1) or k_TGK.stride(1) != dim * k_TGK.stride(2):
+        return 1
+    heads = 1
+    while num_kv_heads % (2 * heads) == 0 and 2 * heads * dim <= WIDTH:
+        heads *= 2
+    return heads
 
 
 @summarise_mean.register_fake
@@ -77,6 +96,7 @@ def _summarise_mean(
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     unit = tl.program_id(0) // num_kv_heads
     head = tl.program_id(0) % num_kv_heads
@@ -91,7 +111,7 @@ def _summarise_mean(
     dim = tl.arange(0, PADDED_DIM)
     base = k_ptr + (begin + inside) * stride_t + head.to(tl.int64) * stride_g
     total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for first in range(0, length, ROWS):
+    for first in tl.range(0, length, ROWS, num_stages=STAGES):
         at_row = (first + row)[:, None]
         real = (at_row < length) & (dim < DIM)[None, :]
         at = base + at_row.to(tl.int64) * stride_t + dim[None, :].to(tl.int64) * stride_k
