@@ -57,6 +57,16 @@ def test_more_documents_than_a_program_counts_at_a_time():
     assert torch.equal(block_offsets(packing.cu_k, 2).long(), packing.unit_offsets(2))
 
 
+def test_heads_side_by_side_are_read_together_and_others_alone():
+    from pithwood.ops.summarise.triton import WIDTH
+
+    inputs = on_device(make_inputs([70, 33], kv_heads=2 * WIDTH // 16, dim=16))
+    together = summarise(inputs.k, inputs.packing, 16, impl="triton")
+    assert_close(together, summarise(inputs.k, inputs.packing, 16, impl="ref"), 1e-6)
+    apart = inputs.k.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_close(summarise(apart, inputs.packing, 16, impl="triton"), together, 1e-6)
+
+
 def test_unused_offsets_at_the_end():
     inputs = on_device(make_inputs([30, 50]))
     cu = torch.tensor([0, 30, 80, 80, 80], dtype=torch.int32, device=DEVICE)
@@ -70,5 +80,5 @@ def test_it_refuses_fp64_and_is_known_to_the_compiler():
     inputs = on_device(make_inputs([40]))
     with pytest.raises(ValueError, match=r"fp32, fp16 and bf16, got torch\.float64; use impl='torch'"):
         summarise(inputs.k.double(), inputs.packing, 8, impl="triton")
-    args = (inputs.k, inputs.packing.cu_k, 8, 6)
+    args = (inputs.k, inputs.packing.cu_k, None, 8, 6)
     torch.library.opcheck(summarise_mean.op, args, test_utils=("test_schema", "test_faketensor"))

@@ -76,7 +76,7 @@ def select_short(
 ) -> tuple[Tensor, Tensor]:
     """(ids [T, H, top_k] int32, count [T, H] int32) as `select` promises, for documents of at most MOST_UNITS blocks.
 
-    unit_start_N  row of s at which each document's means begin; None: packed
+    unit_start_N  row of s at which each document's means begin; None: packed, and one launch more counts the blocks
 
     Nothing is read on the host and sizes depend on shapes and bounds alone, so calls can be captured in a CUDA graph.
     """

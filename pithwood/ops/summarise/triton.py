@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pithwood.ops.offsets_triton import block_offsets, doc_of_row
+from pithwood.ops.offsets_triton import block_offsets, doc_of_row, key_block_offsets
 from pithwood.ops.operator import operator
 from pithwood.ops.packing import Packing
 
@@ -30,17 +30,21 @@ WIDTH = 256
 def summarise_triton(k_TGK: Tensor, packing: Packing, block_size: int) -> Tensor:
     """As summarise_ref, for fp32, fp16 and bf16 keys. A block's digits do not depend on what it is packed with."""
     num_units = packing.num_units_bound(k_TGK.shape[0], block_size)
-    return summarise_mean(k_TGK, packing.cu_k, block_size, num_units)
+    return summarise_mean(k_TGK, packing.cu_k, key_block_offsets(packing, block_size), block_size, num_units)
 
 
 @operator("summarise_mean")
-def summarise_mean(k_TGK: Tensor, cu_k: Tensor, block_size: int, num_units: int) -> Tensor:
-    """[num_units, G, K] fp32 block means; rows beyond the last block are zero. One launch more counts the blocks."""
+def summarise_mean(k_TGK: Tensor, cu_k: Tensor, offsets_N: Tensor | None, block_size: int, num_units: int) -> Tensor:
+    """[num_units, G, K] fp32 block means; rows beyond the last block are zero.
+
+    offsets_N  `block_offsets(cu_k, block_size)`; None: one launch more counts the blocks
+    """
     _, num_kv_heads, dim = k_TGK.shape
     s_UGK = torch.empty(num_units, num_kv_heads, dim, dtype=torch.float32, device=k_TGK.device)
     if s_UGK.numel() == 0:
         return s_UGK
-    offsets_N = block_offsets(cu_k, block_size)
+    if offsets_N is None:
+        offsets_N = block_offsets(cu_k, block_size)
     heads = _side_by_side(k_TGK)
     width = heads * dim
     padded_dim = triton.next_power_of_2(width)
@@ -77,7 +81,7 @@ def _side_by_side(k_TGK: Tensor) -> int:
 
 
 @summarise_mean.register_fake
-def _(k_TGK: Tensor, cu_k: Tensor, block_size: int, num_units: int) -> Tensor:
+def _(k_TGK: Tensor, cu_k: Tensor, offsets_N: Tensor | None, block_size: int, num_units: int) -> Tensor:
     return k_TGK.new_empty(num_units, *k_TGK.shape[1:], dtype=torch.float32)
 
 
