@@ -154,11 +154,9 @@ def test_the_kernel_for_any_length_chooses_the_same_blocks(dtype):
 @pytest.mark.parametrize(
     "schedule",
     [
-        Schedule(16, 1, 4, False),
-        Schedule(64, 2, 4, False),
-        Schedule(64, 2, 4, True),
-        Schedule(128, 8, 8, True),
-        Schedule(64, 4, 4, False, 2, 80),
+        Schedule(16, 1, 4, 1),
+        Schedule(64, 4, 4, 2),
+        Schedule(128, 8, 8, 3, 80),
     ],
 )
 def test_a_schedule_changes_no_id(schedule):
