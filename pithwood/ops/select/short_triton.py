@@ -120,7 +120,7 @@ def run_short(
     bound = _units_bound(max_k, block_size, s_UGK.shape[0])
     row_tiles = num_tiles(num_tokens, num_docs, schedule.tile)
     a_program = min(schedule.heads, heads)
-    short_kernel[(row_tiles * triton.cdiv(heads, a_program),)](
+    select_short_kernel[(row_tiles * triton.cdiv(heads, a_program),)](
         q_THK, s_UGK, ids_THk, count_TH, cu_q, cu_k,
         block_offsets(cu_k, block_size) if unit_start_N is None else unit_start_N,
         num_docs, *q_THK.stride(), *s_UGK.stride(),
@@ -149,7 +149,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def short_kernel(
+def select_short_kernel(
     q_ptr, means_ptr, ids_ptr, count_ptr, cu_q_ptr, cu_k_ptr, offsets_ptr,
     num_docs, stride_qt, stride_qh, stride_qk, stride_mu, stride_mg, stride_mk,
     HEADS: tl.constexpr, RATIO: tl.constexpr, HEADS_A_PROGRAM: tl.constexpr, TOP_K: tl.constexpr,
