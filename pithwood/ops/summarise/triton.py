@@ -22,8 +22,9 @@ from pithwood.ops.packing import Packing
 TILE_ELEMENTS = 8192
 """Most elements of k that a program loads at a time: 16 KiB of bf16, 64 of them a thread in four warps."""
 MEAN_WARPS = 4
-MEAN_STAGES = 1
-WIDTH = 256
+MEAN_STAGES = 2
+MEAN_HEADS = 4
+WIDTH = 0
 """Most elements of a row that a program takes of heads that lie side by side."""
 
 
@@ -49,7 +50,9 @@ def summarise_mean(k_TGK: Tensor, cu_k: Tensor, offsets_N: Tensor | None, block_
     width = heads * dim
     padded_dim = triton.next_power_of_2(width)
     rows = min(triton.next_power_of_2(block_size), max(TILE_ELEMENTS // padded_dim, 1))
-    _summarise_mean[(num_units * num_kv_heads // heads,)](
+    one_tile = block_size <= rows
+    a_program = min(MEAN_HEADS, num_kv_heads // heads) if one_tile else 1
+    _summarise_mean[(num_units * triton.cdiv(num_kv_heads // heads, a_program),)](
         k_TGK,
         s_UGK,
         cu_k,
@@ -63,6 +66,8 @@ def summarise_mean(k_TGK: Tensor, cu_k: Tensor, offsets_N: Tensor | None, block_
         DIM=width,
         PADDED_DIM=padded_dim,
         ROWS=rows,
+        HEADS_A_PROGRAM=a_program,
+        ONE_TILE=one_tile,
         STAGES=MEAN_STAGES,
         num_warps=MEAN_WARPS,
     )
@@ -100,10 +105,13 @@ def _summarise_mean(
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
+    HEADS_A_PROGRAM: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    unit = tl.program_id(0) // num_kv_heads
-    head = tl.program_id(0) % num_kv_heads
+    programs = (num_kv_heads + HEADS_A_PROGRAM - 1) // HEADS_A_PROGRAM
+    unit = tl.program_id(0) // programs
+    head0 = tl.program_id(0) % programs * HEADS_A_PROGRAM
     doc = doc_of_row(offsets_ptr, num_docs, unit)
     begin = tl.load(cu_ptr + doc)
     inside = (unit - tl.load(offsets_ptr + doc)).to(tl.int64) * block_size
@@ -113,14 +121,23 @@ def _summarise_mean(
 
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, PADDED_DIM)
-    base = k_ptr + (begin + inside) * stride_t + head.to(tl.int64) * stride_g
-    total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for first in tl.range(0, length, ROWS, num_stages=STAGES):
-        at_row = (first + row)[:, None]
-        real = (at_row < length) & (dim < DIM)[None, :]
-        at = base + at_row.to(tl.int64) * stride_t + dim[None, :].to(tl.int64) * stride_k
-        k = tl.load(at, mask=real, other=0.0)  # [ROWS, PADDED_DIM]
-        total += k.to(tl.float32)
-    mean = tl.sum(total, 0) / tl.maximum(length, 1).to(tl.float32)
-    to = s_ptr + tl.program_id(0).to(tl.int64) * DIM
-    tl.store(to + dim, mean, mask=dim < DIM)
+    base = k_ptr + (begin + inside) * stride_t
+    for head in tl.range(head0, tl.minimum(head0 + HEADS_A_PROGRAM, num_kv_heads), num_stages=STAGES):
+        at_head = base + tl.cast(head, tl.int64) * stride_g
+        if ONE_TILE:
+            total = _keys(at_head, row, dim, length, stride_t, stride_k, DIM)
+        else:
+            total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+            for first in range(0, length, ROWS):
+                total += _keys(at_head, first + row, dim, length, stride_t, stride_k, DIM)
+        mean = tl.sum(total, 0) / tl.maximum(length, 1).to(tl.float32)
+        to = s_ptr + (unit.to(tl.int64) * num_kv_heads + head) * DIM
+        tl.store(to + dim, mean, mask=dim < DIM)
+
+
+@triton.jit
+def _keys(at, row, dim, length, stride_t, stride_k, DIM: tl.constexpr):
+    """[ROWS, PADDED_DIM] fp32, 0 where there are none"""
+    real = (row < length)[:, None] & (dim < DIM)[None, :]
+    at = at + row.to(tl.int64)[:, None] * stride_t + dim[None, :].to(tl.int64) * stride_k
+    return tl.load(at, mask=real, other=0.0).to(tl.float32)
