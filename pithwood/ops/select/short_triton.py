@@ -48,7 +48,7 @@ class Schedule(NamedTuple):
 MOST_UNITS = 32
 """Blocks of a document: a row's choice is a word of 32 bits."""
 MOST_CHOSEN = 16
-SHORT = Schedule(tile=64, heads=4, warps=4, stages=2, registers=80)
+SHORT = Schedule(tile=64, heads=4, warps=4, stages=3, registers=80)
 SHORT_WIDE = Schedule(tile=64, heads=4, warps=4, stages=2)
 """For head dims above 64."""
 SHORT_FP32 = Schedule(tile=64, heads=1, warps=4, stages=1)

@@ -128,7 +128,7 @@ def _summarise_mean(
             total = _keys(at_head, row, dim, length, stride_t, stride_k, DIM)
         else:
             total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-            for first in range(0, length, ROWS):
+            for first in tl.range(0, length, ROWS, num_stages=STAGES):
                 total += _keys(at_head, first + row, dim, length, stride_t, stride_k, DIM)
         mean = tl.sum(total, 0) / tl.maximum(length, 1).to(tl.float32)
         to = s_ptr + (unit.to(tl.int64) * num_kv_heads + head) * DIM
