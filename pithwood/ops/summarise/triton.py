@@ -1,9 +1,10 @@
-"""Block summaries on a GPU: one program adds up the keys of one block and a few KV heads in fp32.
+"""Block summaries on a GPU: one program adds up the keys of one block in fp32, a few KV heads in turn.
 
-Every key is read once, in rows of contiguous elements, so the kernel runs at the speed of memory. Heads that lie side
-by side are read as one wide head: a program's way to its block, a search through offsets, is as long as its reading
-would be for one head of 64. Programs are ordered with the heads fastest: the programs that run together read
-neighbouring addresses.
+Every key is read once, in rows of K contiguous elements, so the kernel runs at the speed of memory. A block of one head
+is held at once where it fits, and the next head's keys are under way while one's are added up: a program's way to its
+block, a search through offsets, takes as long as reading one head of 64. How a block is added up does not depend on how
+many heads there are. Programs are ordered with the heads fastest: the programs that run together read neighbouring
+addresses.
 
 Legend: T packed tokens, N documents, U units (blocks), G KV heads, K head dim.
 """
@@ -19,13 +20,11 @@ from pithwood.ops.offsets_triton import block_offsets, doc_of_row, key_block_off
 from pithwood.ops.operator import operator
 from pithwood.ops.packing import Packing
 
-TILE_ELEMENTS = 8192
-"""Most elements of k that a program loads at a time: 16 KiB of bf16, 64 of them a thread in four warps."""
+TILE_ELEMENTS = 16384
+"""Most elements of k that a program loads at a time: 32 KiB of bf16, 128 of them a thread in four warps."""
+MEAN_HEADS = 2
 MEAN_WARPS = 4
 MEAN_STAGES = 2
-MEAN_HEADS = 4
-WIDTH = 0
-"""Most elements of a row that a program takes of heads that lie side by side."""
 
 
 def summarise_triton(k_TGK: Tensor, packing: Packing, block_size: int) -> Tensor:
@@ -46,43 +45,30 @@ def summarise_mean(k_TGK: Tensor, cu_k: Tensor, offsets_N: Tensor | None, block_
         return s_UGK
     if offsets_N is None:
         offsets_N = block_offsets(cu_k, block_size)
-    heads = _side_by_side(k_TGK)
-    width = heads * dim
-    padded_dim = triton.next_power_of_2(width)
+    padded_dim = triton.next_power_of_2(dim)
     rows = min(triton.next_power_of_2(block_size), max(TILE_ELEMENTS // padded_dim, 1))
     one_tile = block_size <= rows
-    a_program = min(MEAN_HEADS, num_kv_heads // heads) if one_tile else 1
-    _summarise_mean[(num_units * triton.cdiv(num_kv_heads // heads, a_program),)](
+    heads = min(MEAN_HEADS, num_kv_heads) if one_tile else 1
+    _summarise_mean[(num_units * triton.cdiv(num_kv_heads, heads),)](
         k_TGK,
         s_UGK,
         cu_k,
         offsets_N,
         cu_k.shape[0] - 1,
-        num_kv_heads // heads,
+        num_kv_heads,
         block_size,
         k_TGK.stride(0),
-        k_TGK.stride(1) * heads,
+        k_TGK.stride(1),
         k_TGK.stride(2),
-        DIM=width,
+        DIM=dim,
         PADDED_DIM=padded_dim,
         ROWS=rows,
-        HEADS_A_PROGRAM=a_program,
+        HEADS_A_PROGRAM=heads,
         ONE_TILE=one_tile,
         STAGES=MEAN_STAGES,
         num_warps=MEAN_WARPS,
     )
     return s_UGK
-
-
-def _side_by_side(k_TGK: Tensor) -> int:
-    """How many heads are read as one: a divisor of G."""
-    _, num_kv_heads, dim = k_TGK.shape
-    if dim & (dim - 1) or k_TGK.stride(1) != dim * k_TGK.stride(2):
-        return 1
-    heads = 1
-    while num_kv_heads % (2 * heads) == 0 and 2 * heads * dim <= WIDTH:
-        heads *= 2
-    return heads
 
 
 @summarise_mean.register_fake
