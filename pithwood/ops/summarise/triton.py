@@ -20,8 +20,10 @@ from pithwood.ops.offsets_triton import block_offsets, doc_of_row, key_block_off
 from pithwood.ops.operator import operator
 from pithwood.ops.packing import Packing
 
-TILE_ELEMENTS = 16384
-"""Most elements of k that a program loads at a time: 32 KiB of bf16, 128 of them a thread in four warps."""
+WHOLE_ELEMENTS = 16384
+"""Most elements of a block and head that are held at once: 32 KiB of bf16, 128 of them a thread in four warps."""
+TILE_ELEMENTS = 8192
+"""Elements of a larger block that are loaded at a time, and added to as many sums."""
 MEAN_HEADS = 2
 MEAN_WARPS = 4
 MEAN_STAGES = 2
@@ -46,9 +48,11 @@ def summarise_mean(k_TGK: Tensor, cu_k: Tensor, offsets_N: Tensor | None, block_
     if offsets_N is None:
         offsets_N = block_offsets(cu_k, block_size)
     padded_dim = triton.next_power_of_2(dim)
-    rows = min(triton.next_power_of_2(block_size), max(TILE_ELEMENTS // padded_dim, 1))
-    one_tile = block_size <= rows
-    heads = min(MEAN_HEADS, num_kv_heads) if one_tile else 1
+    rows = triton.next_power_of_2(block_size)
+    whole = rows * padded_dim <= WHOLE_ELEMENTS
+    if not whole:
+        rows = max(TILE_ELEMENTS // padded_dim, 1)
+    heads = min(MEAN_HEADS, num_kv_heads) if whole else 1
     _summarise_mean[(num_units * triton.cdiv(num_kv_heads, heads),)](
         k_TGK,
         s_UGK,
@@ -64,7 +68,7 @@ def summarise_mean(k_TGK: Tensor, cu_k: Tensor, offsets_N: Tensor | None, block_
         PADDED_DIM=padded_dim,
         ROWS=rows,
         HEADS_A_PROGRAM=heads,
-        ONE_TILE=one_tile,
+        WHOLE=whole,
         STAGES=MEAN_STAGES,
         num_warps=MEAN_WARPS,
     )
@@ -92,7 +96,7 @@ def _summarise_mean(
     PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS_A_PROGRAM: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     programs = (num_kv_heads + HEADS_A_PROGRAM - 1) // HEADS_A_PROGRAM
@@ -110,11 +114,11 @@ def _summarise_mean(
     base = k_ptr + (begin + inside) * stride_t
     for head in tl.range(head0, tl.minimum(head0 + HEADS_A_PROGRAM, num_kv_heads), num_stages=STAGES):
         at_head = base + tl.cast(head, tl.int64) * stride_g
-        if ONE_TILE:
+        if WHOLE:
             total = _keys(at_head, row, dim, length, stride_t, stride_k, DIM)
         else:
             total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-            for first in tl.range(0, length, ROWS, num_stages=STAGES):
+            for first in range(0, length, ROWS):
                 total += _keys(at_head, first + row, dim, length, stride_t, stride_k, DIM)
         mean = tl.sum(total, 0) / tl.maximum(length, 1).to(tl.float32)
         to = s_ptr + (unit.to(tl.int64) * num_kv_heads + head) * DIM
