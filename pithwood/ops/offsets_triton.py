@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pithwood.ops.packing import Packing
+
 OFFSETS_CHUNK = 1024
 """Documents whose block counts one program adds up at a time."""
 
@@ -23,6 +25,14 @@ def block_offsets(cu_N: Tensor, block_size: int) -> Tensor:
     offsets_N = torch.empty(num_docs + 1, dtype=torch.int32, device=cu_N.device)
     _block_offsets[(1,)](cu_N, offsets_N, num_docs, block_size, CHUNK=OFFSETS_CHUNK, num_warps=4)
     return offsets_N
+
+
+def key_block_offsets(packing: Packing, block_size: int) -> Tensor | None:
+    """`block_offsets` of the packing's keys, made once for all layers; None to a compiler, whose graph holds operators
+    alone: they count for themselves."""
+    if torch.compiler.is_compiling():
+        return None
+    return packing.remember(("block_offsets", block_size), lambda: block_offsets(packing.cu_k, block_size))
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from torch import Tensor
 from pithwood.bench.reference import masked_attention, selection_errors
 from pithwood.ops import Packing, Selection, attend, select, summarise
 from pithwood.ops.select.means import rounded_means
+from pithwood.ops.select.triton import select_blocks
 from tests.ops.attending import CROSS, check_attend, moba_selection
 from tests.ops.reference import make_inputs
 
@@ -238,6 +239,18 @@ def test_a_vector_common_to_all_means_changes_no_choice():
     means = summarise(k, packing, 64) + 2 * torch.randn(64, device=DEVICE)
     shifted = select(q, means, packing, 4, block_size=64, mean_dtype="centered")
     assert (shifted.ids != chosen).any(-1).double().mean() <= 0.005
+
+
+@pytest.mark.parametrize("mode", ["centered", "input"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 16, 64), (12, 4, 64), (32, 4, 128)])
+def test_short_documents_choose_by_their_kernel_what_the_gate_chooses(heads, kv_heads, dim, mode):
+    for lengths in ([2048] * 4, [1, 4096, 0, 130, 2047, 128, 129, 17]):
+        q, k, _, p = make(lengths, heads, kv_heads, dim)
+        means = summarise(k, p, 128)
+        found = select(q, means, p, 8, block_size=128, mean_dtype=mode)
+        ids, count = select_blocks(q.detach(), means, p.cu_q, p.cu_k, True, 8, 128, True, "later", False, mode)
+        assert torch.equal(found.ids, ids)
+        assert torch.equal(found.count, count)
 
 
 # ---- 7: hot and cold blocks

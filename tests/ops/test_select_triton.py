@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from pithwood.ops import Packing, select, summarise
+from pithwood.ops import Packing, Selection, select, summarise
 from pithwood.ops.select.means import rounded_means
+from pithwood.ops.select.triton import _as_scored, select_blocks
 from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS, on_device
 from tests.ops.reference import Inputs, make_inputs, selected
 
@@ -23,7 +25,16 @@ pytestmark = [
 
 def _select(inputs: Inputs, block: int, top_k: int, impl: str = "triton", **options):
     summary = summarise(inputs.k, inputs.packing, block, impl="torch")
-    return select(inputs.q, summary, inputs.packing, top_k, block_size=block, impl=impl, **options)
+    run = _gate if impl == "triton" else functools.partial(select, impl=impl)
+    return run(inputs.q, summary, inputs.packing, top_k, block_size=block, **options)
+
+
+def _gate(q, s, p, top_k, *, block_size, forced=None, tie="later", route_per="q_head", mean_dtype="input") -> Selection:
+    """`select` by the kernel for documents of any length, though `select` has others for these."""
+    own = (forced or ("own" if p.causal else "none")) == "own"
+    per_group = route_per == "kv_group"
+    ids, count = select_blocks(q, s, p.cu_q, p.cu_k, p.causal, top_k, block_size, own, tie, per_group, mean_dtype)
+    return Selection(ids, count, block_size, 1, own)
 
 
 def _integers(*args, **options) -> Inputs:
@@ -143,7 +154,7 @@ def test_nan_is_never_selected_plus_infinity_first_minus_infinity_last():
     summary[:8, 0, 0] = torch.tensor([1.0, float("nan"), float("-inf"), float("inf"), 2.0, 0.5, float("nan"), 0.0])
 
     def last(top_k):
-        return select(q, summary, packing, top_k, block_size=8, mean_dtype="fp32", impl="triton").ids[63, 0].tolist()
+        return _gate(q, summary, packing, top_k, block_size=8, mean_dtype="fp32").ids[63, 0].tolist()
 
     assert last(2) == [3, 7]
     assert last(3) == [3, 4, 7]
@@ -155,7 +166,6 @@ def test_nan_is_never_selected_plus_infinity_first_minus_infinity_last():
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_means_are_rounded_as_the_reference_rounds_them(dtype):
     from pithwood.ops.offsets_triton import block_offsets
-    from pithwood.ops.select.triton import _as_scored
 
     inputs = on_device(make_inputs([0, 50, 7, 0, 33, 0], kv_heads=2, dim=24, dtype=dtype))
     inputs.k[3, 0], inputs.k[51, 1] = float("nan"), float("inf")
@@ -185,10 +195,8 @@ def test_strided_queries_and_summaries_need_no_copy():
     fused = torch.randn(100, 5, 32, device=DEVICE)
     packing = Packing.from_lengths([60, 40], device=DEVICE)
     summary = torch.randn(packing.num_units_bound(100, 8), 2, 48, device=DEVICE)
-    found = select(fused[:, 1:3, ::2], summary[..., 8:24], packing, 3, block_size=8, impl="triton")
-    expected = select(
-        fused[:, 1:3, ::2].contiguous(), summary[..., 8:24].contiguous(), packing, 3, block_size=8, impl="triton"
-    )
+    found = _gate(fused[:, 1:3, ::2], summary[..., 8:24], packing, 3, block_size=8)
+    expected = _gate(fused[:, 1:3, ::2].contiguous(), summary[..., 8:24].contiguous(), packing, 3, block_size=8)
     assert torch.equal(found.ids, expected.ids)
 
 
@@ -203,27 +211,27 @@ def test_unused_offsets_at_the_end_and_no_documents_at_all():
 
 def test_sizes_that_do_not_fit_are_refused_by_name():
     inputs = on_device(make_inputs([16]))
-    with pytest.raises(ValueError, match="top_k up to 64, got 65; use impl='torch'"):
-        _select(inputs, 8, 65)
-    wide = on_device(make_inputs([16], dim=264))
-    with pytest.raises(ValueError, match="head dims up to 256, got 264"):
-        _select(wide, 8, 2)
-    double = on_device(make_inputs([16], dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"fp32, fp16 and bf16, got torch\.float64"):
-        _select(double, 8, 2)
+    wide, double = (on_device(make_inputs([16], **other)) for other in ({"dim": 264}, {"dtype": torch.float64}))
+    for given, top_k, message in (
+        (inputs, 65, "top_k up to 64, got 65; use impl='torch'"),
+        (wide, 2, "head dims up to 256, got 264"),
+        (double, 2, r"fp32, fp16 and bf16, got torch\.float64"),
+    ):
+        summary = summarise(given.k, given.packing, 8, impl="torch")
+        with pytest.raises(ValueError, match=message):
+            select(given.q, summary, given.packing, top_k, block_size=8, impl="triton")
 
 
 def test_it_is_one_opaque_operation_to_the_compiler():
-    from pithwood.ops.select.triton import select_blocks
-
     inputs = on_device(make_inputs([40, 24]))
 
     @torch.compile(fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
     def chosen(q, k):
-        summary = summarise(k, inputs.packing, 8, impl="triton")
-        return select(q + 0.0, summary, inputs.packing, 3, block_size=8, impl="triton").ids
+        # More blocks than the kernel of short documents takes.
+        summary = summarise(k, inputs.packing, 1, impl="triton")
+        return select(q + 0.0, summary, inputs.packing, 3, block_size=1, impl="triton").ids
 
-    assert torch.equal(chosen(inputs.q, inputs.k), _select(inputs, 8, 3).ids)
+    assert torch.equal(chosen(inputs.q, inputs.k), _select(inputs, 1, 3).ids)
     summary = summarise(inputs.k, inputs.packing, 8)
     cu = inputs.packing.cu_q
     args = (inputs.q, summary, cu, cu, True, 3, 8, True, "later", False, "input")

@@ -57,6 +57,14 @@ def test_more_documents_than_a_program_counts_at_a_time():
     assert torch.equal(block_offsets(packing.cu_k, 2).long(), packing.unit_offsets(2))
 
 
+def test_a_head_has_the_same_digits_whatever_the_number_of_heads():
+    inputs = on_device(make_inputs([70, 33], kv_heads=5))
+    together = summarise(inputs.k, inputs.packing, 16, impl="triton")
+    for head in range(5):
+        alone = summarise(inputs.k[:, head : head + 1], inputs.packing, 16, impl="triton")
+        assert torch.equal(alone, together[:, head : head + 1])
+
+
 def test_unused_offsets_at_the_end():
     inputs = on_device(make_inputs([30, 50]))
     cu = torch.tensor([0, 30, 80, 80, 80], dtype=torch.int32, device=DEVICE)
@@ -70,5 +78,5 @@ def test_it_refuses_fp64_and_is_known_to_the_compiler():
     inputs = on_device(make_inputs([40]))
     with pytest.raises(ValueError, match=r"fp32, fp16 and bf16, got torch\.float64; use impl='torch'"):
         summarise(inputs.k.double(), inputs.packing, 8, impl="triton")
-    args = (inputs.k, inputs.packing.cu_k, 8, 6)
+    args = (inputs.k, inputs.packing.cu_k, None, 8, 6)
     torch.library.opcheck(summarise_mean.op, args, test_utils=("test_schema", "test_faketensor"))

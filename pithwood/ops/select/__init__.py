@@ -83,6 +83,7 @@ def select(
         raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='torch'")
     by_kernel = impl == "triton" or (impl is None and not misfit and q_THK.is_cuda)
     if by_kernel:
+        from pithwood.ops.offsets_triton import key_block_offsets
         from pithwood.ops.select.few_triton import decodes_few, select_few
         from pithwood.ops.select.short_triton import select_short, selects_short
 
@@ -94,7 +95,8 @@ def select(
             ids_TSk, count_TS = select_few(q_THK, s_UGK, unit_start_N, cu_q, cu_k, max_q, *arguments)
             return Selection(ids_TSk, count_TS, block_size, 1, own)
         if plain and selects_short(packing, s_UGK.shape[0], top_k, block_size):
-            ids_TSk, count_TS = select_short(q_THK, s_UGK, unit_start_N, cu_q, cu_k, *arguments)
+            start_N = key_block_offsets(packing, block_size) if unit_start_N is None else unit_start_N
+            ids_TSk, count_TS = select_short(q_THK, s_UGK, start_N, cu_q, cu_k, *arguments)
             return Selection(ids_TSk, count_TS, block_size, 1, own)
     if unit_start_N is not None:
         s_UGK = packed_summary(s_UGK, packing, block_size, unit_start_N)
