@@ -1,4 +1,3 @@
-# ruff: noqa: RUF005  (Triton cannot unpack tuples)
 # mypy: disable-error-code="assignment"
 """The key-major backward kernel for Hopper at small head dims: each multiplying warpgroup goes at its own pace.
 
@@ -260,8 +259,8 @@ def _multiply(
         at_key = part * KEYS + mine
         dk = gl.zeros([HALF, K], gl.float32, ACC)
         dv = gl.zeros([HALF, K], gl.float32, ACC)
-        # One loop for tiles of both kinds: ptxas 12.8 loses operands of products that a first loop of no turns shares with
-        # a second one.
+        # One loop for tiles of both kinds: ptxas 12.8 loses operands of products that a first loop of no turns shares
+        # with a second one.
         num_tiles = list_tiles + own_tiles
         for tile in range(num_tiles):
             own_tile = own_tiles - 1 - (tile - list_tiles)
