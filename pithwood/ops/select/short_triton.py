@@ -48,9 +48,9 @@ class Schedule(NamedTuple):
 MOST_UNITS = 32
 """Blocks of a document: a row's choice is a word of 32 bits."""
 MOST_CHOSEN = 16
-SHORT = Schedule(tile=64, heads=4, warps=4, stages=2, registers=80)
+SHORT = Schedule(tile=64, heads=4, warps=4, stages=3, registers=80)
 SHORT_WIDE = Schedule(tile=64, heads=4, warps=4, stages=2)
-"""For head dims above 128."""
+"""For head dims above 64."""
 SHORT_FP32 = Schedule(tile=64, heads=1, warps=4, stages=1)
 DIM_CHUNK_FP32 = 32
 """fp32 operands are multiplied on the CUDA cores, which hold a whole row of a chunk in registers."""
@@ -80,7 +80,7 @@ def select_short(
 
     Nothing is read on the host and sizes depend on shapes and bounds alone, so calls can be captured in a CUDA graph.
     """
-    schedule = SHORT_WIDE if q_THK.shape[2] > 128 else SHORT
+    schedule = SHORT_WIDE if q_THK.shape[2] > 64 else SHORT
     if _in_fp32(q_THK, mean_dtype):
         schedule = SHORT_FP32
     return run_short(q_THK, s_UGK, unit_start_N, cu_q, cu_k, max_k, top_k, block_size, tie, mean_dtype, schedule)
