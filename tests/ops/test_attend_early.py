@@ -5,6 +5,7 @@ on the GPU where there is one, else in the interpreter.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from pithwood.ops import Packing, Selection, attend
 from pithwood.ops.attend import lists_triton
 from pithwood.ops.attend import triton as schedule
-from pithwood.ops.attend.lists_triton import Segments, build_lists
+from pithwood.ops.attend.lists_triton import LISTS, Segments, build_items, build_lists
 from pithwood.ops.attend.plan import block_plan
 from tests.ops.attending import CROSS, check_attend, moba_selection
 from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS, ON_GPU
@@ -161,3 +162,24 @@ def test_lists_ascend_by_segments_and_end_with_what_is_not_early(monkeypatch, or
         late_start, late_count = int(late.start_X[x]), int(late.count_X[x])
         assert late_start + late_count == start + count
         assert late_count == sum(own >= early for own in owns)
+
+
+@pytest.mark.parametrize("at_least_one", [False, True])
+def test_longest_lists_first_are_the_same_items(at_least_one):
+    packing = Packing.from_lengths((0, 700, 1, 4000, 90))
+    ids = random_ids(packing, heads=2).ids.to(DEVICE)
+    plan = block_plan(packing.to(DEVICE), BLOCK, packing.num_queries, own=True)
+    lists, _ = build_lists(ids, plan, 2, TOP_K - 1, Segments.of(BLOCK, 0, own=True), ordered=True)
+    most = packing.num_queries * 2 * (TOP_K - 1)
+    found = {
+        first: build_items(lists, plan, 16, most, at_least_one, longest_first=first) for first in (False, True)
+    }  # fmt: skip
+    items = {first: [*zip(each.list_I.tolist(), each.chunk_I.tolist(), strict=True)] for first, each in found.items()}
+    real = {first: [item for item in each if item[0] >= 0] for first, each in items.items()}
+    assert sorted(real[True]) == real[False]
+    assert real[True] != real[False]
+    count = lists.count_X.tolist()
+    for a, b in pairwise(x for x, chunk in real[True] if chunk == 0):
+        assert a // LISTS < b // LISTS or count[a] >= count[b]
+    for x, chunk in real[True]:
+        assert items[True][found[True].first_X[x] + chunk] == (x, chunk)

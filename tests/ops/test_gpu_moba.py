@@ -257,12 +257,13 @@ def test_short_documents_choose_by_their_kernel_what_the_gate_chooses(heads, kv_
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_block_that_every_query_takes(deterministic):
-    q, k, v, packing = make([20000], heads=2, kv_heads=1)
-    own = (packing.position_T // 64).int()
+@pytest.mark.parametrize(("block", "dim"), [(64, 64), (128, 64), (128, 128)])
+def test_a_block_that_every_query_takes(block, dim, deterministic):
+    q, k, v, packing = make([20000], heads=2, kv_heads=1, dim=dim)
+    own = (packing.position_T // block).int()
     rows = torch.stack([own.where(own == 0, 0), own.masked_fill(own == 0, -1)], -1)
     ids = rows[:, None].expand(-1, 2, -1).contiguous()
-    selection = Selection(ids, (ids >= 0).sum(-1, dtype=torch.int32), 64, own=True)
+    selection = Selection(ids, (ids >= 0).sum(-1, dtype=torch.int32), block, own=True)
     check(q, k, v, packing, selection, deterministic=deterministic)
 
 
