@@ -10,7 +10,7 @@ import torch
 from pithwood.ops import Packing, select, summarise
 from pithwood.ops.select import few_triton
 from pithwood.ops.select.triton import select_blocks
-from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS, on_device
+from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS, exact_inputs, on_device
 from tests.ops.reference import Inputs, make_inputs, selected
 
 pytestmark = [
@@ -38,15 +38,6 @@ def _few(inputs: Inputs, block: int, top_k: int, tie: str = "later", mean_dtype:
     return few_triton.select_few(inputs.q, _summary(inputs, block), *arguments)
 
 
-def _integers(*args, **options) -> Inputs:
-    """Inputs whose scores are exact in fp32, so that implementations agree bit for bit, with many ties among them."""
-    inputs = make_inputs(*args, **options)
-    with torch.no_grad():
-        inputs.q.copy_(inputs.q.mul(1.5).round())
-        inputs.k.copy_(inputs.k.mul(1.5).round())
-    return on_device(inputs)
-
-
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize(
     ("block", "top_k", "dim", "heads", "kv_heads", "mode"),
@@ -72,7 +63,7 @@ def test_the_chosen_blocks_are_those_of_fp64(dtype, block, top_k, dim, heads, kv
 )
 def test_every_mode_is_that_of_the_reference(top_k, tie, spread):
     # Lengths that give every block a power of two of keys, so that means and scores are exact.
-    inputs = _integers([3, 12, 0, 9], [20, 42, 17, 4], heads=4, kv_heads=2)
+    inputs = exact_inputs([3, 12, 0, 9], [20, 42, 17, 4], heads=4, kv_heads=2)
     if spread == "bad":
         inputs.k[::29], inputs.k[40:42], inputs.q[1] = float("nan"), float("inf"), float("inf")
     mode = "centered" if spread == "good" else "input"
@@ -100,14 +91,14 @@ def test_ties_follow_the_rule_across_programs(what, tie, expected):
 
 
 def test_a_centre_that_is_not_finite_is_not_subtracted():
-    inputs = _integers([2], [80], heads=2)
+    inputs = exact_inputs([2], [80], heads=2)
     inputs.k[1] = float("inf")
     ref, (ids, _) = _select(inputs, 2, 4, "ref", mean_dtype="centered"), _few(inputs, 2, 4, "later", "centered")
     assert torch.equal(ids, ref.ids)
 
 
 def test_the_gate_of_training_chooses_the_same_blocks():
-    inputs = _integers(*STEPS, heads=4, kv_heads=2)
+    inputs = exact_inputs(*STEPS, heads=4, kv_heads=2)
     p, summary = inputs.packing, _summary(inputs, 2)
     ids, count = select_blocks(inputs.q, summary, p.cu_q, p.cu_k, True, 5, 2, True, "later", False, "input")
     few = _few(inputs, 2, 5)
@@ -117,13 +108,13 @@ def test_the_gate_of_training_chooses_the_same_blocks():
 
 def test_more_documents_than_are_counted_at_a_time():
     num_docs = few_triton.DOCS_CHUNK + 3
-    inputs = _integers([0] * (num_docs - 2) + [1, 1], [3] * (num_docs - 2) + [40, 33], heads=2)
+    inputs = exact_inputs([0] * (num_docs - 2) + [1, 1], [3] * (num_docs - 2) + [40, 33], heads=2)
     ref, (ids, _) = _select(inputs, 2, 4, "ref"), _few(inputs, 2, 4)
     assert torch.equal(ids, ref.ids)
 
 
 def test_more_rows_than_a_program_takes():
-    inputs = _integers([9, 16], [60, 40], heads=16, kv_heads=2)
+    inputs = exact_inputs([9, 16], [60, 40], heads=16, kv_heads=2)
     assert few_triton.MOST_ROWS < 16 * 8
     ref, (ids, _) = _select(inputs, 2, 3, "ref"), _few(inputs, 2, 3)
     assert torch.equal(ids, ref.ids)
@@ -171,7 +162,7 @@ def test_the_custom_op_passes_torch_s_own_checks():
 @pytest.mark.parametrize("route_per", ["q_head", "kv_group"])
 @pytest.mark.parametrize("impl", ["ref", "torch", "triton"])
 def test_means_where_a_cache_holds_them_give_the_ids_of_packed_ones(impl, route_per):
-    inputs = _integers(*STEPS, heads=4, kv_heads=2)
+    inputs = exact_inputs(*STEPS, heads=4, kv_heads=2)
     summary, block = _summary(inputs, 2), 2
     offsets = inputs.packing.unit_offsets(block).tolist()
     complete = (inputs.packing.cu_k.diff() // block).tolist()
@@ -200,7 +191,7 @@ def test_starts_that_do_not_fit_are_refused():
 
 
 def test_strided_queries_and_means():
-    inputs = _integers([1, 2], [40, 33], heads=4, kv_heads=2)
+    inputs = exact_inputs([1, 2], [40, 33], heads=4, kv_heads=2)
     q = inputs.q.transpose(1, 2).contiguous().transpose(1, 2)
     summary = _summary(inputs, 2).transpose(0, 1).contiguous().transpose(0, 1)
     p = inputs.packing
@@ -210,5 +201,5 @@ def test_strided_queries_and_means():
 
 def test_rows_of_unused_offsets_are_not_there():
     packing = Packing.from_lengths([1, 1, 0, 0], [40, 30, 0, 0], device=DEVICE)
-    inputs = Inputs(*_integers([1, 1], [40, 30])[:3], packing)
+    inputs = Inputs(*exact_inputs([1, 1], [40, 30])[:3], packing)
     assert torch.equal(_few(inputs, 2, 4)[0], _select(inputs, 2, 4, "ref").ids)

@@ -12,7 +12,7 @@ from pithwood.ops import Packing, select, summarise
 from pithwood.ops.select import short_triton
 from pithwood.ops.select.short_triton import Schedule
 from pithwood.ops.select.triton import select_blocks
-from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS, on_device
+from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS, exact_inputs, on_device
 from tests.ops.reference import Inputs, make_inputs, selected
 
 pytestmark = [
@@ -43,15 +43,6 @@ def _short(inputs: Inputs, block: int, top_k: int, tie: str = "later", mean_dtyp
     return short_triton.run_short(inputs.q, _summary(inputs, block), *arguments, schedule)
 
 
-def _integers(*args, **options) -> Inputs:
-    """Inputs whose scores are exact in fp32, so that implementations agree bit for bit, with many ties among them."""
-    inputs = make_inputs(*args, **options)
-    with torch.no_grad():
-        inputs.q.copy_(inputs.q.mul(1.5).round())
-        inputs.k.copy_(inputs.k.mul(1.5).round())
-    return on_device(inputs)
-
-
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize(
     ("lengths", "block", "top_k", "dim", "heads", "kv_heads", "mode"),
@@ -75,7 +66,7 @@ def test_the_chosen_blocks_are_those_of_fp64(dtype, lengths, block, top_k, dim, 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 8, 9, 16])
 def test_every_top_k_finds_the_same_as_the_reference(top_k):
-    inputs = _integers([64], heads=2, dim=16)
+    inputs = exact_inputs([64], heads=2, dim=16)
     ref, (ids, count) = _ref(inputs, 2, top_k), _short(inputs, 2, top_k)
     assert torch.equal(ids, ref.ids)
     assert torch.equal(count, ref.count)
@@ -87,7 +78,7 @@ def test_every_top_k_finds_the_same_as_the_reference(top_k):
 def test_every_mode_is_that_of_the_reference(tie, spread, lengths):
     # Blocks that hold a power of two of keys, so that means and scores are exact.
     lengths = ([4, 100, 0, 16], None) if lengths is MIXED else lengths
-    inputs = _integers(*lengths, heads=4, kv_heads=2)
+    inputs = exact_inputs(*lengths, heads=4, kv_heads=2)
     if spread == "bad":
         inputs.k[::29], inputs.k[40:42], inputs.q[1] = float("nan"), float("inf"), float("inf")
     mode = "centered" if spread == "good" else "input"
@@ -160,14 +151,14 @@ def test_the_kernel_for_any_length_chooses_the_same_blocks(dtype):
     ],
 )
 def test_a_schedule_changes_no_id(schedule):
-    inputs = _integers([70, 33], heads=6, kv_heads=2, dtype=torch.float16)
+    inputs = exact_inputs([70, 33], heads=6, kv_heads=2, dtype=torch.float16)
     ref, (ids, count) = _ref(inputs, 4, 4), _short(inputs, 4, 4, schedule=schedule)
     assert torch.equal(ids, ref.ids)
     assert torch.equal(count, ref.count)
 
 
 def test_a_centre_that_is_not_finite_is_not_subtracted():
-    inputs = _integers([32, 16], heads=2)
+    inputs = exact_inputs([32, 16], heads=2)
     inputs.k[1], inputs.k[33] = float("inf"), float("nan")
     ref, (ids, _) = _ref(inputs, 2, 4, mean_dtype="centered"), _short(inputs, 2, 4, "later", "centered")
     assert torch.equal(ids, ref.ids)
@@ -198,7 +189,7 @@ def test_rows_of_unused_offsets_are_not_there():
 
 
 def test_strided_queries_and_means():
-    inputs = _integers([40, 33], heads=4, kv_heads=2)
+    inputs = exact_inputs([40, 33], heads=4, kv_heads=2)
     q = inputs.q.transpose(1, 2).contiguous().transpose(1, 2)
     summary = _summary(inputs, 4).transpose(0, 1).contiguous().transpose(0, 1)
     p = inputs.packing
@@ -207,7 +198,7 @@ def test_strided_queries_and_means():
 
 
 def test_means_where_a_cache_holds_them():
-    inputs = _integers(*CROSS, heads=4, kv_heads=2)
+    inputs = exact_inputs(*CROSS, heads=4, kv_heads=2)
     summary, p = _summary(inputs, 4), inputs.packing
     offsets = p.unit_offsets(4).tolist()
     room = torch.full_like(summary[:2], float("nan"))

@@ -12,7 +12,7 @@ import torch
 from pithwood.ops import Packing, Selection, select, summarise
 from pithwood.ops.select.means import rounded_means
 from pithwood.ops.select.triton import _as_scored, select_blocks
-from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS, on_device
+from tests.ops.devices import DEVICE, KERNEL_DTYPES, KERNEL_MARKS, exact_inputs, on_device
 from tests.ops.reference import Inputs, make_inputs, selected
 
 pytestmark = [
@@ -35,15 +35,6 @@ def _gate(q, s, p, top_k, *, block_size, forced=None, tie="later", route_per="q_
     per_group = route_per == "kv_group"
     ids, count = select_blocks(q, s, p.cu_q, p.cu_k, p.causal, top_k, block_size, own, tie, per_group, mean_dtype)
     return Selection(ids, count, block_size, 1, own)
-
-
-def _integers(*args, **options) -> Inputs:
-    """Inputs whose scores are exact in fp32, so that implementations agree bit for bit, with many ties among them."""
-    inputs = make_inputs(*args, **options)
-    with torch.no_grad():
-        inputs.q.copy_(inputs.q.mul(1.5).round())
-        inputs.k.copy_(inputs.k.mul(1.5).round())
-    return on_device(inputs)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
@@ -75,7 +66,7 @@ def test_the_chosen_blocks_are_those_of_fp64(dtype, lengths, block, top_k, dim, 
     [*itertools.product([1, 2, 3, 8, 9, 10, 16], ["q_head", "kv_group"]), (64, "q_head")],
 )
 def test_every_top_k_finds_the_same_as_the_reference(top_k, route_per):
-    inputs = _integers([138], heads=1 if top_k == 64 else 2, dim=16)
+    inputs = exact_inputs([138], heads=1 if top_k == 64 else 2, dim=16)
     ref, fast = (_select(inputs, 2, top_k, impl, route_per=route_per) for impl in ("ref", "triton"))
     assert torch.equal(ref.ids, fast.ids)
     assert torch.equal(ref.count, fast.count)
@@ -90,7 +81,7 @@ SWITCHES = list(
 def test_every_mode_is_that_of_the_reference(causal, forced, tie, route_per, spread):
     # Lengths that give every block a power of two of keys, so that means and scores are exact.
     for lengths, key_lengths in (([0, 4, 72, 0], None), ([3, 40, 0, 9], [20, 42, 17, 4])):
-        inputs = _integers(lengths, key_lengths, heads=2, causal=causal)
+        inputs = exact_inputs(lengths, key_lengths, heads=2, causal=causal)
         if spread == "bad":
             inputs.k[::29], inputs.k[40:42], inputs.q[1] = float("nan"), float("inf"), float("inf")
         options = {"forced": forced, "tie": tie, "route_per": route_per}
