@@ -339,12 +339,13 @@ def test_numbers_of_blocks(top_k):
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v", "grad_o"])
-def test_rows_that_no_16_byte_copies_fit_are_attended_to_as_well(which):
-    q, k, v, packing = make([900, 130], dim=128)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_rows_that_no_16_byte_copies_fit_are_attended_to_as_well(which, dim):
+    q, k, v, packing = make([900, 130], dim=dim)
     inputs = {"q": q, "k": k, "v": v, "grad_o": like(v, 4)}
     x = inputs[which].detach()
-    wide = torch.zeros(x.shape[0], x.shape[1] * 128 + 3, device=DEVICE, dtype=BF16)
-    view = wide[:, 1:-2].unflatten(1, (x.shape[1], 128))
+    wide = torch.zeros(x.shape[0], x.shape[1] * dim + 3, device=DEVICE, dtype=BF16)
+    view = wide[:, 1:-2].unflatten(1, (x.shape[1], dim))
     view.copy_(x)
     inputs[which] = view.requires_grad_(which != "grad_o")
     check(inputs["q"], inputs["k"], inputs["v"], packing, route(q, k, packing, 128, 3), inputs["grad_o"])
@@ -392,6 +393,15 @@ def test_hard_values(what):
         else:
             k[..., 5] *= 50
     check(q, k, v, packing, route(q, k, packing, 64, 4))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_keys_past_the_end_of_a_block_give_no_gradient(dim):
+    q, k, v, packing = make([1500], dim=dim, dtype=torch.float16)
+    with torch.no_grad():
+        # log-sums far below zero, where a score of zero would outweigh all others
+        k.add_(8 * torch.randn(dim, device=DEVICE))
+    check(q, k, v, packing, route(q, k, packing, 192, 3))
 
 
 # ---- 11: determinism

@@ -23,13 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
-def hopper_tiles(dim: int) -> dict[str, int]:
+def hopper_tiles() -> dict[str, int]:
     """Tile shape and launch options. The warps' registers are divided anew at run time: the gathering and adding warps
     keep WORKER_REGISTERS per thread, the multiplying warps get the rest."""
-    warps, workers = 8, 8 if dim > 64 else 4
-    registers = 65536 // (32 * (warps + workers)) // 8 * 8
-    shape = {"ROWS": 64, "STAGES": 3, "PIECE": 16, "GATHER_WARPS": workers // 2, "ADD_WARPS": workers // 2}
-    return {**shape, "WORKER_REGISTERS": 32 if dim > 64 else 48, "num_warps": warps, "maxnreg": registers}
+    shape = {"ROWS": 64, "STAGES": 3, "PIECE": 16, "GATHER_WARPS": 4, "ADD_WARPS": 4}
+    return {**shape, "WORKER_REGISTERS": 32, "num_warps": 8, "maxnreg": 128}
 
 
 @gluon.jit

@@ -206,7 +206,7 @@ def _step(
     x = s * scale_log2 - gl.expand_dims(lse2, 0)
     if own:
         at_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, S))
-        # No score exceeds its row's log-sum; keys past the unit's end, which are zero here, might.
+        # Keys past the unit's end, which only its own queries meet, are masked with those after a query.
         x = gl.where(gl.expand_dims(at_key, 1) <= gl.expand_dims(at_row, 0), gl.minimum(x, 0.0), float("-inf"))
     p = _exp2(x)
     dv = warpgroup_mma(gl.convert_layout(p.to(q_tile.dtype), P), do_tile, dv, is_async=True)

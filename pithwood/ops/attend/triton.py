@@ -48,7 +48,7 @@ PAIR_KEYS = 150
 """Keys that a query can sweep over in the time that a pair of a query and a unit costs key-major besides its products:
 for its place in a list, and for a partial result that is written and read. It says up to where queries are early."""
 APART_DIM = 64
-"""Head dim up to which the Hopper backward's multiplying warpgroups have registers enough to go at their own pace."""
+"""The head dim at which the Hopper backward's multiplying warpgroups have registers enough to go at their own pace."""
 NEAR_BYTES = 32 * 2**20
 """Of Q and dO that neighbouring lists may read for the backward pass to take the longest of them first: they must still
 find each other's rows in the L2 cache."""
@@ -479,6 +479,10 @@ class _Call:
         most = self.most_entries(gs)
         tiles, launch = self.tiles(backward_tiles)
         hopper = self.fits_hopper() and not deterministic and _aligned(q) and _aligned(do)
+        apart = dim == APART_DIM
+        if apart:
+            # That kernel copies keys 16 bytes at a time too, and takes every listed key for a real one.
+            hopper = hopper and _aligned(k) and _aligned(v) and plan.block_size % HOPPER_KEYS == 0
         keys = HOPPER_KEYS if hopper else tiles.keys
         parts = triton.cdiv(plan.block_size, keys)
         chunk = WHOLE_LISTS if deterministic else backward_chunk(parts)
@@ -493,7 +497,7 @@ class _Call:
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), do.stride(0), do.stride(1)
         )  # fmt: skip
         grad_strides = (dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1))
-        if hopper and dim == APART_DIM and _aligned(k) and _aligned(v):
+        if hopper and apart:
             options = hopper_apart_tiles()
             num_items = items.bound * parts
             programs = min(num_items, torch.cuda.get_device_properties(q.device).multi_processor_count)
@@ -506,7 +510,7 @@ class _Call:
                 OWN_TILES=triton.cdiv(plan.block_size, options["ROWS"]), **options,
             )  # fmt: skip
         elif hopper:
-            options = hopper_tiles(dim)
+            options = hopper_tiles()
             _keys_hopper_kernel[(items.bound * parts,)](
                 q, k, v, do, lse, delta, dq32, dk, dv, dk_hot, dv_hot, lists.entry_P, lists.start_X, lists.count_X,
                 hot_X, items.list_I, items.chunk_I, plan.key_start_U, plan.key_count_U, plan.query_start_U,
