@@ -28,26 +28,25 @@ class Dispatched(NamedTuple):
     """What the way back needs."""
 
 
-def dispatch_tokens(x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, num_experts: int) -> Dispatched:
-    """Copy each token once per chosen expert, sorted by expert.
+def plan_tokens(x_TD: Tensor, ids_Tk: Tensor, num_experts: int) -> RowPlan:
+    """Where each token's copies go: one row per chosen expert, sorted by expert.
 
-    x_TD        [T, D] any float
+    x_TD        [T, D] any float, of which only the number of tokens counts
     ids_Tk      [T, k] int, 0 <= id < num_experts, or -1 for none
-    weight_Tk   [T, k] fp32
     raises      ValueError if the shapes do not fit
     """
-    return planned_rows(x_TD, weight_Tk, plan_tokens(x_TD, ids_Tk, num_experts))
-
-
-def plan_tokens(x_TD: Tensor, ids_Tk: Tensor, num_experts: int) -> RowPlan:
-    """The plan of `dispatch_tokens`."""
     if ids_Tk.dim() != 2 or ids_Tk.shape[0] != x_TD.shape[0]:
         raise ValueError(f"expert ids {tuple(ids_Tk.shape)} must be [tokens, top_k] for {x_TD.shape[0]} tokens")
     return plan_rows(ids_Tk, num_experts)
 
 
 def planned_rows(x_TD: Tensor, weight_Tk: Tensor, plan: RowPlan) -> Dispatched:
-    """Copy each token to the rows that a plan has for it."""
+    """Copy each token to the rows that a plan has for it.
+
+    x_TD        [T, D] any float, the tokens of the plan
+    weight_Tk   [T, k] fp32, the router's weights
+    raises      ValueError if the shapes do not fit the plan
+    """
     return Dispatched(gather_rows(x_TD, plan), row_weights(weight_Tk, plan), plan)
 
 

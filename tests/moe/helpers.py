@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pithwood.attention.base import LayerContext
 from pithwood.losses import LossLedger
 from pithwood.moe import MoEConfig, MoELayer
+from pithwood.moe.dispatch import Dispatched, plan_tokens, planned_rows
 from pithwood.ops.packing import Packing
 
 
@@ -36,6 +37,11 @@ def make_layer(model_dim: int = 12, seed: int = 0, dtype: torch.dtype = torch.fl
     for parameter in layer.parameters():
         parameter.data = parameter.data.to(dtype)
     return layer
+
+
+def dispatched(x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, num_experts: int) -> Dispatched:
+    """Plan and rows in one."""
+    return planned_rows(x_TD, weight_Tk, plan_tokens(x_TD, ids_Tk, num_experts))
 
 
 def dense_moe(x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.func import functional_call
 
-from pithwood.moe.dispatch import combine_tokens, dispatch_tokens
+from pithwood.moe.dispatch import combine_tokens
 from pithwood.moe.experts import GroupedExperts
-from tests.moe.helpers import dense_moe, filled
+from tests.moe.helpers import dense_moe, dispatched, filled
 from tests.numerics import assert_close
 
 IDS = {
@@ -31,7 +31,7 @@ def test_rows_are_sorted_by_expert_then_token_then_slot(num_tokens: int, num_exp
     ids = data.draw(st.lists(st.integers(-1, num_experts - 1), min_size=num_tokens * k, max_size=num_tokens * k))
     ids_Tk = torch.tensor(ids, dtype=torch.int64).view(num_tokens, k)
     x_TD = torch.arange(num_tokens, dtype=torch.float32)[:, None] + 1
-    rows_RD, _, plan = dispatch_tokens(x_TD, ids_Tk, torch.ones(num_tokens, k), num_experts)
+    rows_RD, _, plan = dispatched(x_TD, ids_Tk, torch.ones(num_tokens, k), num_experts)
     offsets = plan.offsets
     expected = [[t for t in range(num_tokens) for j in range(k) if ids[t * k + j] == e] for e in range(num_experts)]
     assert offsets.dtype == torch.int32
@@ -43,7 +43,7 @@ def test_rows_are_sorted_by_expert_then_token_then_slot(num_tokens: int, num_exp
 
 
 def through_experts(x_TD: Tensor, ids_Tk: Tensor, weight_Tk: Tensor, experts: GroupedExperts) -> Tensor:
-    rows_RD, weight_R, plan = dispatch_tokens(x_TD, ids_Tk, weight_Tk, experts.down_proj.shape[0])
+    rows_RD, weight_R, plan = dispatched(x_TD, ids_Tk, weight_Tk, experts.down_proj.shape[0])
     return combine_tokens(experts(rows_RD, plan.offsets, weight_R), plan)
 
 
@@ -77,7 +77,7 @@ def test_gradients_agree_with_finite_differences(case: str) -> None:
     weight_Tk = torch.rand(ids_Tk.shape, dtype=torch.float64, requires_grad=True)
 
     def run(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        rows_RD, weight_R, plan = dispatch_tokens(x, ids_Tk, weight, 4)
+        rows_RD, weight_R, plan = dispatched(x, ids_Tk, weight, 4)
         named = {"gate_up_proj": gate_up, "down_proj": down}
         return combine_tokens(functional_call(experts, named, (rows_RD, plan.offsets, weight_R)), plan)
 
@@ -89,7 +89,7 @@ def test_rows_without_an_expert_are_never_read_even_if_nan() -> None:
     experts = filled(GroupedExperts(4, 6, 3))
     x_TD = torch.randn(5, 6, requires_grad=True)
     weight_Tk = torch.rand(5, 2, requires_grad=True)
-    rows_RD, weight_R, plan = dispatch_tokens(x_TD, ids_Tk, weight_Tk, 4)
+    rows_RD, weight_R, plan = dispatched(x_TD, ids_Tk, weight_Tk, 4)
     behind = plan.offsets[-1]
     poisoned = rows_RD.detach().clone()
     poisoned[behind:] = float("nan")
@@ -118,7 +118,7 @@ def test_rows_without_an_expert_are_never_read_even_if_nan() -> None:
 def test_combine_accumulates_low_precision_in_fp32() -> None:
     # 256 + 1 + 1 - 256 is 2; with a bf16 accumulator the ones vanish.
     ids_Tk = torch.tensor([[0, 1, 2, 3]])
-    plan = dispatch_tokens(torch.zeros(1, 1), ids_Tk, torch.ones(1, 4), 4).plan
+    plan = dispatched(torch.zeros(1, 1), ids_Tk, torch.ones(1, 4), 4).plan
     rows_RD = torch.tensor([[256.0], [1.0], [1.0], [-256.0]], dtype=torch.bfloat16)
     out_TD = combine_tokens(rows_RD, plan)
     assert out_TD.dtype == torch.bfloat16
@@ -127,7 +127,7 @@ def test_combine_accumulates_low_precision_in_fp32() -> None:
 
 def test_dispatch_backward_accumulates_low_precision_in_fp32() -> None:
     x_TD = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    rows_RD = dispatch_tokens(x_TD, torch.tensor([[0, 1, 2, 3]]), torch.ones(1, 4), 4).rows_RD
+    rows_RD = dispatched(x_TD, torch.tensor([[0, 1, 2, 3]]), torch.ones(1, 4), 4).rows_RD
     pull = torch.tensor([[256.0], [1.0], [1.0], [-256.0]], dtype=torch.bfloat16)
     (grad,) = torch.autograd.grad(rows_RD, x_TD, pull)
     assert grad.item() == 2.0
@@ -136,9 +136,9 @@ def test_dispatch_backward_accumulates_low_precision_in_fp32() -> None:
 def test_shapes_that_do_not_belong_together_are_refused() -> None:
     ids_Tk = torch.zeros(3, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"must be \[tokens, top_k\] for 3 tokens"):
-        dispatch_tokens(torch.zeros(3, 2), torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2), 2)
+        dispatched(torch.zeros(3, 2), torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2), 2)
     with pytest.raises(ValueError, match="must fit the plan"):
-        dispatch_tokens(torch.zeros(3, 2), ids_Tk, torch.zeros(3, 1), 2)
-    rows_RD, _, plan = dispatch_tokens(torch.zeros(3, 2), ids_Tk, torch.zeros(3, 2), 2)
+        dispatched(torch.zeros(3, 2), ids_Tk, torch.zeros(3, 1), 2)
+    rows_RD, _, plan = dispatched(torch.zeros(3, 2), ids_Tk, torch.zeros(3, 2), 2)
     with pytest.raises(ValueError, match="5 rows, but the plan has 6"):
         combine_tokens(rows_RD[:5], plan)

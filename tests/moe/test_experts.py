@@ -13,13 +13,13 @@ from torch import Tensor
 from pithwood.losses import LossLedger, attach_loss
 from pithwood.moe import MoELayer
 from pithwood.moe.balance import balance_loss
-from pithwood.moe.dispatch import combine_tokens, dispatch_tokens
+from pithwood.moe.dispatch import combine_tokens
 from pithwood.ops.grouped_mm import grouped_mm
 from pithwood.ops.master import Deferred, deferred_gradients, keep_copies, run_deferred
 from pithwood.ops.permute import gather_rows, plan_rows, row_weights, sum_rows
 from pithwood.ops.route import expert_weights, select_experts
 from pithwood.ops.swiglu import swiglu
-from tests.moe.helpers import context, make_layer
+from tests.moe.helpers import context, dispatched, make_layer
 from tests.numerics import assert_close
 from tests.ops.devices import DEVICE, KERNEL_MARKS
 
@@ -134,7 +134,7 @@ def test_what_the_experts_keep(save_rows: bool) -> None:
     layer = make_layer(12, num_experts=6, top_k=3, expert_dim=5)
     x_TD = torch.randn(23, 12, dtype=torch.float64, requires_grad=True)
     ids_Tk = torch.randint(6, (23, 3))
-    rows_RD, weight_R, plan = dispatch_tokens(x_TD, ids_Tk, torch.rand(23, 3).double(), 6)
+    rows_RD, weight_R, plan = dispatched(x_TD, ids_Tk, torch.rand(23, 3).double(), 6)
     with saved_sizes() as sizes:
         source = None if save_rows else (x_TD, plan)
         combine_tokens(layer.experts(rows_RD, plan.offsets, weight_R, source), plan)

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from pithwood.attention.base import Cost
 from pithwood.moe import DenseMLP, MoEConfig, MoELayer
-from pithwood.moe.dispatch import dispatch_tokens
-from tests.moe.helpers import context, dense_moe, filled, make_layer
+from tests.moe.helpers import context, dense_moe, dispatched, filled, make_layer
 from tests.numerics import assert_close
 
 
@@ -221,7 +220,7 @@ def test_routing_and_experts_compile_as_one_graph_each() -> None:
     assert torch.equal(compiled_ids, ids_Tk)
     assert_close(compiled_weight, weight_Tk)
     assert torch.equal(layer.counts_E, counts_E)
-    rows_RD, weight_R, plan = dispatch_tokens(x_TD, ids_Tk, weight_Tk, 4)
+    rows_RD, weight_R, plan = dispatched(x_TD, ids_Tk, weight_Tk, 4)
     experts = torch.compile(layer.experts, fullgraph=True, backend="aot_eager")
     compiled, eager = experts(rows_RD, plan.offsets, weight_R), layer.experts(rows_RD, plan.offsets, weight_R)
     assert_close(compiled, eager)

@@ -147,7 +147,7 @@ def test_a_trace_without_steps_or_without_kernels_is_refused():
         ("pithwood/ops/grouped_mm/ref.py(84): _groups", "experts"),
         ("site-packages/pithwood/ops/linear_logprob.py(19): forward", "head and loss"),
         ("pithwood/ops/dense_attention/varlen.py(30): attend", "attention"),
-        ("pithwood/moe/dispatch.py(30): dispatch_tokens", "router and dispatch"),
+        ("pithwood/moe/dispatch.py(30): plan_tokens", "router and dispatch"),
         ("pithwood/optim/clip.py(30): global_norm", "optimizer"),
         ("pithwood/observe/spikes.py(30): before_update", "other"),
         ("pithwood/models/stages.py(72): experts", "experts"),
