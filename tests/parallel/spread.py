@@ -33,8 +33,9 @@ def tiny_run(model: dict[str, Any] | None = None, moe: dict[str, Any] | None = N
         **(model or {}),
     )  # fmt: skip
     sizes = {"seq_len": SEQ_LEN, "samples_per_step": 8, "samples_per_micro_batch": 4, "steps": 100, "threads": 0}
-    # Adam divides by what it knows of a gradient's size: of the smallest ones that would be rounding
-    optim = dataclasses.replace(run.optim, eps=1e-5)
+    # Adam divides by what it knows of a gradient's size: of the smallest ones that would be rounding. And Newton-Schulz
+    # takes bf16 by itself on CPUs that multiply it fast, whose rounding hides what is compared.
+    optim = dataclasses.replace(run.optim, eps=1e-5, ns_dtype="fp32")
     return dataclasses.replace(run, model=cfg, device="cpu", **{**sizes, "optim": optim, **changes})
 
 

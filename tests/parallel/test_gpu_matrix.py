@@ -35,7 +35,8 @@ def run_of(attention: str, balance: str, **changes: Any) -> Run:
     moe: dict[str, Any] = {"balance": balance, "num_shared_experts": 1, "z_loss_coef": 0.01, "expert_dim": 128}
     run = tiny_run({"attention": mixers[attention]}, moe, seq_len=512, precision="bf16", **changes)
     sizes = {"model_dim": 256, "head_dim": 64, "dense_dim": 128, "init_std": 0.02}
-    return replace(run, model=replace(run.model, **sizes), device=DEVICE)
+    optim = replace(run.optim, ns_dtype="auto")  # bf16, as people train on GPUs
+    return replace(run, model=replace(run.model, **sizes), optim=optim, device=DEVICE)
 
 
 @functools.cache

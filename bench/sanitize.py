@@ -1,0 +1,200 @@
+"""Every Triton and Gluon kernel of the system on small shapes, under compute-sanitizer.
+
+    python -m bench.sanitize [--tools memcheck racecheck] [--out DIR]     the work under each tool; writes sanitize.json
+    python -m bench.sanitize --work [--tokens N]                          the work alone
+
+A row per tool: the kernels that ran, the tool's own summary, and how many of its reports name which kernel. memcheck
+must have none: exit code 1 if it does. racecheck does not follow the barriers between the warp roles of the Hopper
+kernels, so what it reports of those is for a person to judge (docs/log.md, "compute-sanitizer"); of any other kernel a
+report gives exit code 1. The work alone also runs on a CPU with TRITON_INTERPRET=1, in fp16 and fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from bench.results import write_results
+    from pithwood.bench.train import mesh_of, one_step, start
+    from pithwood.config import apply_overrides
+    from pithwood.generate.sample import generate
+    from pithwood.ops import Packing, attend, select, summarise
+    from pithwood.ops.decode import decode_attend
+    from pithwood.recipes import load_recipe
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}; install it, or run from the checkout's root with PYTHONPATH=.") from None
+
+SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"
+"""Where it lies if it is not on the PATH."""
+ROLES = (
+    "_keys_hopper_kernel",
+    "_keys_apart_kernel",
+    "_rows_hopper_kernel",
+    "_parts_hopper_kernel",
+    "_early_hopper_kernel",
+)
+"""Kernels whose warps have roles: racecheck misreads them."""
+BLOCKS = ((32, 3), (64, 3), (96, 2), (128, 2), (192, 2), (256, 2))
+"""Block sizes and blocks per query: of one tile, of several, of broken ones; more than 32 of a document and fewer."""
+CASES = (
+    *((torch.bfloat16, dim, *blocks) for dim in (64, 128) for blocks in BLOCKS),
+    *((torch.float16, dim, 128, 2) for dim in (64, 128)),
+    (torch.float32, 64, 64, 3),
+)
+LENGTHS = (700, 0, 1, 65, 1300, 128)
+"""Tokens of the packed documents: some early, some listed, whole blocks and parts of them."""
+STEP = (
+    *("model.head_dim=64", "model.attention.block_size=32", "compile=false", "seq_len=512", "samples_per_step=2"),
+    *("samples_per_micro_batch=1", "steps=2", "model.moe.chunk_tokens=256"),
+)
+
+
+def work(device: str, tokens: int) -> None:
+    """Attention of documents of at most `tokens` tokens, then a training step and a few generated tokens."""
+    lengths = [min(length, tokens) for length in LENGTHS]
+    # Triton's interpreter multiplies bf16 wrongly
+    cases = [case for case in CASES if device == "cuda" or case[0] != torch.bfloat16]
+    for case in cases:
+        _attention(device, *case, lengths)
+    for dtype in {case[0] for case in cases}:
+        _decode(device, dtype, min(tokens, 1000))
+    _step_and_generation(device)
+
+
+def _normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def _attention(device: str, dtype: torch.dtype, dim: int, block: int, top_k: int, lengths: Sequence[int]) -> None:
+    """Forward and backward, fast and deterministic, of heads that share keys and values."""
+    packing = Packing.from_lengths(lengths, device=device)
+    q, k, v = (_normal(sum(lengths), heads, dim, dtype=dtype, device=device).requires_grad_() for heads in (4, 2, 2))
+    with torch.no_grad():
+        means = summarise(k, packing, block, impl="triton")
+        selection = select(q, means, packing, top_k, block_size=block, impl="triton")
+    for deterministic in (False, True):
+        o, _ = attend(q, k, v, packing, selection, impl="triton", deterministic=deterministic)
+        torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
+
+
+def _decode(device: str, dtype: torch.dtype, tokens: int) -> None:
+    """A few queries of two documents, to chosen blocks and to all keys."""
+    packing = Packing.from_lengths([2, 1], [tokens, tokens // 3], device=device)
+    k, v = (_normal(tokens + tokens // 3, 2, 64, dtype=dtype, device=device) for _ in range(2))
+    q = _normal(3, 4, 64, dtype=dtype, device=device)
+    means = summarise(k, packing, 32, impl="triton")
+    selection = select(q, means, packing, 3, block_size=32, impl="triton")
+    for chosen in (selection, None):
+        decode_attend(q, k, v, packing, chosen, impl="triton")
+
+
+def _step_and_generation(device: str) -> None:
+    """Two optimizer steps of a small model on random tokens, and tokens that it makes."""
+    run = apply_overrides(load_recipe("debug"), [*STEP, f"device={device}"])
+    with tempfile.TemporaryDirectory() as folder, mesh_of(run, print) as (mesh, watch):
+        started = start(run, mesh, watch, "fake", Path(folder), print)
+        for step in range(run.steps):
+            one_step(started, step)
+        generate(started.trainer.model, [[1, 2, 3], list(range(100))], 3)
+
+
+def run_under(tool: str, tokens: int) -> dict[str, Any]:
+    """The work under a tool of compute-sanitizer: a row of the results."""
+    sanitizer = shutil.which("compute-sanitizer") or SANITIZER
+    if not Path(sanitizer).is_file():
+        raise SystemExit(f"compute-sanitizer is neither on the PATH nor at {SANITIZER}; it comes with the CUDA toolkit")
+    # freed blocks that torch keeps would hide accesses past their end
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [sys.executable, "-m", "bench.sanitize", "--work", "--tokens", str(tokens)]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        options = ["--tool", tool, "--log-file", str(log), "--print-limit", "1000"]
+        begun = time.monotonic()
+        done = subprocess.run([sanitizer, *options, *command], env=environment, stdout=subprocess.PIPE, text=True)
+        text = log.read_text(errors="replace") if log.is_file() else ""
+    if done.returncode or not done.stdout.strip():
+        raise SystemExit(f"{tool}: the work ended with {done.returncode}\n{text[-3000:]}")
+    found = told(text)
+    return {
+        "tool": tool,
+        "seconds": time.monotonic() - begun,
+        **found,
+        "kernels": json.loads(done.stdout.splitlines()[-1]),
+    }
+
+
+def told(log: str) -> dict[str, Any]:
+    """What a log of compute-sanitizer says: its summary, and how many reports there are of each kernel."""
+    reports: Counter[str] = Counter()
+    for report in re.split(r"\n=+ *\n", log):
+        if re.search(r"Race reported|Invalid |Error: |Warning: |hazard", report) and "SUMMARY" not in report:
+            names = re.findall(r"\b_\w+_kernel\b", report)
+            reports[names[0] if names else "other"] += 1
+    summary = [line.strip("= ") for line in log.splitlines() if "SUMMARY" in line]
+    return {"summary": summary[-1] if summary else "none", "reports": dict(reports)}
+
+
+def is_clean(row: dict[str, Any]) -> bool:
+    """Whether a tool has nothing to say of the kernels that it can judge."""
+    if row["tool"] == "racecheck":
+        return "RACECHECK SUMMARY" in row["summary"] and set(row["reports"]) <= set(ROLES)
+    return not row["reports"] and " 0 errors" in row["summary"]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="+", default=["memcheck", "racecheck"], help="tools of compute-sanitizer")
+    parser.add_argument("--tokens", type=int, default=1300, help="tokens of the longest document, at least 1")
+    parser.add_argument("--out", type=Path, help="folder for sanitize.json (default: bench/results/<device>)")
+    parser.add_argument("--work", action="store_true", help="do the work, without compute-sanitizer")
+    args = parser.parse_args(words)
+    if args.tokens < 1:
+        parser.error(f"--tokens {args.tokens} must be at least 1")
+    if args.work:
+        print(json.dumps(sorted(_with_kernels(args.tokens))))
+        return 0
+    if not torch.cuda.is_available():
+        raise SystemExit("compute-sanitizer needs a CUDA GPU, torch sees none; --work runs the kernels without it")
+    rows = []
+    for tool in args.tools:
+        rows.append(run_under(tool, args.tokens))
+        write_results("sanitize", rows, args.out)
+        print(f"{tool}: {len(rows[-1]['kernels'])} kernels, {rows[-1]['summary']}, reports {rows[-1]['reports']}")
+    return 0 if all(map(is_clean, rows)) else 1
+
+
+def _with_kernels(tokens: int) -> set[str]:
+    """Do the work; the names of the Triton kernels that were launched (none in the interpreter)."""
+    from triton import knobs
+
+    names: set[str] = set()
+
+    def note(launch: Any) -> None:
+        names.add(launch.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(note)
+    torch.manual_seed(0)
+    work("cuda" if torch.cuda.is_available() else "cpu", tokens)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())
