@@ -20,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from pithwood.ops.gluon_support import thread_barrier
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
@@ -102,7 +104,7 @@ def _gather(
         async_copy.commit_group()
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(full.index(slot), count=1)
 
 

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from pithwood.ops.attend.backward_hopper import LOG2_E, _rows_of_tile
 from pithwood.ops.attend.forward_hopper import _exp2
+from pithwood.ops.gluon_support import thread_barrier
 
 HALVES = gl.constexpr(2)
 """Multiplying warpgroups; each has half the keys."""
@@ -144,7 +145,7 @@ def _gather(
         _note(notes, at + 5, key_start)
         _note(notes, at + 6, key_count)
         _note(notes, at + 7, hot)
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(kv_full.index(place), count=1)
         # The next item's list is known by the time that this one's tiles are on their way.
         item = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
@@ -166,7 +167,7 @@ def _gather(
             async_copy.async_copy_global_to_shared(delta_ring.index(slot), delta_at + sum_at, mask=row >= 0)
             async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
             row_ring.index((base + tile) % ROW_SLOTS).store(row)
-            gl.thread_barrier()
+            thread_barrier()
             mbarrier.arrive(full.index(slot), count=1)
             row = next_row
             wide = next_wide
@@ -177,7 +178,7 @@ def _gather(
     mbarrier.wait(kv_empty.index(place), (number // 2 & 1) ^ 1)
     async_copy.mbarrier_arrive(kv_full.index(place), increment_count=False)
     _note(notes, place * FIELDS, -1)
-    gl.thread_barrier()
+    thread_barrier()
     mbarrier.arrive(kv_full.index(place), count=1)
 
 

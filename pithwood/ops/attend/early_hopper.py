@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from pithwood.ops.attend.forward_hopper import _exp2
+from pithwood.ops.gluon_support import thread_barrier
 
 EARLY_TILE = 128
 """Queries, and keys, of a tile."""
@@ -122,18 +123,18 @@ def _load(
                 if STAGES == 2:
                     async_copy.wait_group(0)
                     fence_async_shared()
-                    gl.thread_barrier()
+                    thread_barrier()
                     mbarrier.arrive(full.index(slot), count=1)
                 elif step > 0:
                     # The step before is there, while this one is on its way.
                     async_copy.wait_group(1)
                     fence_async_shared()
-                    gl.thread_barrier()
+                    thread_barrier()
                     mbarrier.arrive(full.index((base + step - 1) % STAGES), count=1)
             if STAGES > 2:
                 async_copy.wait_group(0)
                 fence_async_shared()
-                gl.thread_barrier()
+                thread_barrier()
                 mbarrier.arrive(full.index((base + count) % STAGES), count=1)
             base += count + 1
             number += 1
@@ -238,7 +239,7 @@ def _multiply(
             gl.store(o_at, out, mask=inside)
             # The loading warps fill the tile by another way than these stores.
             fence_async_shared()
-            gl.thread_barrier()
+            thread_barrier()
             mbarrier.arrive(q_empty.index(number % 2), count=1)
             base += count + 1
             number += 1

@@ -20,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from pithwood.ops.gluon_support import thread_barrier
+
 
 def hopper_forward_tiles(block: int) -> dict[str, int]:
     """Tile shape and launch options of `_rows_hopper_kernel`, CHUNK the rows of a list that one program takes. Two
@@ -79,7 +81,7 @@ def _gather(
         pair = next_pair
         # The copies announce themselves, and these warps go on to the next tile.
         async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(full.index(slot), count=1)
 
 
@@ -158,7 +160,7 @@ def _multiply(
     _copy_keys(v_tile, v_at, stride_vt, BLOCK)
     async_copy.wait_group(0)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     for tile in range(num_tiles):
         slot = tile % STAGES
         q_tile = q_ring.index(slot)

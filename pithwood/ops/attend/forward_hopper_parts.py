@@ -32,6 +32,7 @@ from pithwood.ops.attend.forward_hopper import (
     _work_item,
     hopper_forward_tiles,
 )
+from pithwood.ops.gluon_support import thread_barrier
 
 PIECE = gl.constexpr(16)
 """Keys whose addresses the loading warps hold at a time; more would not fit their registers."""
@@ -49,7 +50,7 @@ def _announce(barrier, PENDING: gl.constexpr):
     """Tell those who wait that all copies but the last PENDING groups of them are there."""
     async_copy.wait_group(PENDING)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     mbarrier.arrive(barrier, count=1)
 
 
