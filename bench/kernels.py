@@ -1,12 +1,15 @@
-"""Every Triton and Gluon kernel of the system on small shapes, under compute-sanitizer.
+"""Every Triton and Gluon kernel of the system on small shapes: under compute-sanitizer, or compiled for a Hopper GPU.
 
-    python -m bench.sanitize [--tools memcheck racecheck] [--out DIR]     the work under each tool; writes sanitize.json
-    python -m bench.sanitize --work [--tokens N]                          the work alone
+    python -m bench.kernels sanitize [--tools memcheck racecheck] [--out DIR]   a GPU; writes sanitize.json
+    python -m bench.kernels compile [--cases TEXT ...]                           any Linux machine; a line per kernel
 
-A row per tool: the kernels that ran, the tool's own summary, and how many of its reports name which kernel. memcheck
-must have none: exit code 1 if it does. racecheck does not follow the barriers between the warp roles of the Hopper
-kernels, so what it reports of those is for a person to judge (docs/log.md, "compute-sanitizer"); of any other kernel a
-report gives exit code 1. The work alone also runs on a CPU with TRITON_INTERPRET=1, in fp16 and fp32.
+`sanitize` does the work under each tool and keeps the kernels that ran, the tool's own summary, and how many of its
+reports name which kernel. memcheck must have none: exit code 1 if it does. racecheck does not follow the barriers
+between the warp roles of the Hopper kernels, so what it reports of those is for a person to judge (docs/log.md,
+"compute-sanitizer"); of any other kernel a report gives exit code 1.
+
+`compile` shows without a GPU that all kernels compile for one with this version of Triton, and what they take of it
+(bench/compiling.py). `work` does the work and nothing else, also on a CPU with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ try:
     from pithwood.generate.sample import generate
     from pithwood.ops import Packing, attend, select, summarise
     from pithwood.ops.decode import decode_attend
+    from pithwood.ops.gram import gram, gram_polynomial
     from pithwood.recipes import load_recipe
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}; install it, or run from the checkout's root with PYTHONPATH=.") from None
@@ -42,13 +46,10 @@ except ModuleNotFoundError as error:
 SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"
 """Where it lies if it is not on the PATH."""
 ROLES = (
-    "_keys_hopper_kernel",
-    "_keys_apart_kernel",
-    "_rows_hopper_kernel",
-    "_parts_hopper_kernel",
-    "_early_hopper_kernel",
+    *("_early_hopper_kernel", "_rows_hopper_kernel", "_parts_hopper_kernel"),
+    *("_keys_hopper_kernel", "_keys_apart_kernel"),
 )
-"""Kernels whose warps have roles: racecheck misreads them."""
+"""Kernels of the Hopper GPU, whose warps have roles: racecheck misreads them."""
 BLOCKS = ((32, 3), (64, 3), (96, 2), (128, 2), (192, 2), (256, 2))
 """Block sizes and blocks per query: of one tile, of several, of broken ones; more than 32 of a document and fewer."""
 CASES = (
@@ -64,23 +65,25 @@ STEP = (
 )
 
 
-def work(device: str, tokens: int) -> None:
-    """Attention of documents of at most `tokens` tokens, then a training step and a few generated tokens."""
+def work(device: str, cases: Sequence[tuple[Any, ...]] = CASES, tokens: int = 1300) -> None:
+    """Attention of documents of at most `tokens` tokens, symmetric products, a training step, a few generated tokens.
+
+    cases   (dtype, head dim, block size, blocks per query) of attention, of `CASES`
+    """
     lengths = [min(length, tokens) for length in LENGTHS]
-    # Triton's interpreter multiplies bf16 wrongly
-    cases = [case for case in CASES if device == "cuda" or case[0] != torch.bfloat16]
     for case in cases:
-        _attention(device, *case, lengths)
+        _attention(device, lengths, *case)
     for dtype in {case[0] for case in cases}:
         _decode(device, dtype, min(tokens, 1000))
-    _step_and_generation(device)
+        _symmetric_products(device, dtype)
+    _steps_and_generation(device)
 
 
 def _normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(*shape, device=device).to(dtype)
 
 
-def _attention(device: str, dtype: torch.dtype, dim: int, block: int, top_k: int, lengths: Sequence[int]) -> None:
+def _attention(device: str, lengths: Sequence[int], dtype: torch.dtype, dim: int, block: int, top_k: int) -> None:
     """Forward and backward, fast and deterministic, of heads that share keys and values."""
     packing = Packing.from_lengths(lengths, device=device)
     q, k, v = (_normal(sum(lengths), heads, dim, dtype=dtype, device=device).requires_grad_() for heads in (4, 2, 2))
@@ -103,7 +106,16 @@ def _decode(device: str, dtype: torch.dtype, tokens: int) -> None:
         decode_attend(q, k, v, packing, chosen, impl="triton")
 
 
-def _step_and_generation(device: str) -> None:
+def _symmetric_products(device: str, dtype: torch.dtype) -> None:
+    """Those of Muon, of wide and of tall matrices; there is no kernel for fp32."""
+    if dtype == torch.float32:
+        return
+    for shape in ((2, 96, 200), (2, 200, 96)):
+        product_MKK = gram(_normal(*shape, dtype=dtype, device=device), impl="triton")
+        gram_polynomial(product_MKK, 3.4, -4.8, 2.0, impl="triton")
+
+
+def _steps_and_generation(device: str) -> None:
     """Two optimizer steps of a small model on random tokens, and tokens that it makes."""
     run = apply_overrides(load_recipe("debug"), [*STEP, f"device={device}"])
     with tempfile.TemporaryDirectory() as folder, mesh_of(run, print) as (mesh, watch):
@@ -113,38 +125,35 @@ def _step_and_generation(device: str) -> None:
         generate(started.trainer.model, [[1, 2, 3], list(range(100))], 3)
 
 
-def run_under(tool: str, tokens: int) -> dict[str, Any]:
+# ---- under compute-sanitizer
+
+
+def run_under(tool: str) -> dict[str, Any]:
     """The work under a tool of compute-sanitizer: a row of the results."""
     sanitizer = shutil.which("compute-sanitizer") or SANITIZER
     if not Path(sanitizer).is_file():
         raise SystemExit(f"compute-sanitizer is neither on the PATH nor at {SANITIZER}; it comes with the CUDA toolkit")
     # freed blocks that torch keeps would hide accesses past their end
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [sys.executable, "-m", "bench.sanitize", "--work", "--tokens", str(tokens)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         options = ["--tool", tool, "--log-file", str(log), "--print-limit", "1000"]
+        command = [sanitizer, *options, sys.executable, "-m", "bench.kernels", "work"]
         begun = time.monotonic()
-        done = subprocess.run([sanitizer, *options, *command], env=environment, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
         text = log.read_text(errors="replace") if log.is_file() else ""
     if done.returncode or not done.stdout.strip():
         raise SystemExit(f"{tool}: the work ended with {done.returncode}\n{text[-3000:]}")
-    found = told(text)
-    return {
-        "tool": tool,
-        "seconds": time.monotonic() - begun,
-        **found,
-        "kernels": json.loads(done.stdout.splitlines()[-1]),
-    }
+    kernels = json.loads(done.stdout.splitlines()[-1])
+    return {"tool": tool, "seconds": time.monotonic() - begun, **told(text, kernels), "kernels": kernels}
 
 
-def told(log: str) -> dict[str, Any]:
+def told(log: str, kernels: Collection[str]) -> dict[str, Any]:
     """What a log of compute-sanitizer says: its summary, and how many reports there are of each kernel."""
     reports: Counter[str] = Counter()
     for report in re.split(r"\n=+ *\n", log):
         if re.search(r"Race reported|Invalid |Error: |Warning: |hazard", report) and "SUMMARY" not in report:
-            names = re.findall(r"\b_\w+_kernel\b", report)
-            reports[names[0] if names else "other"] += 1
+            reports[next((word for word in re.findall(r"\w+", report) if word in kernels), "other")] += 1
     summary = [line.strip("= ") for line in log.splitlines() if "SUMMARY" in line]
     return {"summary": summary[-1] if summary else "none", "reports": dict(reports)}
 
@@ -156,31 +165,19 @@ def is_clean(row: dict[str, Any]) -> bool:
     return not row["reports"] and " 0 errors" in row["summary"]
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """The command; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tools", nargs="+", default=["memcheck", "racecheck"], help="tools of compute-sanitizer")
-    parser.add_argument("--tokens", type=int, default=1300, help="tokens of the longest document, at least 1")
-    parser.add_argument("--out", type=Path, help="folder for sanitize.json (default: bench/results/<device>)")
-    parser.add_argument("--work", action="store_true", help="do the work, without compute-sanitizer")
-    args = parser.parse_args(words)
-    if args.tokens < 1:
-        parser.error(f"--tokens {args.tokens} must be at least 1")
-    if args.work:
-        print(json.dumps(sorted(_with_kernels(args.tokens))))
-        return 0
+def _sanitize(tools: Sequence[str], out: Path | None) -> int:
     if not torch.cuda.is_available():
-        raise SystemExit("compute-sanitizer needs a CUDA GPU, torch sees none; --work runs the kernels without it")
+        raise SystemExit("compute-sanitizer needs a CUDA GPU, torch sees none; `compile` and `work` do without")
     rows = []
-    for tool in args.tools:
-        rows.append(run_under(tool, args.tokens))
-        write_results("sanitize", rows, args.out)
+    for tool in tools:
+        rows.append(run_under(tool))
+        write_results("sanitize", rows, out)
         print(f"{tool}: {len(rows[-1]['kernels'])} kernels, {rows[-1]['summary']}, reports {rows[-1]['reports']}")
     return 0 if all(map(is_clean, rows)) else 1
 
 
-def _with_kernels(tokens: int) -> set[str]:
-    """Do the work; the names of the Triton kernels that were launched (none in the interpreter)."""
+def _work(tokens: int) -> int:
+    """Do the work and print the names of the kernels that were launched as JSON (none in the interpreter)."""
     from triton import knobs
 
     names: set[str] = set()
@@ -190,10 +187,48 @@ def _with_kernels(tokens: int) -> set[str]:
 
     knobs.runtime.launch_enter_hook.add(note)
     torch.manual_seed(0)
-    work("cuda" if torch.cuda.is_available() else "cpu", tokens)
     if torch.cuda.is_available():
+        work("cuda", tokens=tokens)
         torch.cuda.synchronize()
-    return names
+    else:
+        # Triton's interpreter multiplies bf16 wrongly
+        work("cpu", [case for case in CASES if case[0] != torch.bfloat16], tokens)
+    print(json.dumps(sorted(names)))
+    return 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    sanitizing = commands.add_parser("sanitize", help="do the work under compute-sanitizer")
+    sanitizing.add_argument("--tools", nargs="+", default=["memcheck", "racecheck"], help="tools of compute-sanitizer")
+    sanitizing.add_argument("--out", type=Path, help="folder for sanitize.json (default: bench/results/<device>)")
+    compiling = commands.add_parser("compile", help="compile all kernels for a Hopper GPU, without one")
+    compiling.add_argument("--cases", nargs="+", default=[""], help="only these of attention, such as bfloat16/128/64")
+    compiling.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    working = commands.add_parser("work", help="do the work, alone")
+    working.add_argument("--tokens", type=int, default=1300, help="tokens of the longest document, at least 1")
+    args = parser.parse_args(words)
+    if args.command == "sanitize":
+        return _sanitize(args.tools, args.out)
+    if args.command == "work":
+        if args.tokens < 1:
+            parser.error(f"--tokens {args.tokens} must be at least 1")
+        return _work(args.tokens)
+    for asked in args.cases:
+        if not any(told_case(case).startswith(asked) for case in CASES):
+            parser.error(f"--cases {asked} is in none of {', '.join(map(told_case, CASES))}")
+    chosen = [case for case in CASES if told_case(case).startswith(tuple(args.cases))]
+    from bench.compiling import compile_kernels
+
+    compile_kernels(chosen, args.json)
+    return 0
+
+
+def told_case(case: tuple[Any, ...]) -> str:
+    """dtype/head dim/block size/blocks per query."""
+    return "/".join(str(part).removeprefix("torch.") for part in case)
 
 
 if __name__ == "__main__":
