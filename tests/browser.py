@@ -51,7 +51,7 @@ def look_at(page: Path, picture: Path, *, width: int, dark: bool = False) -> dic
     """Open a page in a process of its own and take a picture; returns what LOOK says, `requests` and `complaints`."""
     words = [sys.executable, "-m", "tests.browser", str(page), str(picture), str(width), "dark" if dark else "light"]
     done = subprocess.run(
-        words, capture_output=True, text=True, timeout=120, env=_environment(dark), cwd=Path(__file__).parents[1],
+        words, capture_output=True, text=True, timeout=300, env=_environment(dark), cwd=Path(__file__).parents[1],
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

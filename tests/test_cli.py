@@ -298,7 +298,7 @@ def test_a_stopped_run_saves_and_the_same_command_goes_on(tmp_path, number):
         while not _trained_steps(tmp_path) and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     assert process.returncode == 128 + number, err
     summary = json.loads(out)
     assert summary["interrupted"] == number

@@ -110,7 +110,7 @@ def test_a_polite_signal_saves_and_the_next_command_goes_on(tmp_path, number):
     while last_line(run_folder(runs)) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(number)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=240) == 0
     folder = run_folder(runs)
     assert folder is not None
     stopped = last_line(folder)

@@ -122,7 +122,7 @@ def test_the_command_line_trains_and_samples_a_mixer_from_a_file(tmp_path):
 
     def pithwood(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pithwood", *words]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
 
     trained = pithwood("train", "own_mixer_file.py:own_small", "--json")
     assert trained.returncode == 0, trained.stderr

@@ -108,7 +108,7 @@ def test_bad_input_gives_one_line_and_leaves_the_texts_alone(texts, tmp_path, ca
 
 def test_progress_is_lines_of_text_away_from_a_terminal(texts, tmp_path):
     process = start("texts/*.txt", "vocab_size=300", "--json", cwd=tmp_path)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert len(out.splitlines()) == 1
     assert all(line.startswith(("corpus: ", "tokenizer: ")) for line in err.splitlines()), err
@@ -144,7 +144,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
             wait_for_files(tmp_path / ".killed.partial", moment, process)
         # Only the parent: the workers have to notice by themselves.
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
         assert process.returncode == -signal.SIGKILL
         assert not (tmp_path / "killed").exists()
     out, err = start(*words, "--out", "killed", cwd=tmp_path).communicate(timeout=300)

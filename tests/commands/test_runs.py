@@ -176,7 +176,7 @@ def test_on_a_terminal_the_answer_decides(copied, answer, gone):
     ) as process:
         os.close(theirs)
         os.write(ours, f"{answer}\n".encode())
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=240)
         os.close(ours)
     assert "delete for good? [y/N]" in err
     assert f"{copied.moba.name}: finished, 2 checkpoints" in err

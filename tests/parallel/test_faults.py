@@ -179,7 +179,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
                    "TORCH_CPP_LOG_LEVEL": "ERROR"}  # fmt: skip
     done = subprocess.run(
         [*words, str(tmp_path / "program.py"), str(tmp_path / "saved")],
-        env=environment, capture_output=True, text=True, timeout=120,
+        env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "went from step 5 to 12" in done.stderr
@@ -192,7 +192,7 @@ def test_bad_input_is_told_once_by_processes_that_all_refuse_it(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*words, "train", "debug", "mesh.dp_shard=3"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("pithwood: error: ")]
