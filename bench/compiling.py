@@ -1,4 +1,4 @@
-"""Kernels compiled for a Hopper GPU on a machine without one, as the system itself launches them.
+"""Kernels compiled for a GPU on a machine without one, as the system itself launches them.
 
 The work of bench/kernels.py runs on CPU tensors that claim to be on a GPU, with launches that end after compilation, so
 every kernel gets the arguments, tile shapes and options that a GPU would see. Nothing is computed: memory that kernels
@@ -20,20 +20,27 @@ from typing import Any
 
 import torch
 
-HOPPER = SimpleNamespace(
-    name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232_448,
-    L2_cache_size=50 * 2**20, total_memory=141 * 10**9,
-)  # fmt: skip
-"""What torch tells of the GPU."""
+GPUS = {
+    "a100": SimpleNamespace(major=8, minor=0, multi_processor_count=108, shared_memory_per_block_optin=166_912),
+    "rtx4090": SimpleNamespace(major=8, minor=9, multi_processor_count=128, shared_memory_per_block_optin=101_376),
+    "h200": SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232_448),
+    "b200": SimpleNamespace(major=10, minor=0, multi_processor_count=148, shared_memory_per_block_optin=232_448),
+    "rtx5090": SimpleNamespace(major=12, minor=0, multi_processor_count=170, shared_memory_per_block_optin=101_376),
+}
+"""What torch tells of GPUs, in the words of CUDA: compute capability, processors, bytes of shared memory that a program
+may have (CUDA C++ programming guide, "Compute capabilities")."""
 
 
 class _Driver:
     """What Triton asks of a driver until a kernel is compiled."""
 
+    def __init__(self, gpu: SimpleNamespace) -> None:
+        self.gpu = gpu
+
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 10 * HOPPER.major + HOPPER.minor, 32)
+        return GPUTarget("cuda", 10 * self.gpu.major + self.gpu.minor, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -42,18 +49,19 @@ class _Driver:
         return 0
 
 
-def compile_kernels(cases: Sequence[tuple[Any, ...]], as_json: bool = False) -> list[dict[str, Any]]:
+def compile_kernels(cases: Sequence[tuple[Any, ...]], gpu: str, as_json: bool = False) -> list[dict[str, Any]]:
     """Compile what the work launches, print a line per kernel (or one JSON object) and return the rows.
 
     cases    as `bench.kernels.work` takes them
+    gpu      of `GPUS`
     returns  per kernel its name, registers and bytes of stack (where registers spill) per thread, bytes of shared
              memory and warps, in the order of their first launch; a name appears once for every way it was compiled
     raises   SystemExit where Triton is set to interpret; what Triton raises for a kernel that does not compile
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 compiles nothing; unset it")
-    found = _intercept_launches()
-    _claim_hopper()
+    found = _intercept_launches(GPUS[gpu])
+    _claim_gpu(GPUS[gpu])
     from bench.kernels import work
 
     work("cpu", cases)
@@ -61,19 +69,19 @@ def compile_kernels(cases: Sequence[tuple[Any, ...]], as_json: bool = False) -> 
     if as_json:
         import triton
 
-        print(json.dumps({"triton": triton.__version__, "kernels": rows}))
+        print(json.dumps({"gpu": gpu, "triton": triton.__version__, "kernels": rows}))
     else:
         for row in rows:
             print("{name:32}{registers:5} registers{stack:6} B stack{shared:8} B shared{warps:4} warps".format(**row))
     return rows
 
 
-def _intercept_launches() -> dict[str, tuple[str, Any]]:
+def _intercept_launches(gpu: SimpleNamespace) -> dict[str, tuple[str, Any]]:
     """Let launches compile only; returns where what they compile is put, by hash."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    driver.set_active(_Driver())
+    driver.set_active(_Driver(gpu))
     found: dict[str, tuple[str, Any]] = {}
     run = JITFunction.run
 
@@ -86,15 +94,15 @@ def _intercept_launches() -> dict[str, tuple[str, Any]]:
     return found
 
 
-def _claim_hopper() -> None:
-    """Let torch say that CPU tensors lie on a Hopper GPU, and give memory that nobody wrote as zeros."""
+def _claim_gpu(gpu: SimpleNamespace) -> None:
+    """Let torch say that CPU tensors lie on this GPU, and give memory that nobody wrote as zeros."""
     import torch.utils._device
 
     import bench.kernels  # noqa: F401  loads the modules whose names are changed below
 
     torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment,misc]
-    torch.cuda.get_device_capability = lambda *_: (HOPPER.major, HOPPER.minor)  # type: ignore[assignment]
-    torch.cuda.get_device_properties = lambda *_: HOPPER  # type: ignore[assignment]
+    torch.cuda.get_device_capability = lambda *_: (gpu.major, gpu.minor)  # type: ignore[assignment]
+    torch.cuda.get_device_properties = lambda *_: gpu  # type: ignore[assignment]
     torch.cuda.is_current_stream_capturing = lambda: False
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("pithwood.") and hasattr(module, "triton_misfit"):

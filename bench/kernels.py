@@ -1,7 +1,7 @@
-"""Every Triton and Gluon kernel of the system on small shapes: under compute-sanitizer, or compiled for a Hopper GPU.
+"""Every Triton and Gluon kernel of the system on small shapes: under compute-sanitizer, or compiled for a GPU.
 
     python -m bench.kernels sanitize [--tools memcheck racecheck] [--out DIR]   a GPU; writes sanitize.json
-    python -m bench.kernels compile [--cases TEXT ...]                           any Linux machine; a line per kernel
+    python -m bench.kernels compile [--gpu h200] [--cases TEXT ...]              any Linux machine; a line per kernel
 
 `sanitize` does the work under each tool and keeps the kernels that ran, the tool's own summary, and how many of its
 reports name which kernel. memcheck must have none: exit code 1 if it does. racecheck does not follow the barriers
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 try:
+    from bench.compiling import GPUS, compile_kernels
     from bench.results import write_results
     from pithwood.bench.train import mesh_of, one_step, start
     from pithwood.config import apply_overrides
@@ -107,11 +108,12 @@ def _decode(device: str, dtype: torch.dtype, tokens: int) -> None:
 
 
 def _symmetric_products(device: str, dtype: torch.dtype) -> None:
-    """Those of Muon, of wide and of tall matrices; there is no kernel for fp32."""
-    if dtype == torch.float32:
-        return
+    """Those of Muon, of wide and of tall matrices; there is no kernel for fp32, nor for GPUs before Hopper."""
     for shape in ((2, 96, 200), (2, 200, 96)):
-        product_MKK = gram(_normal(*shape, dtype=dtype, device=device), impl="triton")
+        x_MRC = _normal(*shape, dtype=dtype, device=device)
+        if dtype == torch.float32 or (x_MRC.is_cuda and torch.cuda.get_device_capability(x_MRC.device) < (9, 0)):
+            return
+        product_MKK = gram(x_MRC, impl="triton")
         gram_polynomial(product_MKK, 3.4, -4.8, 2.0, impl="triton")
 
 
@@ -204,7 +206,8 @@ def main(words: Sequence[str] | None = None) -> int:
     sanitizing = commands.add_parser("sanitize", help="do the work under compute-sanitizer")
     sanitizing.add_argument("--tools", nargs="+", default=["memcheck", "racecheck"], help="tools of compute-sanitizer")
     sanitizing.add_argument("--out", type=Path, help="folder for sanitize.json (default: bench/results/<device>)")
-    compiling = commands.add_parser("compile", help="compile all kernels for a Hopper GPU, without one")
+    compiling = commands.add_parser("compile", help="compile all kernels for a GPU, without one")
+    compiling.add_argument("--gpu", default="h200", choices=list(GPUS), help="default: %(default)s")
     compiling.add_argument("--cases", nargs="+", default=[""], help="only these of attention, such as bfloat16/128/64")
     compiling.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     working = commands.add_parser("work", help="do the work, alone")
@@ -220,9 +223,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if not any(told_case(case).startswith(asked) for case in CASES):
             parser.error(f"--cases {asked} is in none of {', '.join(map(told_case, CASES))}")
     chosen = [case for case in CASES if told_case(case).startswith(tuple(args.cases))]
-    from bench.compiling import compile_kernels
-
-    compile_kernels(chosen, args.json)
+    compile_kernels(chosen, args.gpu, args.json)
     return 0
 
 
