@@ -56,6 +56,7 @@ BLOCKS = ((32, 3), (64, 3), (96, 2), (128, 2), (192, 2), (256, 2))
 CASES = (
     *((torch.bfloat16, dim, *blocks) for dim in (64, 128) for blocks in BLOCKS),
     *((torch.float16, dim, 128, 2) for dim in (64, 128)),
+    (torch.bfloat16, 256, 64, 2),
     (torch.float32, 64, 64, 3),
 )
 LENGTHS = (700, 0, 1, 65, 1300, 128)
@@ -74,8 +75,9 @@ def work(device: str, cases: Sequence[tuple[Any, ...]] = CASES, tokens: int = 13
     lengths = [min(length, tokens) for length in LENGTHS]
     for case in cases:
         _attention(device, lengths, *case)
+    for dtype, dim in {case[:2] for case in cases}:
+        _decode(device, dtype, dim, min(tokens, 1000))
     for dtype in {case[0] for case in cases}:
-        _decode(device, dtype, min(tokens, 1000))
         _symmetric_products(device, dtype)
     _steps_and_generation(device)
 
@@ -96,11 +98,11 @@ def _attention(device: str, lengths: Sequence[int], dtype: torch.dtype, dim: int
         torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
 
 
-def _decode(device: str, dtype: torch.dtype, tokens: int) -> None:
+def _decode(device: str, dtype: torch.dtype, dim: int, tokens: int) -> None:
     """A few queries of two documents, to chosen blocks and to all keys."""
     packing = Packing.from_lengths([2, 1], [tokens, tokens // 3], device=device)
-    k, v = (_normal(tokens + tokens // 3, 2, 64, dtype=dtype, device=device) for _ in range(2))
-    q = _normal(3, 4, 64, dtype=dtype, device=device)
+    k, v = (_normal(tokens + tokens // 3, 2, dim, dtype=dtype, device=device) for _ in range(2))
+    q = _normal(3, 4, dim, dtype=dtype, device=device)
     means = summarise(k, packing, 32, impl="triton")
     selection = select(q, means, packing, 3, block_size=32, impl="triton")
     for chosen in (selection, None):

@@ -36,6 +36,16 @@ from pithwood.ops.attend.forward_hopper_parts import hopper_forward
 from pithwood.ops.attend.forward_triton import _merge_kernel, _own_kernel, _rows_kernel
 from pithwood.ops.attend.lists_triton import LISTS, Items, Lists, Segments, build_items, build_lists, empty_lists
 from pithwood.ops.attend.plan import BlockPlan, block_plan
+from pithwood.ops.attend.shapes import (
+    Choose,
+    Tiles,
+    backward_tiles,
+    dq_tiles,
+    early_tiles,
+    forward_tiles,
+    has_large_shared,
+    own_tiles,
+)
 from pithwood.ops.operator import operator
 from pithwood.ops.packing import Packing, Selection
 
@@ -56,59 +66,6 @@ HOPPER_KEYS = 128
 """Keys per program of the Hopper backward kernel; smaller blocks go to the other kernel."""
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Tile shape and launch options of one kernel."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def forward_tiles(block: int, dim: int, element_size: int) -> Tiles:
-    """Of the key-major forward kernel: rows are gathered queries."""
-    keys = _tile(block, 128 if dim <= 128 else 64)
-    if element_size == 4:
-        return Tiles(32, min(keys, 32), 4, 1)
-    if block <= keys:
-        return Tiles(64, keys, 4, 3)
-    return Tiles(128, keys if dim <= 128 else 32, 8, 3)
-
-
-def own_tiles(block: int, dim: int, element_size: int) -> Tiles:
-    """Of the kernel that attends to the own unit and merges."""
-    if element_size == 4:
-        return Tiles(_tile(block, 32), _tile(block, 32), 4, 1)
-    return Tiles(_tile(block, 64), _tile(block, 64), 4, 3)
-
-
-def early_tiles(block: int, dim: int, element_size: int) -> Tiles:
-    """Of the forward kernel for early queries."""
-    if element_size == 4:
-        return Tiles(_tile(block, 32), _tile(block, 32), 4, 1)
-    if dim > 128:
-        return Tiles(_tile(block, 64), _tile(block, 64), 4, 2)
-    rows = _tile(block, 128)
-    return Tiles(rows, _tile(block, 128), 8 if rows == 128 else 4, 2)
-
-
-def backward_tiles(block: int, dim: int, element_size: int) -> Tiles:
-    """Of the key-major backward kernel: keys stay, rows are gathered."""
-    if element_size == 4:
-        return Tiles(16, _tile(block, 16), 4, 1)
-    if dim > 128:
-        return Tiles(32, _tile(block, 64), 8, 1)
-    return Tiles(64, _tile(block, 128), 8, 2 if dim <= 64 else 1)
-
-
-def dq_tiles(block: int, dim: int, element_size: int) -> Tiles:
-    """Of the deterministic dQ kernels."""
-    if element_size == 4:
-        return Tiles(_tile(block, 16), _tile(block, 16), 4, 1)
-    return Tiles(_tile(block, 64), _tile(block, 64), 4, 1)
-
-
 def backward_chunk(parts: int) -> int:
     """Rows of a list that one program of the backward takes, when each list is worked on in `parts` of its unit's keys.
     Only lists that very many queries have in common are cut."""
@@ -126,10 +83,6 @@ def num_early(block: int, top_k: int, own: bool) -> int:
 def num_slots(top_k: int, own: bool) -> int:
     """Leading ids of a query that can be past units: ids ascend, so with an own unit never the last."""
     return max(top_k - (1 if own else 0), 1)
-
-
-def _tile(block: int, most: int) -> int:
-    return max(16, min(most, triton.next_power_of_2(block)))
 
 
 def _heads(x: Tensor, heads: slice) -> Tensor:
@@ -292,9 +245,10 @@ class _Call:
             "PRECISION": "ieee",
         }
 
-    def tiles(self, choose) -> tuple[Tiles, dict[str, int]]:
+    def tiles(self, choose: Choose) -> tuple[Tiles, dict[str, int]]:
         """A kernel's tiles, and its launch options."""
-        tiles = choose(self.plan.block_size, max(self.q.shape[2], self.v.shape[2]), self.q.element_size())
+        large = has_large_shared(self.q)
+        tiles = choose(self.plan.block_size, max(self.q.shape[2], self.v.shape[2]), self.q.element_size(), large)
         return tiles, {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
     def on_hopper(self) -> bool:
