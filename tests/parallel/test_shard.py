@@ -69,9 +69,10 @@ def exchanges_before_the_end(mesh: Mesh, run: Run) -> tuple[int, int]:
     """How many exchanges between replicas begin before the last backward pass reaches the embedding, and in all."""
     trainer = Trainer(run, mesh.device, None, mesh)
     here = trainer.local(Documents(run).step(0, trainer.share))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    # not torch.profiler, which imports the compiler in every process
+    with torch.autograd.profiler.profile() as profile:
         trainer.gradients(0, here)
-    found = sorted(profile.events(), key=lambda event: event.time_range.start)
+    found = sorted(profile.function_events, key=lambda event: event.time_range.start)
     names = [event.name for event in found if event.name in ("EmbeddingBackward0", "c10d::allreduce_coalesced_")]
     ends = [place for place, name in enumerate(names) if name == "EmbeddingBackward0"]
     assert len(ends) == len(here)
