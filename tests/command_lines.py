@@ -96,17 +96,17 @@ class Server:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, argv: list[str], folder: Path, limits: Limits | None = None) -> Started:
-        """Start `pithwood argv...` in a folder."""
+    def start(self, argv: list[str], folder: Path, limits: Limits | None = None, stdin: str = os.devnull) -> Started:
+        """Start `pithwood argv...` in a folder, with a file or terminal as what it reads."""
         self._count += 1
         out, err = (self._scratch / f"{self._count}.{name}" for name in ("out", "err"))
-        request = {"do": "start", "argv": argv, "folder": str(folder), "out": str(out), "err": str(err)}
+        request = {"do": "start", "argv": argv, "folder": str(folder), "in": stdin, "out": str(out), "err": str(err)}
         pid = self.ask({**request, "limits": vars(limits or Limits())})["pid"]
         return Started(self, pid, out, err)
 
-    def call(self, argv: list[str], folder: Path, limits: Limits | None = None) -> Finished:
+    def call(self, argv: list[str], folder: Path, limits: Limits | None = None, stdin: str = os.devnull) -> Finished:
         """`pithwood argv...` in a folder, to its end."""
-        return self.start(argv, folder, limits).wait()
+        return self.start(argv, folder, limits, stdin).wait()
 
 
 def serve() -> None:
@@ -135,8 +135,8 @@ def _fork(request: dict[str, Any]) -> int:
     code = 1
     try:
         os.chdir(request["folder"])
-        for number, path in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
-            flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        for number, path in enumerate((request["in"], request["out"], request["err"])):
+            flags = os.O_RDONLY | os.O_NOCTTY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             handle = os.open(path, flags, 0o644)
             os.dup2(handle, number)
             os.close(handle)
