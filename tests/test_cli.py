@@ -22,7 +22,8 @@ SMALL = ["data.max_bytes=200_000", "seq_len=128", "samples_per_step=2", "samples
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PITHWOOD_TRACEBACK": "", **more}
+    """Without a GPU, as that of the `server`, which goes on with the same runs."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PITHWOOD_TRACEBACK": "", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
 def pithwood(*words: str, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:
