@@ -13,6 +13,7 @@ from hypothesis import settings
 
 from pithwood.check.numerics import poisoned_memory
 from tests.browser import missing_browser
+from tests.command_lines import Server
 
 NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 """Threads of this process and, through the environment, of those that tests start."""
@@ -118,6 +119,13 @@ def _memory_given_back() -> Iterator[None]:
     yield
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Command lines of `pithwood` in processes of their own, without the seconds that a fresh interpreter takes."""
+    with Server(tmp_path_factory.mktemp("server")) as made:
+        yield made
 
 
 @pytest.fixture

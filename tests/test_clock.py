@@ -17,7 +17,7 @@ from pithwood.optim.config import MuonConfig
 from pithwood.run import Run
 from pithwood.run_folder import run_dir
 from pithwood.train import train
-from tests.bad_input.processes import jumping
+from tests.command_lines import jumping
 from tests.test_train import losses, small_run
 
 DAY_S, HOUR_S = 86_400, 3_600

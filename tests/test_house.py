@@ -62,6 +62,11 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
+@functools.cache
+def nodes_of(path: Path) -> list[Any]:
+    return list(ast.walk(tree_of(path)))
+
+
 def room_of(path: Path) -> str:
     first = path.relative_to(ROOT / "pithwood").parts[0]
     return first.removesuffix(".py")
@@ -70,7 +75,7 @@ def room_of(path: Path) -> str:
 def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
     """Line and room of every import from the package, wherever in the file it stands."""
     node: Any
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         modules: list[str] = []
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -103,7 +108,7 @@ def test_unfinished_methods_stand_only_in_the_mixers_base():
     found = []
     for path in PACKAGE:
         if name_of(path) != "pithwood/attention/base.py":
-            for node in ast.walk(tree_of(path)):
+            for node in nodes_of(path):
                 if isinstance(node, ast.Name) and node.id == "NotImplementedError":
                     found.append(f"{name_of(path)}:{node.lineno}")
     assert not found, found
@@ -112,7 +117,7 @@ def test_unfinished_methods_stand_only_in_the_mixers_base():
 def test_no_bare_except():
     found = []
     for path in SOURCES:
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.ExceptHandler) and node.type is None:
                 found.append(f"{name_of(path)}:{node.lineno}")
     assert not found, found
@@ -122,7 +127,7 @@ def test_only_the_command_line_and_observation_write_to_stdout():
     found = []
     for path in PACKAGE:
         if room_of(path) not in ("cli", "observe"):
-            for node in ast.walk(tree_of(path)):
+            for node in nodes_of(path):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
                     where = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "file"]
                     if where != ["sys.stderr"]:

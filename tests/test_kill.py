@@ -102,7 +102,7 @@ def test_ten_kills_mid_save_included_leave_the_losses_of_an_unbroken_run(tmp_pat
     assert (folder / "sample.txt").read_text() == (unbroken_folder / "sample.txt").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_polite_signal_saves_and_the_next_command_goes_on(tmp_path, number):
     corpus, runs = tmp_path / "text", tmp_path / "runs"
     process = start(corpus, runs)

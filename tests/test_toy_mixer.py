@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +22,7 @@ from pithwood.recipes.demo import debug
 from pithwood.run import Phase, Run
 from pithwood.train import train
 from pithwood.trainer import Trainer
+from tests.command_lines import Server
 from tests.test_train import small_corpus
 from tests.toy_mixer import ToyRecurrence, ToyRecurrenceConfig
 
@@ -116,22 +114,17 @@ def own_small() -> Run:
 """
 
 
-def test_the_command_line_trains_and_samples_a_mixer_from_a_file(tmp_path):
+def test_the_command_line_trains_and_samples_a_mixer_from_a_file(server: Server, tmp_path):
     (tmp_path / "own_mixer_file.py").write_text(OWN_FILE)
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-
-    def pithwood(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pithwood", *words]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-
-    trained = pithwood("train", "own_mixer_file.py:own_small", "--json")
-    assert trained.returncode == 0, trained.stderr
-    refused = pithwood("generate", "own", "--max-tokens", "3")
-    assert refused.returncode == 2
-    assert "--import FILE" in refused.stderr
-    sampled = pithwood("generate", "own", "--max-tokens", "3", "--import", "own_mixer_file.py", "--json")
-    assert sampled.returncode == 0, sampled.stderr
-    assert json.loads(sampled.stdout)["tokens"] >= 1
+    trained = server.call(["train", "own_mixer_file.py:own_small", "--json"], tmp_path)
+    assert trained.code == 0, trained.err
+    words = ["generate", "own", "--max-tokens", "3"]
+    refused = server.call(words, tmp_path)
+    assert refused.code == 2
+    assert "--import FILE" in refused.err
+    sampled = server.call([*words, "--import", "own_mixer_file.py", "--json"], tmp_path)
+    assert sampled.code == 0, sampled.err
+    assert json.loads(sampled.out)["tokens"] >= 1
 
 
 class Blind(ToyRecurrence):

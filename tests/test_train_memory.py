@@ -28,7 +28,11 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [("block", "block"), ("none", ("block", "selective"))], ids=["throughout", "from the resume on"]
+    ("first", "then"),
+    [
+        pytest.param("block", "block", id="throughout", marks=pytest.mark.slow),
+        pytest.param("none", ("block", "selective"), id="from the resume on"),
+    ],
 )
 def test_a_run_killed_and_resumed_with_recomputation_repeats_the_plain_runs_digits(tmp_path, monkeypatch, first, then):
     run = small_run(tmp_path / "text")

@@ -169,8 +169,8 @@ class Bench:
         return self.checks[name, small]
 
     def _forget(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # where memory is measured
+            gc.collect()
             torch.cuda.empty_cache()
 
 

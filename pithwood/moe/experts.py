@@ -147,7 +147,9 @@ class DenseMLP(nn.Module):
         self.gate_proj = nn.Linear(model_dim, hidden_dim, bias=False, device="meta")
         self.up_proj = nn.Linear(model_dim, hidden_dim, bias=False, device="meta")
         self.down_proj = nn.Linear(hidden_dim, model_dim, bias=False, device="meta")
-        self.to_empty(device=torch.get_default_device())
+        device = torch.get_default_device()
+        if device.type != "meta":  # nothing would change, but torch imports sympy for it
+            self.to_empty(device=device)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """down(silu(gate(x)) * up(x)): [T, D] -> [T, D] in the dtype of x."""

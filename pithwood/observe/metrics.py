@@ -6,6 +6,7 @@ tiles of consecutive queries.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import time
@@ -195,10 +196,14 @@ def peak_flops(device: torch.device | str, *, measured: bool = False) -> float |
     return None
 
 
+@functools.cache
 def measure_peak_flops(
     device: torch.device | str, dtype: torch.dtype = torch.float32, size: int = 1024, seconds: float = 0.3
 ) -> float:
-    """FLOP/s of the fastest size-cubed matmul seen within about `seconds`: a stand-in for a stated peak."""
+    """FLOP/s of the fastest size-cubed matmul seen within about `seconds`: a stand-in for a stated peak.
+
+    A process measures once.
+    """
     if size < 1 or seconds <= 0:
         raise ValueError(f"measure_peak_flops needs size >= 1 and seconds > 0; got size={size}, seconds={seconds}")
     device = torch.device(device)

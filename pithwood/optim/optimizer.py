@@ -181,7 +181,8 @@ class Optimizer:
         dtype = self._state_dtype(prefix)
         if self.host is not None:
             return self.host.zeros_like(param, dtype)
-        return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+        # not torch.zeros_like, which imports sympy for a tensor without memory: half a second of every run's start
+        return torch.zeros(param.shape, dtype=dtype, device=param.device)
 
     @torch.no_grad()
     def step(self, step: int, grad_norm: Tensor | None = None) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pithwood.checkpoint.lock import RunLock
-from tests.bad_input.processes import Finished, Limits, Server
+from tests.command_lines import Finished, Limits, Server
 
 TRAIN = "train debug data.source=notes seq_len=64 checkpoint_every=2 keep_checkpoints=9"
 """The command of the world's run but for its steps."""
@@ -81,12 +81,11 @@ def newest_checkpoint(world: Path) -> Path:
 
 
 class Worlds:
-    """Makes the world once and tries cases in copies of it; a context manager."""
+    """Makes the world once and tries cases in copies of it."""
 
-    def __init__(self, scratch: Path) -> None:
-        self._scratch, self._printed = scratch, scratch / "printed"
-        self._printed.mkdir()
-        self._server = Server(self._printed)
+    def __init__(self, server: Server, scratch: Path) -> None:
+        """scratch: folder for the world and its copies"""
+        self._server, self._scratch = server, scratch
         self._world = scratch / "world"
         (self._world / "notes").mkdir(parents=True)
         for note in range(60):
@@ -97,15 +96,9 @@ class Worlds:
         made = self.call(f"{TRAIN} steps=4", self._world)
         assert made.code == 0, made.err
 
-    def __enter__(self) -> Worlds:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.__exit__(None, None, None)
-
     def call(self, command: str, folder: Path, limits: Limits | None = None) -> Finished:
         """`pithwood COMMAND` in a folder, to its end."""
-        return self._server.start(shlex.split(command), folder, limits).wait()
+        return self._server.call(shlex.split(command), folder, limits)
 
     def copy(self) -> Path:
         """A world of its own for one test."""

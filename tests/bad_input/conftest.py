@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.bad_input.case import Worlds
+from tests.command_lines import Server
 
 
 @pytest.fixture(scope="session")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
-    with Worlds(tmp_path_factory.mktemp("bad_input")) as made:
-        yield made
+def worlds(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    return Worlds(server, tmp_path_factory.mktemp("bad_input"))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.bad_input.case import TRAIN, Case, corpus_folder
-from tests.bad_input.processes import Limits
+from tests.command_lines import Limits
 
 PARTIAL = (".out.partial/*", ".out.partial/*/*")
 MADE = ("runs/corpora/*", "runs/corpora/*/*", "out/*", *PARTIAL)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tests.bad_input.case import Case, Seen, Worlds
 from tests.bad_input.corpus_cases import CORPUS
-from tests.bad_input.processes import ROOT
 from tests.bad_input.run_cases import RUNS, SETTINGS, SYSTEM
+from tests.command_lines import ROOT, Server
 
 PAGE = ROOT / "docs" / "errors.md"
 SECTIONS = {
@@ -57,7 +57,8 @@ def _cell(text: str) -> str:
 
 def main() -> None:
     """Try every case and write the page."""
-    with tempfile.TemporaryDirectory() as scratch, Worlds(Path(scratch)) as worlds:
+    with tempfile.TemporaryDirectory() as scratch, Server(Path(scratch)) as server:
+        worlds = Worlds(server, Path(scratch))
         PAGE.write_text(page({case.name: row(case, worlds.attempt(case)) for case in CASES}), encoding="utf-8")
 
 

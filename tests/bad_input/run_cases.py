@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.bad_input.case import TRAIN, Case, newest_checkpoint, run_folder
-from tests.bad_input.processes import Limits
+from tests.command_lines import Limits
 
 WIDE = "model.model_dim=65536 model.num_layers=64 model.moe.num_experts=256"
 LATER = ("runs/debug-*/checkpoints/step-00000006/*",)

@@ -9,7 +9,7 @@ import pytest
 from tests.bad_input.case import Case, Worlds
 from tests.bad_input.checks import check
 from tests.bad_input.corpus_cases import CORPUS
-from tests.bad_input.processes import Limits
+from tests.command_lines import Limits
 
 PREPARE = "prepare notes vocab_size=300 --out out"
 

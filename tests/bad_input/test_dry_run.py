@@ -12,8 +12,8 @@ import pytest
 from pithwood.checkpoint.lock import RunLock
 from tests.bad_input.case import TRAIN, Case, Worlds, corpus_folder, newest_checkpoint, plain, run_folder
 from tests.bad_input.corpus_cases import CORPUS
-from tests.bad_input.processes import Finished
 from tests.bad_input.run_cases import RUNS, SETTINGS, SYSTEM
+from tests.command_lines import Finished
 
 TRAINING = [case for case in (*SETTINGS, *SYSTEM, *CORPUS, *RUNS) if case.command.startswith("train ")]
 

@@ -7,8 +7,8 @@ import pytest
 from tests.bad_input.case import TRAIN, Case, Worlds, hashes, newest_checkpoint
 from tests.bad_input.checks import check
 from tests.bad_input.page import CASES, PAGE, page
-from tests.bad_input.processes import Limits
 from tests.bad_input.run_cases import RUNS, SETTINGS, SYSTEM
+from tests.command_lines import Limits
 
 
 @pytest.mark.parametrize("case", [*SETTINGS, *SYSTEM, *RUNS], ids=lambda case: case.name)

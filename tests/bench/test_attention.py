@@ -10,7 +10,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from pithwood.bench import attention
+from pithwood.bench import attention, timing
 from pithwood.bench.attention import Bench, Options, check, measured, relative_error
 from pithwood.bench.cases import Case, Shape, dense_cases, grid, preset, row_key
 from pithwood.bench.implementations import flex_attention_of, moba, route
@@ -26,6 +26,13 @@ from tests.ops import reference
 
 CPU = torch.device("cpu")
 SMALL = Case(Shape((100, 1, 37), heads=4, kv_heads=2, head_dim=8, dtype="fp32"), "fwd+bwd", 16, 3)
+
+
+@pytest.fixture(autouse=True)
+def _few_repetitions(monkeypatch):
+    """These tests ask what is measured, not how well."""
+    monkeypatch.setattr(timing, "MOST_REPS", timing.LEAST_REPS)
+    monkeypatch.setattr(timing, "CPU_MATMUL_SIZE", 512)
 
 
 @pytest.mark.quick

@@ -33,7 +33,7 @@ def check(config: MixerConfig, folder: Any, until: str = "") -> str:
         FullAttentionConfig(),
         SlidingWindowConfig(window=5, key_conv=3),
         MoBAConfig(block_size=8, top_k=2),
-        MoBAConfig(block_size=4, top_k=3, key_conv=5, route_per="kv_group"),
+        pytest.param(MoBAConfig(block_size=4, top_k=3, key_conv=5, route_per="kv_group"), marks=pytest.mark.slow),
         ToyRecurrenceConfig(),
     ],
     ids=lambda config: type(config).__name__,

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from pithwood.checkpoint.lock import RunLock
 from pithwood.cli import main
 from pithwood.observe.events import read_events
+from tests.command_lines import Server
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,20 +168,17 @@ def test_without_yes_and_without_a_terminal_nothing_is_deleted(copied, capsys, m
 
 
 @pytest.mark.parametrize(("answer", "gone"), [("y", True), ("n", False), ("", False)])
-def test_on_a_terminal_the_answer_decides(copied, answer, gone):
-    command = [sys.executable, "-m", "pithwood", "runs", "delete", copied.moba.name, "--runs-dir", str(copied.runs_dir)]
+def test_on_a_terminal_the_answer_decides(server: Server, copied, answer, gone):
     ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True
-    ) as process:
-        os.close(theirs)
-        os.write(ours, f"{answer}\n".encode())
-        _, err = process.communicate(timeout=240)
-        os.close(ours)
-    assert "delete for good? [y/N]" in err
-    assert f"{copied.moba.name}: finished, 2 checkpoints" in err
+    os.write(ours, f"{answer}\n".encode())
+    words = ["runs", "delete", copied.moba.name, "--runs-dir", str(copied.runs_dir)]
+    done = server.call(words, ROOT, stdin=os.ttyname(theirs))
+    os.close(theirs)
+    os.close(ours)
+    assert "delete for good? [y/N]" in done.err
+    assert f"{copied.moba.name}: finished, 2 checkpoints" in done.err
     assert copied.moba.exists() != gone
-    assert process.returncode == (0 if gone else 2)
+    assert done.code == (0 if gone else 2)
 
 
 def test_if_one_of_several_cannot_be_deleted_none_is(copied, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[2]
 # Other test files define mixers of their own, which the same process may have imported.
-explain = partial(settings.explain, package="pithwood")
+explain = cache(partial(settings.explain, package="pithwood"))
 places_of_classes = partial(settings.places_of_classes, package="pithwood")
 
 

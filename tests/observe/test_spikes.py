@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import random
 from pathlib import Path
 
@@ -103,10 +105,29 @@ def steps_that_read(run: Run, runs_dir: Path, name: str) -> list[int]:
     ]
 
 
-def test_a_poisoned_sample_is_found_with_its_step_its_document_and_its_text(tmp_path: Path, capsys):
-    run = poisoned_run(tmp_path)
-    folder = Path(train(run, runs_dir=tmp_path / "runs")["run_dir"])
-    expected = [step for step in steps_that_read(run, tmp_path / "runs", "poison.txt") if step > 16]
+@dataclasses.dataclass(frozen=True)
+class Poisoned:
+    """The run with the noise, trained to its end."""
+
+    run: Run
+    runs_dir: Path
+    summary: dict
+    console: str
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Poisoned:
+    """Read only."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    run, err = poisoned_run(folder), io.StringIO()
+    with contextlib.redirect_stderr(err):
+        summary = train(run, runs_dir=folder / "runs")
+    return Poisoned(run, folder / "runs", summary, err.getvalue())
+
+
+def test_a_poisoned_sample_is_found_with_its_step_its_document_and_its_text(poisoned: Poisoned):
+    run, folder = poisoned.run, Path(poisoned.summary["run_dir"])
+    expected = [step for step in steps_that_read(run, poisoned.runs_dir, "poison.txt") if step > 16]
     spikes = of_kind(folder, "spike")
     assert expected, "the noise must lie behind the steps that the detector needs"
     assert next(event["step"] for event in spikes if event["reason"] == "loss") == expected[0]
@@ -125,13 +146,13 @@ def test_a_poisoned_sample_is_found_with_its_step_its_document_and_its_text(tmp_
         assert set(around[spike["step"]][name]) == set(gradients[spike["step"]])
     assert set(around[spike["step"]]["activation_rms"]) == {"layers.0", "layers.1"}
 
-    corpus = prepare(run.data, tmp_path / "runs" / "corpora")
+    corpus = prepare(run.data, poisoned.runs_dir / "corpora")
     source = BatchSource(corpus, "train", seq_len=64, samples_per_batch=1, samples_per_step=2, seed=run.seed)
     texts = step_texts(source, corpus, spike["step"] - 1)
     assert any(
         0x4E00 <= ord(char) < 0x9FFF for batch in texts for sample in batch for piece in sample for char in piece
     )
-    assert f"step {spike['step']}/60 | spike: loss" in capsys.readouterr().err
+    assert f"step {spike['step']}/60 | spike: loss" in poisoned.console
 
 
 def test_an_overlong_step_is_followed_by_a_spike_with_its_update(tmp_path: Path):
@@ -147,26 +168,22 @@ def test_an_overlong_step_is_followed_by_a_spike_with_its_update(tmp_path: Path)
 
 
 def test_a_quiet_run_has_no_spike(tmp_path: Path):
-    run = dataclasses.replace(small_run(tmp_path / "text"), steps=80, validate_every=40, checkpoint_every=40)
+    run = dataclasses.replace(small_run(tmp_path / "text"), steps=48, validate_every=24, checkpoint_every=24)
     folder = Path(train(run, runs_dir=tmp_path / "runs", console=False)["run_dir"])
     assert not of_kind(folder, "spike")
     assert not of_kind(folder, "spike_step")
 
 
-def test_measuring_changes_no_digit_and_can_be_turned_off(tmp_path: Path):
-    run = poisoned_run(tmp_path)
-    off = dataclasses.replace(run, spikes=None)
-    on = train(run, runs_dir=tmp_path / "on", console=False)
-    summary = train(off, runs_dir=tmp_path / "off", console=False)
-    assert losses(summary) == losses(on)
-    assert Path(summary["run_dir"]).name == Path(on["run_dir"]).name
+def test_measuring_changes_no_digit_and_can_be_turned_off(poisoned: Poisoned, tmp_path: Path):
+    summary = train(dataclasses.replace(poisoned.run, spikes=None), runs_dir=tmp_path / "off", console=False)
+    assert losses(summary) == losses(poisoned.summary)
+    assert Path(summary["run_dir"]).name == Path(poisoned.summary["run_dir"]).name
     assert not of_kind(Path(summary["run_dir"]), "spike")
 
 
 @pytest.mark.slow
-def test_a_resumed_run_tells_the_same_spikes_as_an_unbroken_one(tmp_path: Path, monkeypatch):
-    run = poisoned_run(tmp_path)
-    whole = Path(train(run, runs_dir=tmp_path / "whole", console=False)["run_dir"])
+def test_a_resumed_run_tells_the_same_spikes_as_an_unbroken_one(poisoned: Poisoned, tmp_path: Path, monkeypatch):
+    run, whole = poisoned.run, Path(poisoned.summary["run_dir"])
     step = Trainer.train_step
 
     def fail_at_30(self, number, *args, **kwargs):

@@ -37,9 +37,16 @@ def _to_device(inputs, selection):
     return moved, inputs.packing.to(DEVICE), ids
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "deterministic"),
+    [
+        pytest.param(SELF, False, id="self"),
+        pytest.param(SELF, True, id="self-deterministic", marks=pytest.mark.slow),
+        pytest.param(CROSS, False, id="cross", marks=pytest.mark.slow),
+        pytest.param(CROSS, True, id="cross-deterministic"),
+    ],
+)
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("lengths", [SELF, CROSS], ids=["self", "cross"])
 @pytest.mark.parametrize("block", [33, *(pytest.param(size, marks=pytest.mark.slow) for size in (16, 150))])
 def test_moba_selections_with_and_without_the_own_block(deterministic, causal, lengths, block):
     inputs = make_inputs(*lengths, heads=4, kv_heads=2, causal=causal)
@@ -47,8 +54,15 @@ def test_moba_selections_with_and_without_the_own_block(deterministic, causal, l
         _check(inputs, moba_selection(inputs, block, 3, forced=forced), deterministic=deterministic)
 
 
-@pytest.mark.parametrize("sets", [1, 2, 4])
-@pytest.mark.parametrize(("unit", "row_size"), [(16, 64), (40, 16)])
+@pytest.mark.parametrize(
+    ("unit", "row_size", "sets"),
+    [
+        (16, 64, 2),
+        (40, 16, 1),
+        (40, 16, 4),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((16, 64, 1), (16, 64, 4), (40, 16, 2))),
+    ],
+)
 def test_selections_per_tile_and_shared_by_heads(sets, unit, row_size):
     inputs = make_inputs(*SELF, heads=4, kv_heads=2)
     _check(inputs, random_selection(inputs.packing, unit, 4, sets=sets, row_size=row_size))
@@ -80,7 +94,7 @@ def test_a_list_of_many_chunks_adds_up(monkeypatch, deterministic):
     _check(inputs, replace(selection, ids=ids[:, None].expand(-1, 2, -1).contiguous()), deterministic=deterministic)
 
 
-@pytest.mark.parametrize("heads_at_once", [1, 2])
+@pytest.mark.parametrize("heads_at_once", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_heads_worked_on_in_slices_give_the_same(monkeypatch, heads_at_once):
     inputs = make_inputs([70, 33], heads=4, kv_heads=2)
     selection = moba_selection(inputs, 16, 3)

@@ -159,8 +159,17 @@ def test_the_custom_op_passes_torch_s_own_checks():
     torch.library.opcheck(few_triton.select_few.op, arguments)
 
 
-@pytest.mark.parametrize("route_per", ["q_head", "kv_group"])
-@pytest.mark.parametrize("impl", ["ref", "torch", "triton"])
+@pytest.mark.parametrize(
+    ("impl", "route_per"),
+    [
+        ("ref", "q_head"),
+        ("ref", "kv_group"),
+        ("torch", "q_head"),
+        ("torch", "kv_group"),
+        ("triton", "q_head"),
+        pytest.param("triton", "kv_group", marks=pytest.mark.slow),
+    ],
+)
 def test_means_where_a_cache_holds_them_give_the_ids_of_packed_ones(impl, route_per):
     inputs = exact_inputs(*STEPS, heads=4, kv_heads=2)
     summary, block = _summary(inputs, 2), 2

@@ -131,7 +131,9 @@ def test_nan_is_never_selected_plus_infinity_first_minus_infinity_last():
     assert last(8) == [0, 2, 3, 4, 5, 7, -1, -1]
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [KERNEL_DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in KERNEL_DTYPES[1:])]
+)
 def test_the_kernel_for_any_length_chooses_the_same_blocks(dtype):
     inputs = on_device(make_inputs(*MIXED, heads=4, kv_heads=2, dtype=dtype))
     p = inputs.packing

@@ -88,7 +88,6 @@ QUICK = {
     ("replicate2-ep2", "full", "run"),
     ("ep2-pairs", "mixed", "run"),
     ("anew-pairs", "moba", "sgd"),
-    ("cp2-ep2-pairs", "full", "run"),
     ("pp2-shard2-ep2", "moba", "sgd"),
 }
 """Each axis alone, and a few combinations; the others are slow."""

@@ -162,7 +162,10 @@ def test_losses_and_gradients_are_those_of_one_process(schedule: Schedule, count
     assert_all(run_on(MeshConfig(pp=2, schedule=schedule), compared, CFG, counts, pauses))
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble_v", "dualpipe_v"])
+@pytest.mark.parametrize(
+    "schedule",
+    ["1f1b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("interleaved", "zero_bubble_v")), "dualpipe_v"],
+)
 def test_carry_between_stages_keeps_its_gradient(schedule: Schedule):
     for pauses in (False, True):
         assert_all(run_on(MeshConfig(pp=2, schedule=schedule), compared, CARRIED, (4,), pauses), CARRIED)
@@ -170,7 +173,12 @@ def test_carry_between_stages_keeps_its_gradient(schedule: Schedule):
 
 @pytest.mark.parametrize(
     ("schedule", "layers"),
-    [("1f1b", (4, 1)), ("interleaved", (1, 2, 1, 1)), ("zero_bubble_v", (2, 1, 1, 1)), ("dualpipe_v", (1, 1, 2, 1))],
+    [
+        pytest.param("1f1b", (4, 1), marks=pytest.mark.slow),
+        ("interleaved", (1, 2, 1, 1)),
+        ("zero_bubble_v", (2, 1, 1, 1)),
+        pytest.param("dualpipe_v", (1, 1, 2, 1), marks=pytest.mark.slow),
+    ],
 )
 def test_uneven_stages_that_recompute_their_blocks_give_the_same(schedule: Schedule, layers: tuple[int, ...]):
     cfg = MeshConfig(pp=2, schedule=schedule, layers_per_stage=layers)
@@ -179,7 +187,7 @@ def test_uneven_stages_that_recompute_their_blocks_give_the_same(schedule: Sched
         assert_all(run_on(cfg, compared, CFG, (4,), pauses, recompute))
 
 
-@pytest.mark.parametrize("schedule", ["zero_bubble_v", "dualpipe_v"])
+@pytest.mark.parametrize("schedule", ["zero_bubble_v", pytest.param("dualpipe_v", marks=pytest.mark.slow)])
 def test_experts_of_other_processes_are_reached_from_every_stage(schedule: Schedule):
     results = run_on(MeshConfig(pp=2, dp_shard=2, ep=2, schedule=schedule), compared, CFG, (4, 5), True)
     assert_all(results[::2])

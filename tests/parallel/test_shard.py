@@ -43,15 +43,18 @@ def test_gradients_are_those_of_one_process(cfg):
         assert result["losses"] == pytest.approx(alone["losses"], rel=1e-5)
 
 
+REPLICATE, HYBRID = MeshConfig(dp_replicate=2), MeshConfig(dp_replicate=2, dp_shard=2, reduce="micro_batch")
+FROZEN = ("*", "!*embed*", "!model.layers.0.*", "!*.2.self_attn.*")
+
+
 @pytest.mark.parametrize(
-    "cfg",
-    [MeshConfig(dp_replicate=2), MeshConfig(dp_replicate=2, dp_shard=2, reduce="micro_batch")],
-    ids=["replicate", "hybrid"],
-)
-@pytest.mark.parametrize(
-    ("routing", "trainable"),
-    [("balanced", ("*",)), ("learned", ("*", "!*embed*", "!model.layers.0.*", "!*.2.self_attn.*"))],
-    ids=["router-without-gradient", "frozen-from-below"],
+    ("routing", "trainable", "cfg"),
+    [
+        pytest.param("balanced", ("*",), REPLICATE, id="router-without-gradient-replicate"),
+        pytest.param("balanced", ("*",), HYBRID, id="router-without-gradient-hybrid", marks=pytest.mark.slow),
+        pytest.param("learned", FROZEN, REPLICATE, id="frozen-from-below-replicate", marks=pytest.mark.slow),
+        pytest.param("learned", FROZEN, HYBRID, id="frozen-from-below-hybrid"),
+    ],
 )
 def test_weights_without_gradient_are_those_of_one_process(cfg, routing, trainable):
     moe = {"balance": "none", "balance_coef": 0.0, "routing": routing}
@@ -66,9 +69,10 @@ def exchanges_before_the_end(mesh: Mesh, run: Run) -> tuple[int, int]:
     """How many exchanges between replicas begin before the last backward pass reaches the embedding, and in all."""
     trainer = Trainer(run, mesh.device, None, mesh)
     here = trainer.local(Documents(run).step(0, trainer.share))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    # not torch.profiler, which imports the compiler in every process
+    with torch.autograd.profiler.profile() as profile:
         trainer.gradients(0, here)
-    found = sorted(profile.events(), key=lambda event: event.time_range.start)
+    found = sorted(profile.function_events, key=lambda event: event.time_range.start)
     names = [event.name for event in found if event.name in ("EmbeddingBackward0", "c10d::allreduce_coalesced_")]
     ends = [place for place, name in enumerate(names) if name == "EmbeddingBackward0"]
     assert len(ends) == len(here)
@@ -77,7 +81,7 @@ def exchanges_before_the_end(mesh: Mesh, run: Run) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("cfg", "before"),
-    [(MeshConfig(dp_replicate=2), 4), (MeshConfig(dp_replicate=2, dp_shard=2, reduce="micro_batch"), 3)],
+    [(REPLICATE, 4), (HYBRID, 3)],
     ids=["all-four-blocks", "but-for-the-one-being-scattered"],
 )
 def test_replicas_add_up_their_gradients_beside_the_backward_pass(cfg, before):

@@ -2,7 +2,7 @@
 
 A fresh interpreter spends seconds on importing torch; a fork of a prepared one answers in milliseconds and is as
 separate: it has its own working directory, limits and exit code, and can be killed. `python -m
-tests.bad_input.processes` is the prepared process; it reads requests from stdin, one JSON object a line, and answers
+tests.command_lines` is the prepared process; it reads requests from stdin, one JSON object a line, and answers
 each with one.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Server:
     def __init__(self, scratch: Path) -> None:
         """scratch: folder for what the command lines print"""
         self._scratch, self._count = scratch, 0
-        command = [sys.executable, "-m", "tests.bad_input.processes"]
+        command = [sys.executable, "-m", "tests.command_lines"]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PITHWOOD")}
         environment = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -96,21 +96,32 @@ class Server:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, argv: list[str], folder: Path, limits: Limits | None = None) -> Started:
-        """Start `pithwood argv...` in a folder."""
+    def start(self, argv: list[str], folder: Path, limits: Limits | None = None, stdin: str = os.devnull) -> Started:
+        """Start `pithwood argv...` in a folder, with a file or terminal as what it reads."""
         self._count += 1
         out, err = (self._scratch / f"{self._count}.{name}" for name in ("out", "err"))
-        request = {"do": "start", "argv": argv, "folder": str(folder), "out": str(out), "err": str(err)}
+        request = {"do": "start", "argv": argv, "folder": str(folder), "in": stdin, "out": str(out), "err": str(err)}
         pid = self.ask({**request, "limits": vars(limits or Limits())})["pid"]
         return Started(self, pid, out, err)
+
+    def call(self, argv: list[str], folder: Path, limits: Limits | None = None, stdin: str = os.devnull) -> Finished:
+        """`pithwood argv...` in a folder, to its end."""
+        return self.start(argv, folder, limits, stdin).wait()
 
 
 def serve() -> None:
     """Answer requests until stdin ends."""
-    import pithwood.generate.run
-    import pithwood.recipes.demo
-    import pithwood.train  # noqa: F401 (imported here once, for all forks)
+    # imported and measured here once, for all forks
+    import torch
 
+    import pithwood.generate.run
+    import pithwood.preflight
+    import pithwood.recipes.demo
+    import pithwood.train  # noqa: F401
+    from pithwood.observe.metrics import measure_peak_flops
+
+    torch.set_num_threads(1)
+    measure_peak_flops(torch.device("cpu"))
     for line in sys.stdin:
         request = json.loads(line)
         answer = {"pid": _fork(request)} if request["do"] == "start" else {"code": _wait(**request)}
@@ -124,14 +135,15 @@ def _fork(request: dict[str, Any]) -> int:
     code = 1
     try:
         os.chdir(request["folder"])
-        for number, path in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
-            flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        for number, path in enumerate((request["in"], request["out"], request["err"])):
+            flags = os.O_RDONLY | os.O_NOCTTY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             handle = os.open(path, flags, 0o644)
             os.dup2(handle, number)
             os.close(handle)
         _impose(Limits(**request["limits"]))
         from pithwood.cli import main
 
+        sys.argv = [str(ROOT / "pithwood" / "__main__.py"), *request["argv"]]
         code = main(request["argv"])
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else 1
