@@ -41,3 +41,14 @@ def test_every_choice_differs_where_it_has_to():
             assert small.rows <= large.rows
             assert small.keys <= large.keys
         assert choose(256, 128, 4, True) == choose(256, 128, 4, False)
+
+
+def test_heads_too_far_apart_for_32_bits_are_copied():
+    def heads_first(tokens: int, heads: int) -> torch.Tensor:
+        return torch.empty(heads, tokens, 128, dtype=torch.float16, device="meta").transpose(0, 1)
+
+    near, far = heads_first(2**20, 15), heads_first(2**20, 16)
+    assert schedule.readable(near) is near
+    assert schedule.readable(far).stride() == (16 * 128, 128, 1)
+    narrow = torch.empty(128, 4, 50, device="meta").permute(2, 1, 0)
+    assert schedule.readable(narrow).stride() == (4 * 128, 128, 1)

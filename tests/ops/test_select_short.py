@@ -217,7 +217,7 @@ def test_means_where_a_cache_holds_them():
 
 def test_select_takes_this_kernel_for_short_documents():
     def fits(packing: Packing, top_k: int = 8, units: int = 10**6) -> bool:
-        return short_triton.selects_short(packing, units, top_k, 128)
+        return short_triton.selects_short(packing, units, top_k, 128, held=False)
 
     assert fits(Packing.from_lengths([4096, 1]))
     assert fits(Packing.from_lengths([1], [4096]))
@@ -228,6 +228,17 @@ def test_select_takes_this_kernel_for_short_documents():
     chosen = select(inputs.q, _summary(inputs, 2), inputs.packing, 3, **options)
     assert torch.equal(chosen.ids, _short(inputs, 2, 3, "later", "centered")[0])
     assert chosen.own
+
+
+@pytest.mark.parametrize("blocks", [17, 32, 33])
+def test_the_own_block_needs_no_summary_where_a_cache_holds_them(blocks):
+    inputs = exact_inputs([40], [16 * blocks - 5], heads=2)
+    complete, start_N = _summary(inputs, 16)[: blocks - 1], torch.tensor([0], device=DEVICE)
+    options = {"block_size": 16, "mean_dtype": "centered", "unit_start_N": start_N}
+    fast, exact = (select(inputs.q, complete, inputs.packing, 4, **options, impl=impl) for impl in ("triton", "ref"))
+    assert torch.equal(fast.ids, exact.ids)
+    assert torch.equal(fast.count, exact.count)
+    assert short_triton.selects_short(inputs.packing, blocks - 1, 4, 16, held=True) == (blocks <= 32)
 
 
 def test_it_is_one_opaque_operation_to_the_compiler():

@@ -95,6 +95,13 @@ def _aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0
 
 
+def readable(x: Tensor) -> Tensor:
+    """[T, heads, dim] as kernels read it, a copy if need be: a row's elements lie side by side, and all heads less than
+    2^31 elements apart, which kernels count in 32 bits. Seen through a layout [heads, T, dim] they may lie further.
+    """
+    return x if x.stride(-1) == 1 and x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
+
+
 def attend_triton(
     q_THK: Tensor,
     k_TGK: Tensor,
@@ -197,7 +204,7 @@ class _Call:
 
     @staticmethod
     def of(q, k, v, ids, units, queries, causal, self_attention, unit, most_units, own, scale) -> _Call:
-        q, k, v, ids = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, ids))
+        q, k, v, ids = map(readable, (q, k, v, ids))
         return _Call(q, k, v, ids, BlockPlan(unit, units, queries), causal, self_attention, most_units, own, scale)
 
     @property
@@ -403,7 +410,7 @@ class _Call:
         num_queries, heads, dim = q.shape
         if num_queries == 0 or k.shape[0] == 0:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        do = do if do.stride(-1) == 1 else do.contiguous()
+        do = readable(do)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         if deterministic and self.own and not self.self_attention:
             dq.zero_()

@@ -94,7 +94,7 @@ def select(
         if decodes and decodes_few(packing, q_THK.shape[1], s_UGK.shape[0], top_k, block_size):
             ids_TSk, count_TS = select_few(q_THK, s_UGK, unit_start_N, cu_q, cu_k, max_q, *arguments)
             return Selection(ids_TSk, count_TS, block_size, 1, own)
-        if plain and selects_short(packing, s_UGK.shape[0], top_k, block_size):
+        if plain and selects_short(packing, s_UGK.shape[0], top_k, block_size, unit_start_N is not None):
             start_N = key_block_offsets(packing, block_size) if unit_start_N is None else unit_start_N
             ids_TSk, count_TS = select_short(q_THK, s_UGK, start_N, cu_q, cu_k, *arguments)
             return Selection(ids_TSk, count_TS, block_size, 1, own)

@@ -56,9 +56,13 @@ DIM_CHUNK_FP32 = 32
 """fp32 operands are multiplied on the CUDA cores, which hold a whole row of a chunk in registers."""
 
 
-def selects_short(packing: Packing, num_units: int, top_k: int, block_size: int) -> bool:
-    """Whether `select_short` takes a causal selection by query heads with the own block forced."""
-    return top_k <= MOST_CHOSEN and _units_bound(packing.max_k, block_size, num_units) <= MOST_UNITS
+def selects_short(packing: Packing, num_units: int, top_k: int, block_size: int, held: bool) -> bool:
+    """Whether `select_short` takes a causal selection by query heads with the own block forced.
+
+    num_units  of the summaries
+    held       they are those that a cache holds, perhaps of complete blocks alone
+    """
+    return top_k <= MOST_CHOSEN and _units_bound(packing.max_k, block_size, num_units, held) <= MOST_UNITS
 
 
 @operator("select_short")
@@ -117,7 +121,7 @@ def run_short(
     padded_dim = max(triton.next_power_of_2(dim), 16)
     # The compiler cannot stage means that need no rounding.
     rounded = s_UGK.dtype == q_THK.dtype and mean_dtype == "input"
-    bound = _units_bound(max_k, block_size, s_UGK.shape[0])
+    bound = _units_bound(max_k, block_size, s_UGK.shape[0], unit_start_N is not None)
     row_tiles = num_tiles(num_tokens, num_docs, schedule.tile)
     a_program = min(schedule.heads, heads)
     select_short_kernel[(row_tiles * triton.cdiv(heads, a_program),)](
@@ -134,9 +138,9 @@ def run_short(
     return ids_THk, count_TH
 
 
-def _units_bound(max_k: int, block_size: int, num_units: int) -> int:
-    """Blocks of one document."""
-    return min((max_k + block_size - 1) // block_size, num_units)
+def _units_bound(max_k: int, block_size: int, num_units: int, held: bool) -> int:
+    """Blocks of one document; of its last one a cache may hold no summary."""
+    return min((max_k + block_size - 1) // block_size, num_units + held)
 
 
 def _in_fp32(q_THK: Tensor, mean_dtype: str) -> bool:
