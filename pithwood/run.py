@@ -290,6 +290,7 @@ LENGTH_AND_LOGGING = (
     "recompute",
     "offload_activations",
     "keep_weight_copies",
+    "optim.offload_state",
     "mesh",
     "sample_prompts",
     "sample_tokens",

@@ -63,6 +63,7 @@ def test_shared_width_defaults_to_the_experts_own() -> None:
 def test_settings_of_memory_keep_a_runs_folder() -> None:
     run = load_recipe("debug")
     plain = config_hash(run, exclude=LENGTH_AND_LOGGING)
-    for change in ("save_rows=false", "chunk_tokens=64", "chunk_recompute=false"):
-        assert config_hash(apply_overrides(run, [f"model.moe.{change}"]), exclude=LENGTH_AND_LOGGING) == plain
+    of_experts = [f"model.moe.{change}" for change in ("save_rows=false", "chunk_tokens=64", "chunk_recompute=false")]
+    for change in (*of_experts, "optim.offload_state=true", "recompute=block"):
+        assert config_hash(apply_overrides(run, [change]), exclude=LENGTH_AND_LOGGING) == plain
     assert config_hash(apply_overrides(run, ["model.moe.scale=2.0"]), exclude=LENGTH_AND_LOGGING) != plain
