@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -330,6 +331,40 @@ def test_without_json_there_is_a_line_per_row_and_where_it_was_written(tmp_path:
         ["pithwood", "fwd"],
         ["sdpa", "fwd"],
     ]
+
+
+def test_where_nothing_could_be_measured_the_file_keeps_its_rows(tmp_path: Path, capsys):
+    words = ["bench", "attention", *TINY, "--out", str(tmp_path)]
+    none = [*words, "--impls", "flash"]
+    assert main(none) == 1
+    assert capsys.readouterr().out.splitlines()[1:] == ["nothing was measured"]
+    assert not list(tmp_path.iterdir())
+    assert main([*words, "--impls", "pithwood,flash", "--pass", "fwd"]) == 0
+    assert "1 rows measured, 1 not;" in capsys.readouterr().out
+    before = (tmp_path / "attention.json").read_bytes()
+    for more in ([], ["--append"]):
+        assert main([*none, *more]) == 1
+        assert capsys.readouterr().out.splitlines() == [
+            "0 rows measured, 2 not; spread is the interquartile range",
+            f"nothing was measured; {tmp_path}/attention.json keeps the rows it had",
+        ]
+        assert (tmp_path / "attention.json").read_bytes() == before
+    assert main([*none, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["file"] is None
+
+
+def test_floors_assume_the_products_of_the_rows_own_dtype(monkeypatch):
+    peaks = {torch.float32: timing.Peaks(1e9, 1e12), torch.bfloat16: timing.Peaks(4e9, 1e12)}
+    monkeypatch.setattr(timing.Timer, "peaks", lambda self, dtype: peaks[dtype])
+    cases = [replace(SMALL, shape=replace(SMALL.shape, dtype=dtype), pass_="fwd") for dtype in ("fp32", "bf16")]
+    rows = Bench(CPU, Options(("sdpa",)), lambda line: None, lambda shape: random_inputs(shape, CPU)).run(cases)
+    assert [(row["impl"], row.get("dtype")) for row in rows[:3]] == [
+        ("matmul", "fp32"),
+        ("matmul", "bf16"),
+        ("copy", None),
+    ]
+    floors = {row["dtype"]: row["floor_ms"] for row in rows[3:]}
+    assert floors["fp32"] == pytest.approx(4 * floors["bf16"])
 
 
 @pytest.mark.quick
