@@ -10,13 +10,14 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from pithwood.bench import attention, timing
 from pithwood.bench.attention import Bench, Options, check, measured, relative_error
 from pithwood.bench.cases import Case, Shape, dense_cases, grid, preset, row_key
 from pithwood.bench.implementations import flex_attention_of, moba, route
 from pithwood.bench.inputs import TrainedRun, load_qkv, random_inputs, save_qkv
-from pithwood.bench.plot import plot_attention
+from pithwood.bench.plot import _panel, plot_attention
 from pithwood.bench.reference import masked_attention, selection_errors
 from pithwood.bench.results import merge_rows, read_results, write_results
 from pithwood.cli import main
@@ -232,6 +233,34 @@ def test_the_picture_shows_every_shape_and_pass(tmp_path: Path):
     skipped = [{**row, "status": "out of memory"} for row in rows]
     assert not plot_attention(skipped, tmp_path / "b.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def panel_of(rows: list[dict]):
+    """What is drawn of rows of one shape: the axis's label, and of each line its lengths and whether it is hollow."""
+    ax = Figure().subplots()
+    _panel(ax, rows, {(128, 8): "#d1495b"})
+    drawn = [([int(x) for x in line.get_xdata()], line.get_markerfacecolor() == "white") for line in ax.get_lines()]
+    return ax.get_xlabel(), drawn, [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+@pytest.mark.quick
+def test_a_line_joins_no_points_of_other_numbers_of_sequences():
+    def rows(*shapes: tuple[int, int]) -> list[dict]:
+        shape = {"impl": "pithwood", "block_size": 128, "top_k": 8, "median_ms": 2.0}
+        return [{**shape, "length": length, "sequences": sequences} for length, sequences in shapes]
+
+    assert panel_of(rows((1 << 20, 1), (8192, 2), (32768, 2))) == (
+        "tokens per sequence (2 sequences; hollow: 1)",
+        [([8192, 32768], False), ([1 << 20], True)],
+        ["MoBA (128, 8)"],
+    )
+    # as many tokens in each: only their length differs
+    assert panel_of(rows((2048, 32), (6144, 10), (65536, 1))) == (
+        "tokens per sequence (1 to 32 sequences, together about 64K tokens)",
+        [([2048, 6144, 65536], False)],
+        ["MoBA (128, 8)"],
+    )
+    assert panel_of(rows((2048, 1), (4096, 1)))[0] == "tokens per sequence (1 sequence)"
 
 
 @pytest.mark.quick
