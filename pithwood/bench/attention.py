@@ -16,7 +16,7 @@ from torch import Tensor
 from pithwood.bench.breakdown import stages
 from pithwood.bench.cases import KEY_COLUMNS, Case, Shape, check_case, dense_cases, work_of
 from pithwood.bench.implementations import DENSE, MEAN_DTYPE, MOBA, forced_impl, implementation, misfit, route
-from pithwood.bench.inputs import Inputs, random_inputs
+from pithwood.bench.inputs import DTYPES, Inputs, random_inputs
 from pithwood.bench.reference import masked_attention, selection_errors
 from pithwood.bench.results import COMMIT, Row
 from pithwood.bench.timing import Peaks, Timer, allocated
@@ -52,6 +52,8 @@ class Bench:
     timer: Timer = field(init=False)
     started: float = field(default_factory=time.monotonic)
     checks: dict[tuple[str, Case], tuple[Row, str | None]] = field(default_factory=dict)
+    misfits: int = 0
+    """Cases that an implementation cannot run here: they have no rows."""
 
     def __post_init__(self) -> None:
         self.timer = Timer(self.device)
@@ -60,20 +62,25 @@ class Bench:
         return self.options.budget_s - (time.monotonic() - self.started)
 
     def run(self, cases: list[Case]) -> list[Row]:
-        """The peaks of the device, then a row for every case and implementation.
+        """The peaks of the device, then a row for every case and implementation that fits it.
 
         Shapes go from cheap to dear by their MoBA floors, so that a budget ends among the dear ones; a shape's MoBA
         rows come before its dense ones.
         """
-        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        peaks = self.timer.peaks(dtype)
-        rows = peak_rows(peaks, dtype)
-        flops, copied = peaks.flops_per_s / 1e12, peaks.bytes_per_s / 1e12
-        self.tell(f"peaks: matmul {flops:.3g} TFLOP/s ({rows[0]['dtype']}), copy {copied:.3g} TB/s")
+        # On a CPU half precision is slower or faster than fp32, as its instructions have it; a GPU's peak is bf16's.
+        found = {
+            name: self.timer.peaks(DTYPES[name])
+            for name in dict.fromkeys(self._peak_dtype(case.shape) for case in cases)
+        }
+        rows = peak_rows(found)
+        for name, peaks in found.items():
+            flops, copied = peaks.flops_per_s / 1e12, peaks.bytes_per_s / 1e12
+            self.tell(f"peaks: matmul {flops:.3g} TFLOP/s ({name}), copy {copied:.3g} TB/s")
         # Inputs are made once for a shape: its MoBA cases first, then the dense ones.
-        for shape in by_cost(cases, peaks):
+        for shape in by_cost(cases, lambda shape: found[self._peak_dtype(shape)]):
             inputs: Inputs | None = None
             base = allocated(self.device)
+            peaks = found[self._peak_dtype(shape)]
             for case, name in self._of_shape([case for case in cases if case.shape == shape]):
                 row: Row = {**case.columns(), "impl": name, "status": self._reason_to_skip(case, name, peaks)}
                 self.tell(f"measuring {' '.join(head_of(row).split())}")
@@ -96,16 +103,22 @@ class Bench:
             self._forget()
         return rows
 
+    def _peak_dtype(self, shape: Shape) -> str:
+        return shape.dtype if self.device.type == "cpu" else "bf16"
+
     def _of_shape(self, cases: list[Case]) -> Iterator[tuple[Case, str]]:
         names = self.options.implementations
         moba = [(case, name) for case in cases for name in MOBA if name in names]
         dense = [(case, name) for name in DENSE if name in names for case in dense_cases(cases)]
         for case, name in (*moba, *dense):
-            if misfit(name, case, self.device) is None:
+            reason = misfit(name, case, self.device)
+            if reason is None:
                 yield case, name
-            elif case.pass_ == cases[0].pass_:
+                continue
+            self.misfits += 1
+            if case.pass_ == cases[0].pass_:
                 where = f"{case.shape.describe()} {_blocks(case)}".rstrip()
-                self.tell(f"not measured: {name} at {where}: {misfit(name, case, self.device)}")
+                self.tell(f"not measured: {name} at {where}: {reason}")
 
     def _reason_to_skip(self, case: Case, name: str, peaks: Peaks) -> str:
         """ "ok", or why there is no time for a row."""
@@ -174,10 +187,11 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-def by_cost(cases: list[Case], peaks: Peaks) -> list[Shape]:
+def by_cost(cases: list[Case], peaks_of: Callable[[Shape], Peaks]) -> list[Shape]:
     """The shapes of the cases, those of the cheapest MoBA first; equals stay in order."""
     cost: dict[Shape, float] = {}
     for case in cases:
+        peaks = peaks_of(case.shape)
         floor_ms = work_of(case).floor_ms(peaks.flops_per_s, peaks.bytes_per_s)
         cost[case.shape] = max(cost.get(case.shape, 0.0), floor_ms)
     return sorted(cost, key=lambda shape: cost[shape])
@@ -220,11 +234,15 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
-def peak_rows(peaks: Peaks, dtype: torch.dtype) -> list[Row]:
-    name = "fp32" if dtype == torch.float32 else "bf16"
-    matmul = {"op": "peak", "impl": "matmul", "dtype": name, "tflops": peaks.flops_per_s / 1e12}
-    copy = {"op": "peak", "impl": "copy", "tb_per_s": peaks.bytes_per_s / 1e12}
-    return [{**row, "status": MEASURED, "commit": COMMIT} for row in (matmul, copy)]
+def peak_rows(found: dict[str, Peaks]) -> list[Row]:
+    """A row for the products of each dtype, and one for the fastest copy."""
+    rows: list[Row] = [
+        {"op": "peak", "impl": "matmul", "dtype": name, "tflops": peaks.flops_per_s / 1e12}
+        for name, peaks in found.items()
+    ]
+    copied = max(peaks.bytes_per_s for peaks in found.values())
+    rows.append({"op": "peak", "impl": "copy", "tb_per_s": copied / 1e12})
+    return [{**row, "status": MEASURED, "commit": COMMIT} for row in rows]
 
 
 def beside_dense(rows: list[Row]) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,9 @@ def plot_attention(rows: list[dict[str, Any]], path: Path) -> bool:
     rows    of attention.json; what was not measured and packed documents of mixed lengths are left out
     path    PNG file, replaced atomically
 
-    MoBA is drawn per (block size, top k) in colours, FlexAttention dotted, dense attention in greys.
+    MoBA is drawn per (block size, top k) in colours, FlexAttention dotted, dense attention in greys. A line joins
+    what differs in length alone: all points of a panel where all have about equally many tokens, else those of equally
+    many sequences; there points of another number than most are hollow, and the label of the axis tells it.
     """
     from matplotlib.figure import Figure
 
@@ -70,16 +73,22 @@ def _panel(ax: Axes, rows: list[dict[str, Any]], colours: dict[tuple[int, int], 
     for row in rows:
         name = (row["impl"], row["block_size"], row["top_k"])
         lines.setdefault(name, []).append((row["length"], row["sequences"], row["median_ms"]))
+    usual = _usual_sequences(rows)
     for (impl, block, k), points in sorted(lines.items(), key=lambda item: -max(ms for *_, ms in item[1])):
         points.sort()
         moba = block is not None and k is not None
         label = impl if not moba else f"{'MoBA' if impl == 'pithwood' else impl} ({block}, {k})"
         colour = colours[block, k] if block is not None and k is not None else _DENSE.get(impl, "#6b7280")
         style = ":" if impl == "flex" else "-" if moba else "--"
-        ax.plot(
-            [length for length, _, _ in points], [ms for *_, ms in points], style, label=label, color=colour,
-            marker="o" if moba else "s", markersize=5 if moba else 3.5, linewidth=1.8 if moba else 1.2,
-        )  # fmt: skip
+        counts = [None] if usual is None else list(dict.fromkeys(count for _, count, _ in points))
+        for count in counts:
+            own = [(length, ms) for length, other, ms in points if count in (None, other)]
+            ax.plot(
+                [length for length, _ in own], [ms for _, ms in own], style, color=colour, label=label,
+                marker="o" if moba else "s", markersize=5 if moba else 3.5, linewidth=1.8 if moba else 1.2,
+                markerfacecolor=colour if count == usual else "white",
+            )  # fmt: skip
+            label = "_"  # a legend's entry for the first line only
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     lengths = sorted({row["length"] for row in rows})
@@ -91,15 +100,32 @@ def _panel(ax: Axes, rows: list[dict[str, Any]], colours: dict[tuple[int, int], 
         ax.set_ylim(10 ** math.floor(math.log10(min(times))), 10 ** math.ceil(math.log10(max(times) * 1.05)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
-    sequences = sorted({row["sequences"] for row in rows})
-    docs = f"{sequences[0]}" if len(sequences) == 1 else f"{sequences[0]} to {sequences[-1]}"
-    ax.set_xlabel(f"tokens per sequence ({docs} sequence{'s' if docs != '1' else ''})")
+    ax.set_xlabel(f"tokens per sequence ({_sequences(rows, usual)})")
     ax.set_ylabel("median ms")
     ax.grid(which="major", color="#e5e7eb", linewidth=0.8)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     if lines:
         ax.legend(fontsize=8, frameon=False)
+
+
+def _usual_sequences(rows: list[dict[str, Any]]) -> int | None:
+    """How many sequences most rows have; None where all have about equally many tokens."""
+    tokens = [row["length"] * row["sequences"] for row in rows]
+    if max(tokens) < 1.1 * min(tokens):
+        return None
+    return Counter(row["sequences"] for row in rows).most_common(1)[0][0]
+
+
+def _sequences(rows: list[dict[str, Any]], usual: int | None) -> str:
+    """ "2 sequences; hollow: 1", "1 to 32 sequences, together about 64K tokens"."""
+    counts = sorted({row["sequences"] for row in rows})
+    if usual is None and len(counts) > 1:
+        total = max(row["length"] * row["sequences"] for row in rows)
+        return f"{counts[0]} to {counts[-1]} sequences, together about {_tokens(total)} tokens"
+    most = counts[0] if usual is None else usual
+    others = ", ".join(str(count) for count in counts if count != most)
+    return f"{most} sequence{'' if most == 1 else 's'}" + (f"; hollow: {others}" if others else "")
 
 
 def _tokens(length: int) -> str:

@@ -86,6 +86,16 @@ def measured(row: Row) -> bool:
     return row.get("status") == "ok"
 
 
+SLOWER = 1.03
+"""From how many times the timed step on a breakdown's sum says that the profiled steps were slower."""
+
+
+def profiled_slower(row: Row) -> bool:
+    """Whether what ran in the profiled steps of a row's breakdown does not fit into its timed step: then what waited in
+    them, exchanges above all, says nothing about the timed ones."""
+    return row["breakdown"]["total_ms"] > SLOWER * row["step_ms"]
+
+
 def same_workload(a: Row, b: Row) -> bool:
     """Whether two rows train the same, however they do it."""
     return all(a.get(column) == b.get(column) for column in WORKLOAD)

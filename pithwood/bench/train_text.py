@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pithwood.bench.results import Row
-from pithwood.bench.train_rows import measured
+from pithwood.bench.train_rows import measured, profiled_slower
 from pithwood.observe.step_parts import EXCHANGE, IDLE
 
 
@@ -59,7 +59,7 @@ def row_lines(row: Row, against: dict[str, Any] | None, where: str) -> list[str]
         f"{memory}; first step done {row['first_step_s']:.1f} s after the command; loss {row['loss']:.4f}",
     ]
     if row["breakdown"] is not None:
-        lines += breakdown_lines(row["breakdown"])
+        lines += breakdown_lines(row)
     if against is None:
         return [*lines, f"no committed row of this workload to compare with ({where})"]
     memory = "" if against["memory"] is None else f", {100 * (against['memory'] - 1):+.1f} % memory"
@@ -70,8 +70,10 @@ def row_lines(row: Row, against: dict[str, Any] | None, where: str) -> list[str]
     ]
 
 
-def breakdown_lines(breakdown: dict[str, Any]) -> list[str]:
-    """ms of each part of the step, its share and its floor, a line each."""
+def breakdown_lines(row: Row) -> list[str]:
+    """ms of each part of the step, its share and its floor, a line each; where they do not add up to the timed step, a
+    line that says of which steps they are."""
+    breakdown = row["breakdown"]
     total = breakdown["total_ms"]
     lines = [f"    {'part':<20}{'ms':>10}{'share':>8}{'floor ms':>10}"]
     for part, ms in breakdown["ms"].items():
@@ -79,6 +81,9 @@ def breakdown_lines(breakdown: dict[str, Any]) -> list[str]:
         lines.append(f"    {part:<20}{ms:>10.2f}{ms / total:>8.1%}" + ("" if not floor else f"{floor:>10.2f}"))
     floors = sum(breakdown["floor_ms"].values())
     lines.append(f"    {'all':<20}{total:>10.2f}{'':>8}{floors:>10.2f}")
+    if total != row["step_ms"]:
+        slower = ", slower than the timed ones" if profiled_slower(row) else ""
+        lines.append(f"    of profiled steps ({breakdown['profiled_ms']:,.1f} ms){slower}")
     if len(everyone := breakdown.get("processes", [])) > 1:
         lines.append(f"    {processes_line(breakdown['rank'], everyone)}")
     exchanged = breakdown.get("communication")

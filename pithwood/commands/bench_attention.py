@@ -67,7 +67,8 @@ def add(subjects: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[int, str]:
-    """The measured rows, one line each or as JSON; exit code 1 if Pithwood's own attention failed somewhere."""
+    """The measured rows, one line each or as JSON; exit code 1 if Pithwood's own attention failed somewhere, or if
+    nothing was measured: then a results file that is there keeps its rows."""
     wanted = _wanted(args)
     saved = args.trained is not None and args.trained.endswith(".npz")
     if args.trained is not None:
@@ -120,7 +121,9 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
         return 0, _plan(cases, impls, args.json)
 
     folder = args.out or Path("bench") / "results" / device_name()
-    old = (read_results(folder / "attention.json") or {}) if args.append else {}
+    path, picture = folder / "attention.json", folder / "attention.png"
+    there = path.is_file()
+    old = (read_results(path) or {}) if args.append else {}
     options = attention.Options(impls, args.budget_s or float("inf"), args.breakdown)
     commands = [*old.get("command", "").split(" && "), args.command_line]
     command = " && ".join(dict.fromkeys(filter(None, commands)))
@@ -128,19 +131,31 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     def save(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         both = merge_rows(old.get("rows", []), rows, row_key, attention.measured)
         merged = attention.beside_dense(both)
-        write_results("attention", merged, folder, command)
+        if _timed(rows) or (not there and any(row["op"] != "peak" for row in rows)):
+            write_results("attention", merged, folder, command)
         return merged
 
-    new = attention.Bench(device, options, tell, make_inputs, save).run(cases)
-    merged, path = save(new), folder / "attention.json"
+    bench = attention.Bench(device, options, tell, make_inputs, save)
+    new = bench.run(cases)
+    merged, count = save(new), len(_timed(new))
     keys = {row_key(row) for row in new}
     rows = [row for row in merged if row_key(row) in keys]
-    picture = folder / "attention.png"
-    drawn = plot_attention(merged, picture)
+    drawn = bool(count) and plot_attention(merged, picture)
     bad = [row for row in rows if row["impl"].startswith("pithwood") and row["status"].startswith("fail")]
+    code = int(bool(bad) or not count)
+    written = path if count or (path.is_file() and not there) else None
     if args.json:
-        return int(bool(bad)), json_text({"file": path, "plot": picture if drawn else None, "rows": rows})
-    return int(bool(bad)), _text(rows, path, picture if drawn else None)
+        return code, json_text({"file": written, "plot": picture if drawn else None, "rows": rows})
+    missing = sum(row["op"] != "peak" for row in new) - count + bench.misfits
+    ends = [f"{count} rows measured, {missing} not; spread is the interquartile range"]
+    kept = f"; {path} keeps the rows it had" if there else ""
+    ends.append(str(written) if written is not None else f"nothing was measured{kept}")
+    return code, "\n".join([*_lines(rows), *ends, *([str(picture)] if drawn else [])])
+
+
+def _timed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with numbers, without the device's peaks."""
+    return [row for row in rows if row["op"] != "peak" and row["status"] == "ok"]
 
 
 def _wanted(args: argparse.Namespace) -> dict[str, list[Any]]:
@@ -226,14 +241,12 @@ def _plan(cases: list[Any], impls: tuple[str, ...], as_json: bool) -> str:
     return "\n".join([*lines, f"implementations: {', '.join(impls)}"])
 
 
-def _text(rows: list[dict[str, Any]], path: Path, picture: Path | None) -> str:
+def _lines(rows: list[dict[str, Any]]) -> list[str]:
     from pithwood.bench.attention import line_of
     from pithwood.bench.breakdown import breakdown_lines
 
-    timed = [row for row in rows if row["op"] != "peak"]
     lines = []
-    for row in timed:
-        lines += [line_of(row), *(breakdown_lines(row["breakdown"]) if "breakdown" in row else [])]
-    missing = sum(row["status"] != "ok" for row in timed)
-    lines.append(f"{len(timed) - missing} rows measured, {missing} not; spread is the interquartile range")
-    return "\n".join([*lines, str(path), *([str(picture)] if picture else [])])
+    for row in rows:
+        if row["op"] != "peak":
+            lines += [line_of(row), *(breakdown_lines(row["breakdown"]) if "breakdown" in row else [])]
+    return lines

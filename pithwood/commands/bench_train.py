@@ -15,7 +15,7 @@ HELP = """examples:
   pithwood bench train qwen3_30b_8l --routing balanced --json
   pithwood bench train qwen3_30b_8l --tokens real --routing learned --breakdown
   pithwood bench train qwen3_30b_8l seq_len=131072 samples_per_step=1 samples_per_micro_batch=1 --steps 6 --drop 2
-  pithwood bench train qwen3_30b_8l --sweep issue --breakdown --budget-s 550
+  pithwood bench train qwen3_30b_8l --sweep issue --fit h200 --breakdown --budget-s 550
   pithwood bench train qwen3_30b_8l --sweep lengths --fit h200 --dry-run
   torchrun --nproc-per-node 2 -m pithwood bench train debug mesh.dp_shard=2 mesh.ep=2 --steps 6
 

@@ -55,6 +55,8 @@ class StepProfile:
     parts: dict[str, float]
     """ms per step by part, `exchange` only where there was any, `idle` last; they add up to `total_ms`."""
     total_ms: float
+    """On a GPU an unprofiled step, but where the kernels of the profiled ones took longer than it, their sum: then
+    `idle` is 0 and exchanges may hold waits that no unprofiled step has. On a CPU a profiled step."""
     profiled_ms: float
     """A step under the profiler."""
     unattributed_share: float
@@ -121,7 +123,7 @@ def read_trace(trace: dict[str, Any], step_ms: float | None = None, gpu: bool = 
 
     trace    content of the file that torch.profiler exported, with_stack=True, the steps annotated with STEP
     step_ms  how long a step takes without the profiler, whose own cost lies in the gaps between kernels: on a GPU the
-             idle time is what remains of it; None takes the profiled steps' time
+             idle time is what remains of it, if anything does; None, or a CPU, takes the profiled steps' time
     gpu      whether the steps ran on a GPU: then a trace without kernels is refused
     raises   ValueError if the trace holds no annotated step, or no kernel where there must be some
     """

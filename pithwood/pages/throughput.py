@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pithwood.bench.train_plot import length_rows
-from pithwood.bench.train_rows import measured, processes
+from pithwood.bench.train_rows import measured, processes, profiled_slower
 from pithwood.bench.train_text import attention_words, length_words, mesh_words
 
 Row = dict[str, Any]
@@ -215,14 +215,20 @@ def _mesh(rows: Sequence[Row], folder: Path) -> str:
             cells += [f"{row['tokens_per_s']:,.0f}", f"{row['spread']:,.0f}", *shares, _number(row["peak_gb"], ".1f")]
         else:
             cells += [row["status"], "", "", "", _number(row["peak_gb"], ".1f")]
-        exchanged = (row.get("breakdown") or {}).get("communication")
-        cells.append("" if exchanged is None else f"{exchanged['hidden_share']:.0%} of {exchanged['ms']:,.0f} ms")
-        table.append([*cells, _settings(row)])
+        table.append([*cells, _hidden(row), _settings(row)])
     pictures = [
         f"![a step on {path.stem.removeprefix('timeline-')}](../bench/results/{folder.name}/{path.name})"
         for path in sorted(folder.glob("timeline-*.png"))
     ]
     return "\n\n".join([_text(table), *pictures]) if rows else ""
+
+
+def _hidden(row: Row) -> str:
+    """What of a row's exchanges was hidden, a dash where its profiled steps cannot tell of the timed ones."""
+    exchanged = (row.get("breakdown") or {}).get("communication")
+    if exchanged is None:
+        return ""
+    return "-" if profiled_slower(row) else f"{exchanged['hidden_share']:.0%} of {exchanged['ms']:,.0f} ms"
 
 
 def _estimate(rows: Sequence[Row], folder: Path) -> str:

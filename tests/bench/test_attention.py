@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from pithwood.bench import attention, timing
 from pithwood.bench.attention import Bench, Options, check, measured, relative_error
 from pithwood.bench.cases import Case, Shape, dense_cases, grid, preset, row_key
 from pithwood.bench.implementations import flex_attention_of, moba, route
 from pithwood.bench.inputs import TrainedRun, load_qkv, random_inputs, save_qkv
-from pithwood.bench.plot import plot_attention
+from pithwood.bench.plot import _panel, plot_attention
 from pithwood.bench.reference import masked_attention, selection_errors
 from pithwood.bench.results import merge_rows, read_results, write_results
 from pithwood.cli import main
@@ -233,6 +235,34 @@ def test_the_picture_shows_every_shape_and_pass(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def panel_of(rows: list[dict]):
+    """What is drawn of rows of one shape: the axis's label, and of each line its lengths and whether it is hollow."""
+    ax = Figure().subplots()
+    _panel(ax, rows, {(128, 8): "#d1495b"})
+    drawn = [([int(x) for x in line.get_xdata()], line.get_markerfacecolor() == "white") for line in ax.get_lines()]
+    return ax.get_xlabel(), drawn, [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+@pytest.mark.quick
+def test_a_line_joins_no_points_of_other_numbers_of_sequences():
+    def rows(*shapes: tuple[int, int]) -> list[dict]:
+        shape = {"impl": "pithwood", "block_size": 128, "top_k": 8, "median_ms": 2.0}
+        return [{**shape, "length": length, "sequences": sequences} for length, sequences in shapes]
+
+    assert panel_of(rows((1 << 20, 1), (8192, 2), (32768, 2))) == (
+        "tokens per sequence (2 sequences; hollow: 1)",
+        [([8192, 32768], False), ([1 << 20], True)],
+        ["MoBA (128, 8)"],
+    )
+    # as many tokens in each: only their length differs
+    assert panel_of(rows((2048, 32), (6144, 10), (65536, 1))) == (
+        "tokens per sequence (1 to 32 sequences, together about 64K tokens)",
+        [([2048, 6144, 65536], False)],
+        ["MoBA (128, 8)"],
+    )
+    assert panel_of(rows((2048, 1), (4096, 1)))[0] == "tokens per sequence (1 sequence)"
+
+
 @pytest.mark.quick
 def test_rows_stand_beside_the_fastest_dense_attention_of_the_same_shape():
     cases = [c for c in preset("issue") if c.shape.length <= 32768]
@@ -330,6 +360,40 @@ def test_without_json_there_is_a_line_per_row_and_where_it_was_written(tmp_path:
         ["pithwood", "fwd"],
         ["sdpa", "fwd"],
     ]
+
+
+def test_where_nothing_could_be_measured_the_file_keeps_its_rows(tmp_path: Path, capsys):
+    words = ["bench", "attention", *TINY, "--out", str(tmp_path)]
+    none = [*words, "--impls", "flash"]
+    assert main(none) == 1
+    assert capsys.readouterr().out.splitlines()[1:] == ["nothing was measured"]
+    assert not list(tmp_path.iterdir())
+    assert main([*words, "--impls", "pithwood,flash", "--pass", "fwd"]) == 0
+    assert "1 rows measured, 1 not;" in capsys.readouterr().out
+    before = (tmp_path / "attention.json").read_bytes()
+    for more in ([], ["--append"]):
+        assert main([*none, *more]) == 1
+        assert capsys.readouterr().out.splitlines() == [
+            "0 rows measured, 2 not; spread is the interquartile range",
+            f"nothing was measured; {tmp_path}/attention.json keeps the rows it had",
+        ]
+        assert (tmp_path / "attention.json").read_bytes() == before
+    assert main([*none, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["file"] is None
+
+
+def test_floors_assume_the_products_of_the_rows_own_dtype(monkeypatch):
+    peaks = {torch.float32: timing.Peaks(1e9, 1e12), torch.bfloat16: timing.Peaks(4e9, 1e12)}
+    monkeypatch.setattr(timing.Timer, "peaks", lambda self, dtype: peaks[dtype])
+    cases = [replace(SMALL, shape=replace(SMALL.shape, dtype=dtype), pass_="fwd") for dtype in ("fp32", "bf16")]
+    rows = Bench(CPU, Options(("sdpa",)), lambda line: None, lambda shape: random_inputs(shape, CPU)).run(cases)
+    assert [(row["impl"], row.get("dtype")) for row in rows[:3]] == [
+        ("matmul", "fp32"),
+        ("matmul", "bf16"),
+        ("copy", None),
+    ]
+    floors = {row["dtype"]: row["floor_ms"] for row in rows[3:]}
+    assert floors["fp32"] == pytest.approx(4 * floors["bf16"])
 
 
 @pytest.mark.quick

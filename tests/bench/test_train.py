@@ -10,6 +10,7 @@ import pytest
 from pithwood.bench import train_rows
 from pithwood.bench.train import lengthened, spread
 from pithwood.bench.train_rows import comparison, row_key, workload
+from pithwood.bench.train_text import breakdown_lines
 from pithwood.cli import main
 from pithwood.config import apply_overrides
 from pithwood.observe.step_parts import IDLE, PARTS
@@ -71,6 +72,20 @@ def test_a_breakdown_adds_up_to_the_step_and_has_floors(tmp_path, capsys):
     assert sum(found["ms"].values()) == pytest.approx(found["total_ms"])
     assert all(0 < found["floor_ms"][part] < found["ms"][part] for part in PARTS if part != "other")
     assert json.loads((tmp_path / "train.json").read_text())["rows"][0]["breakdown"] == found
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "said"),
+    [
+        (900.0, ["    of profiled steps (1,020.0 ms), slower than the timed ones"]),
+        (990.0, ["    of profiled steps (1,020.0 ms)"]),
+        (1000.0, []),
+    ],
+)
+def test_a_breakdown_that_is_not_of_the_timed_steps_says_so(step_ms, said):
+    parts = {"attention": 600.0, IDLE: 400.0}
+    found = {"ms": parts, "floor_ms": {"attention": 500.0}, "total_ms": 1000.0, "profiled_ms": 1020.0}
+    assert breakdown_lines({"step_ms": step_ms, "breakdown": found})[4:] == said
 
 
 def test_real_tokens_come_from_the_runs_corpus(tmp_path, capsys):

@@ -137,10 +137,20 @@ def test_estimates_stand_beside_measurements(tmp_path):
     ]  # fmt: skip
 
 
+EXCHANGED = {"ms": 120.0, "hidden_ms": 90.0, "hidden_share": 0.75}
+
+
+@pytest.mark.parametrize(("longer", "shown"), [(1.0, "75% of 120 ms"), (1.02, "75% of 120 ms"), (1.04, "-")])
+def test_where_the_profiled_steps_were_slower_no_share_of_exchanges_is_shown(longer, shown, tmp_path):
+    ep = row("mesh.dp_shard=2", "mesh.ep=2", "samples_per_micro_batch=4")
+    ep["breakdown"] = {"total_ms": longer * ep["step_ms"], "communication": EXCHANGED}
+    assert cells(page([ep], "mesh", tmp_path)[4])[8] == shown
+
+
 def test_rows_of_several_processes_stand_in_a_table_of_their_own(tmp_path):
     ep = row("model.num_layers=12", "samples_per_step=32", "samples_per_micro_batch=8", "mesh.dp_shard=2", "mesh.ep=2",
              speed=91_000.0)  # fmt: skip
-    ep["breakdown"] = {"communication": {"ms": 120.0, "hidden_ms": 90.0, "hidden_share": 0.75}}
+    ep["breakdown"] = {"total_ms": ep["step_ms"], "communication": EXCHANGED}
     pp = row("samples_per_micro_batch=4", "mesh.pp=2", "mesh.schedule=dualpipe_v", "model.tie_embeddings=false")
     lines = page([row(), ep, pp], "mesh", tmp_path)
     table = [cells(line) for line in lines[2:]]
