@@ -74,6 +74,9 @@ def efficiency(rows: Sequence[Row], run: Run, where: str = "results files") -> E
     said = f"breakdowns in {where} at {', '.join(map(str, lengths))} tokens"
     if not same:
         said += f", none of them with {attention} attention"
+    precisions = {row["precision"] for row in same or known}
+    if run.precision not in precisions:
+        said += f", all in {' or '.join(sorted(precisions))} where this run is {run.precision}"
     return Efficiency(parts, REST_SHARE if rest is None else rest, said)
 
 
