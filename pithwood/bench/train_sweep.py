@@ -33,7 +33,7 @@ MICRO_BATCH_TOKENS = 16_384
 LONG_STEPS, LONG = (4, 1), 500_000
 """(--steps, --drop) of rows whose step costs as much as so many tokens without attention: three timed steps."""
 FULL_LIMIT = 2**19
-"""Longest length of full attention in the sweep over lengths: at 1M a step would take about seven minutes."""
+"""Longest length of full attention in the sweep over lengths: at 1M a step would take over ten minutes by estimate."""
 FULL_COST, MOBA_COST = 24_000, 1.2
 """Full attention over 24K tokens costs an H200 as much as the rest of qwen3_30b_8l's step, MoBA's a fifth of it."""
 

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from pithwood.estimate.work import Peaks
 from pithwood.observe.metrics import HOPPER_COPY_BYTES, HOPPER_MEASURED_FLOPS
 
+HOPPER_FP32_FLOPS = 67e12
+"""Dense fp32 FLOP/s that NVIDIA's datasheets of H100 SXM and H200 state: without tensor cores, as nothing here allows
+TF32."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -34,10 +38,11 @@ class Device:
 
 
 DEVICES = {
-    "h200": Device("nvidia-h200", 150.1e9, Peaks(HOPPER_MEASURED_FLOPS, HOPPER_COPY_BYTES)),
-    "h100": Device("nvidia-h100-80gb-hbm3", 84.9e9, Peaks(790e12, 3.02e12)),
+    "h200": Device("nvidia-h200", 150.1e9, Peaks(HOPPER_MEASURED_FLOPS, HOPPER_COPY_BYTES, HOPPER_FP32_FLOPS)),
+    "h100": Device("nvidia-h100-80gb-hbm3", 84.9e9, Peaks(790e12, 3.02e12, HOPPER_FP32_FLOPS)),
 }
-"""By the name that --device takes. Peaks are those of bench/results (rows `peak` of attention.json)."""
+"""By the name that --device takes. Peaks are those of bench/results (rows `peak` of attention.json), but for the
+fp32 rate, which is stated."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ class Efficiency:
     """Time of `other` and `idle` over the time of all other parts."""
     source: str
     """Where the numbers come from, in words."""
+    layer_parameters: float | None = None
+    """Parameters of the narrowest model that was measured, over its layers; None where nothing was measured."""
 
 
 def efficiency(rows: Sequence[Row], run: Run, where: str = "results files") -> Efficiency:
@@ -74,7 +76,11 @@ def efficiency(rows: Sequence[Row], run: Run, where: str = "results files") -> E
     said = f"breakdowns in {where} at {', '.join(map(str, lengths))} tokens"
     if not same:
         said += f", none of them with {attention} attention"
-    return Efficiency(parts, REST_SHARE if rest is None else rest, said)
+    precisions = {row["precision"] for row in same or known}
+    if run.precision not in precisions:
+        said += f", all in {' or '.join(sorted(precisions))} where this run is {run.precision}"
+    narrowest = min(row["parameters"] / row["layers"] for row in same or known)
+    return Efficiency(parts, REST_SHARE if rest is None else rest, said, narrowest)
 
 
 def _most_alike(rows: Sequence[Row], run: Run) -> list[Row]:

@@ -17,6 +17,9 @@ from pithwood.recipes import load_recipe
 from pithwood.run import Run
 
 MESH_SIZES = ("pp", "dp_replicate", "dp_shard", "cp", "ep")
+NARROW = 10
+"""A model with so many times fewer parameters a layer than any measured one is said to be narrower."""
+TOO_NARROW = "efficiencies were measured on far wider models: a narrow one's products reach less, expect a longer step"
 
 
 def estimate(run: Run, device: Device, rows: Sequence[Row], where: str) -> dict[str, Any]:
@@ -32,11 +35,12 @@ def _estimate(run: Run, device: Device, known: Efficiency, spread: Spread) -> di
     memory = estimate_memory(run, device, spread)
     time = estimate_time(run, device, known, spread)
     seconds, flops, mesh = time.step_ms / 1e3, step_flops(run, spread.model), run.mesh
+    params, wide = spread.model.num_params()["total"], known.layer_parameters
     return {
         "device": device.name,
         "mesh": {name: getattr(mesh, name) for name in MESH_SIZES},
         "devices": mesh.size,
-        "parameters": spread.model.num_params()["total"],
+        "parameters": params,
         "memory_gb": {kind: size / 1e9 for kind, size in memory.items()},
         "peak_gb": sum(memory.values()) / 1e9,
         "device_memory_gb": device.memory_bytes / 1e9,
@@ -51,39 +55,49 @@ def _estimate(run: Run, device: Device, known: Efficiency, spread: Spread) -> di
         "mfu_measured": mfu(flops, seconds, HOPPER_MEASURED_FLOPS * mesh.size),
         "efficiency": known.parts,
         "efficiency_from": known.source,
+        "narrower_than_measured": wide is not None and params / run.model.num_layers < wide / NARROW,
     }
 
 
 def estimate_lines(found: dict[str, Any]) -> list[str]:
-    """The estimate as two tables and what they come to."""
+    """The estimate as two tables and what they come to, in units of its size."""
+    letter, count = _unit(found["parameters"], {"B": 1e9, "M": 1e6, "K": 1e3})
+    memory, gb = _unit(found["peak_gb"], {"GB": 1.0, "MB": 1e-3})
+    time, unit_ms = _unit(found["step_ms"], {"ms": 1.0, "us": 1e-3})
     mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1)
     lines = [
-        f"{found['parameters'] / 1e9:.2f}B parameters on {found['devices']} x {found['device']}"
+        f"{found['parameters'] / count:.2f}{letter} parameters on {found['devices']} x {found['device']}"
         + (f" ({mesh})" if mesh else ""),
         "",
-        f"{'memory of a device':<22}{'GB':>9}",
-        *(f"{kind.replace('_', ' '):<22}{size:>9.2f}" for kind, size in found["memory_gb"].items() if size),
-        f"{'peak':<22}{found['peak_gb']:>9.2f}  of {found['device_memory_gb']:.1f}"
+        f"{'memory of a device':<22}{memory:>9}",
+        *(f"{kind.replace('_', ' '):<22}{size / gb:>9.2f}" for kind, size in found["memory_gb"].items() if size),
+        f"{'peak':<22}{found['peak_gb'] / gb:>9.2f}  of {found['device_memory_gb']:.1f} GB"
         + ("" if found["fits"] else ": it does not fit"),
         "",
-        f"{'part of a step':<22}{'ms':>9}{'floor':>9}",
+        f"{'part of a step':<22}{time:>9}{'floor':>9}",
     ]
     for part, ms in found["ms"].items():
         floor = found["floor_ms"].get(part)
-        lines.append(f"{part:<22}{ms:>9.1f}" + (f"{floor:>9.1f}" if floor else ""))
+        lines.append(f"{part:<22}{ms / unit_ms:>9.1f}" + (f"{floor / unit_ms:>9.1f}" if floor else ""))
     for kind, ms in found["communication_ms"].items():
         if sent := found["sent_ms"][kind]:
-            hidden = f"  of {sent:.1f}, the rest behind compute" if ms < sent else ""
-            lines.append(f"{f'sending: {kind}':<22}{ms:>9.1f}{hidden}")
+            hidden = f"  of {sent / unit_ms:.1f}, the rest behind compute" if ms < sent else ""
+            lines.append(f"{f'sending: {kind}':<22}{ms / unit_ms:>9.1f}{hidden}")
     rate = found["tokens_per_s"]
     each = "" if found["devices"] == 1 else f", {rate / found['devices']:,.0f} on each device"
     return [
         *lines,
-        f"{'step':<22}{found['step_ms']:>9.1f}",
+        f"{'step':<22}{found['step_ms'] / unit_ms:>9.1f}",
         "",
         f"{rate:,.0f} tokens/s{each}; {found['mfu']:.1%} MFU, {found['mfu_measured']:.1%} of the measured peak",
         f"efficiency: {found['efficiency_from']}",
+        *([TOO_NARROW] if found["narrower_than_measured"] else []),
     ]
+
+
+def _unit(size: float, units: dict[str, float]) -> tuple[str, float]:
+    """The first of these units, large ones first, that a size has at least one of, and what it is; else the last."""
+    return next(((name, unit) for name, unit in units.items() if size >= unit), list(units.items())[-1])
 
 
 def compare_rows(rows: Sequence[Row], device: Device, where: str) -> list[dict[str, Any]]:

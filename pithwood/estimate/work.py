@@ -29,6 +29,7 @@ from pithwood.observe.step_parts import PARTS
 from pithwood.ops.packing import Packing
 from pithwood.optim.config import STATE_DTYPES, MuonConfig
 from pithwood.optim.groups import MATRIX_KINDS
+from pithwood.optim.muon import resolve_ns_dtype
 from pithwood.parallel.mesh import coordinates
 from pithwood.run import DTYPES, Run
 
@@ -48,9 +49,11 @@ class Peaks:
     """What a device can do at most."""
 
     flops_per_s: float = HOPPER_MEASURED_FLOPS
-    """bf16 matrix products."""
+    """Matrix products: bf16 ones, or those of the run's dtype where the peaks were measured for one run."""
     bytes_per_s: float = HOPPER_COPY_BYTES
     """Read and written."""
+    fp32_flops_per_s: float | None = None
+    """fp32 matrix products; None: as many as of the others."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,12 @@ class Piece:
     what: str
     flops: float = 0.0
     bytes: float = 0.0
+    fp32: bool = False
+    """Whether its products are fp32 ones."""
 
     def floor_s(self, peaks: Peaks) -> float:
-        return max(self.flops / peaks.flops_per_s, self.bytes / peaks.bytes_per_s)
+        products = peaks.fp32_flops_per_s if self.fp32 else None
+        return max(self.flops / (products or peaks.flops_per_s), self.bytes / peaks.bytes_per_s)
 
 
 Work = dict[str, list[Piece]]
@@ -164,6 +170,8 @@ def step_work(run: Run, model: Qwen3MoE | None = None, stages: Stages | None = N
         work["head and loss"].append(
             Piece("head", TRAINING * 2.0 * tokens * head, _weight_bytes(head, micro, size) + 3 * row)
         )
+    if run.precision == "fp32":
+        work = {part: [dataclasses.replace(piece, fp32=True) for piece in pieces] for part, pieces in work.items()}
     work["optimizer"] += _update(run, model, size, stages)
     return work
 
@@ -297,6 +305,8 @@ def _update(run: Run, model: Qwen3MoE, size: int, stages: Stages) -> list[Piece]
     if isinstance(run.optim, MuonConfig):
         # weight and momentum read and written, gradient read, a narrow copy of the weight written
         pieces.append(Piece("momentum and weights", bytes=updated.matrices * (20.0 + kept)))
-        pieces.append(Piece("Newton-Schulz", flops=updated.orthogonal_flops))
+        # as on a GPU, whatever machine asks
+        fp32 = resolve_ns_dtype(run.optim.ns_dtype, torch.device("cuda")) == torch.float32
+        pieces.append(Piece("Newton-Schulz", flops=updated.orthogonal_flops, fp32=fp32))
     pieces.append(Piece("AdamW", bytes=updated.others * (28.0 + kept)))
     return pieces

@@ -48,6 +48,26 @@ def test_the_tables_say_what_does_not_fit(capsys):
     assert "on each device" in out
 
 
+def test_a_small_model_is_told_in_small_units(capsys):
+    found = estimate(capsys, "debug")
+    assert main(["estimate", "debug"]) == 0
+    out = capsys.readouterr().out
+    assert f"{found['parameters'] / 1e3:.2f}K parameters" in out
+    memory, times = out.split("part of a step")
+    assert memory.split("memory of a device")[1].split()[0] == "MB"
+    assert f"{found['peak_gb'] * 1e3:.2f}  of 150.1 GB" in memory
+    assert times.split()[0] == "us"
+    assert f"{found['step_ms'] * 1e3:.1f}\n" in times
+    assert found["peak_gb"] < 1
+
+
+def test_a_model_far_narrower_than_the_measured_ones_is_told_so(capsys):
+    for words, narrow in (("debug", True), ("qwen3_30b_8l", False)):
+        assert estimate(capsys, words)["narrower_than_measured"] == narrow
+        assert main(["estimate", words]) == 0
+        assert ("measured on far wider models" in capsys.readouterr().out) == narrow
+
+
 def test_measured_rows_stand_beside_their_estimates(tmp_path, capsys):
     rows = []
     for words, op in (([], "full"), (["model.attention=MoBAConfig"], "moba")):
@@ -59,6 +79,7 @@ def test_measured_rows_stand_beside_their_estimates(tmp_path, capsys):
         ms[IDLE] = REST_SHARE * sum(ms.values())
         breakdown = {"ms": ms, "floor_ms": floors, "repeated": dict.fromkeys(floors, 1.0)}
         taken = {"status": "ok", "step_ms": sum(ms.values()), "peak_gb": found["peak_gb"] / 1.1}
+        taken["parameters"] = found["parameters"]
         speed = {**taken, "breakdown": breakdown}
         rows.append({**workload(run, "qwen3_30b_8l", words, "fake"), **speed})
         assert rows[-1]["attention"]["op"] == op

@@ -25,8 +25,9 @@ def row(seq_len: int, op: str = "full", share: float = 0.5, repeated: float = 1.
     ms = {**dict.fromkeys(PARTS, 100.0), "other": 30.0, IDLE: 30.0}
     floors = {part: 100.0 * share for part in PARTS if part != "other"}
     breakdown = {"ms": ms, "floor_ms": floors, "repeated": dict.fromkeys(floors, repeated)}
-    what = {"seq_len": seq_len, "attention": {"op": op}, "routing": routing, "micro_batch": micro}
-    return {"status": "ok", **what, "breakdown": breakdown}
+    what = {"seq_len": seq_len, "attention": {"op": op}, "routing": routing, "micro_batch": micro, "precision": "bf16"}
+    size = {"parameters": 5_600_000_000, "layers": 8}
+    return {"status": "ok", **what, **size, "breakdown": breakdown}
 
 
 def test_without_breakdowns_constants_are_taken_and_said():
@@ -49,6 +50,18 @@ def test_other_attention_tells_of_all_parts_but_attention():
     assert found.parts["attention"] == ATTENTION["moba"]
     assert found.parts["experts"] == pytest.approx(0.4)
     assert "none of them with moba attention" in found.source
+
+
+def test_an_fp32_run_is_told_that_only_bf16_was_measured():
+    assert "bf16" not in efficiency([row(4096)], run_of(4096)).source
+    source = efficiency([row(4096)], run_of(4096, "precision=fp32")).source
+    assert source.endswith("at 4096 tokens, all in bf16 where this run is fp32")
+
+
+def test_the_narrowest_measured_model_is_known_by_its_parameters_a_layer():
+    wide = {**row(4096), "layers": 4}
+    assert efficiency([row(4096), wide], run_of(4096)).layer_parameters == 700_000_000
+    assert efficiency([], run_of(4096)).layer_parameters is None
 
 
 def test_what_a_row_computed_twice_does_not_count_as_waste():

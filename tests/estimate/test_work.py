@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from pithwood.config import apply_overrides
+from pithwood.estimate.devices import DEVICES
 from pithwood.estimate.work import (
     ATTENTION_TRAINING,
     TRAINING,
@@ -107,6 +108,34 @@ def test_a_floor_is_the_longer_of_products_and_traffic():
     assert Piece("", flops=200.0, bytes=10.0).floor_s(peaks) == 2.0
     assert Piece("", flops=100.0, bytes=30.0).floor_s(peaks) == 3.0
     assert floors_ms({"dense": [Piece("", 200.0), Piece("", 0.0, 10.0)]}, peaks) == {"dense": 3000.0}
+
+
+def test_fp32_products_go_by_their_own_peak_where_a_device_has_one():
+    piece = Piece("", flops=200.0, bytes=10.0, fp32=True)
+    assert piece.floor_s(Peaks(100.0, 10.0, fp32_flops_per_s=20.0)) == 10.0
+    assert piece.floor_s(Peaks(100.0, 10.0)) == 2.0
+    assert Piece("", flops=200.0).floor_s(Peaks(100.0, 10.0, fp32_flops_per_s=20.0)) == 2.0
+
+
+def test_precision_decides_the_peak_of_passes_and_ns_dtype_that_of_newton_schulz():
+    def in_fp32(*words: str) -> dict[str, set[bool]]:
+        return {part: {p.fp32 for p in pieces if p.flops} for part, pieces in step_work(run_of(*words)).items()}
+
+    passes = ("attention", "experts", "router and dispatch", "dense", "head and loss")
+    for words, of_passes, of_update in (
+        ((), False, False),
+        (("precision=fp32",), True, False),
+        (("optim.ns_dtype=fp32",), False, True),
+    ):
+        found = in_fp32(*words)
+        assert {part: found[part] for part in passes} == {part: {of_passes} for part in passes}
+        assert found["optimizer"] == {of_update}
+
+
+def test_fp32_takes_an_h200_longer_by_its_peaks():
+    half, whole = (floors_ms(step_work(run_of(*words)), DEVICES["h200"].peaks) for words in ((), ("precision=fp32",)))
+    for part in ("attention", "experts", "head and loss"):
+        assert whole[part] / half[part] == pytest.approx(790 / 67, rel=0.05), part
 
 
 def test_recomputed_blocks_go_forward_once_more_but_for_what_makes_their_value_alone():
