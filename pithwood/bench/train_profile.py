@@ -20,6 +20,7 @@ from pithwood.bench.timing import Timer
 from pithwood.bench.train import Started, Tell, one_step
 from pithwood.bench.train_rows import MESH
 from pithwood.bench.train_text import busy_ms
+from pithwood.estimate.devices import DEVICES
 from pithwood.estimate.work import Peaks, Stages, floors_ms, meta_model, repeated, step_work
 from pithwood.observe.step_timeline import Timeline
 from pithwood.observe.step_trace import STEP, Communication, StepProfile, read_trace
@@ -156,7 +157,7 @@ NAME_LENGTH, MOST_KERNELS = 100, 12
 def device_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
     """Peaks that floors assume: those known of an H200; of others they are measured here, which takes 5 GB of a GPU."""
     if device.type == "cuda" and "H200" in torch.cuda.get_device_name(device):
-        return Peaks()
+        return DEVICES["h200"].peaks
     found = Timer(device).peaks(dtype)
     return Peaks(found.flops_per_s, found.bytes_per_s)
 
