@@ -55,7 +55,8 @@ def compile_kernels(cases: Sequence[tuple[Any, ...]], gpu: str, as_json: bool = 
     cases    as `bench.kernels.work` takes them
     gpu      of `GPUS`
     returns  per kernel its name, registers and bytes of stack (where registers spill) per thread, bytes of shared
-             memory and warps, in the order of their first launch; a name appears once for every way it was compiled
+             memory, warps and bare arrivals, in the order of their first launch; a name appears once for every way it
+             was compiled
     raises   SystemExit where Triton is set to interpret; what Triton raises for a kernel that does not compile
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -132,4 +133,22 @@ def _row(name: str, kernel: Any) -> dict[str, Any]:
     if counts is None:
         raise RuntimeError(f"cuobjdump says nothing of {name}: {told}")
     sizes = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
-    return {"name": name, "registers": int(counts[1]), "stack": int(counts[2]), **sizes}
+    registers = {"registers": int(counts[1]), "stack": int(counts[2])}
+    return {"name": name, **registers, **sizes, "bare_arrivals": bare_arrivals(kernel.asm["ptx"])}
+
+
+def bare_arrivals(ptx: str) -> int:
+    """How many arrivals at an mbarrier no barrier of the arriving warps precedes, since their last access of memory.
+
+    One thread arrives for all: without the barrier the others may still read or write what the arrival gives away.
+    """
+    found, last = 0, ""
+    for line in ptx.splitlines():
+        words = re.match(r"\s*(?:@\S+\s+)?((?:bar|barrier|mbarrier|cp|wgmma|ld|st|red|atom)\.[\w.:]+)", line)
+        if words is None or words[1].startswith(("cp.async.mbarrier", "mbarrier.init", "mbarrier.inval")):
+            continue
+        arrives = words[1].startswith("mbarrier.arrive") and "expect_tx" not in words[1]
+        if arrives and not last.startswith(("bar.", "barrier.", "mbarrier.arrive")):
+            found += 1
+        last = words[1]
+    return found

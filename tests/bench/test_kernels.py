@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.compiling import GPUS
+from bench.compiling import GPUS, bare_arrivals
 from bench.kernels import ROLES, is_clean, main, told
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,17 @@ def test_words_and_machines_that_cannot_do_it_are_refused(capsys, monkeypatch):
         assert message in capsys.readouterr().err
 
 
+def test_arrivals_that_no_barrier_precedes_are_counted():
+    read, barrier, arrive = (
+        "ld.shared.b32 %r1, [%r2];",
+        "\tbar.sync 0, 128;",
+        "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r3];",
+    )
+    assert bare_arrivals("\n".join([read, barrier, arrive, arrive])) == 0
+    assert bare_arrivals("\n".join([barrier, read, arrive])) == 1
+    assert bare_arrivals("\n".join([read, "mbarrier.arrive.expect_tx.shared.b64 _, [%r3], 64;"])) == 0
+
+
 def command(*words: str, interpret: bool) -> str:
     """The last line of the program's output, run in a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "PYTHONPATH": str(ROOT)}
@@ -105,6 +116,7 @@ def test_all_kernels_compile_for_a_hopper_gpu_within_what_it_has():
     for kernel in kernels:
         if kernel["name"] in ROLES:
             assert kernel["stack"] <= spilled.get(kernel["name"], 0), kernel
+            assert kernel["bare_arrivals"] == 0, kernel
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from pithwood.ops.gluon_support import thread_barrier
+from pithwood.ops.gluon_support import async_load, thread_barrier
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 
@@ -97,8 +97,8 @@ def _gather(
             do_at = do + (gl.expand_dims(t * stride_dt + head * stride_dh, 1) + dim)
             q_part = q_ring.index(slot).slice(piece * PIECE, PIECE)
             do_part = do_ring.index(slot).slice(piece * PIECE, PIECE)
-            async_copy.async_copy_global_to_shared(q_part, q_at, mask=mask)
-            async_copy.async_copy_global_to_shared(do_part, do_at, mask=mask)
+            async_load(q_part, q_at, mask=mask)
+            async_load(do_part, do_at, mask=mask)
         q_row = next_row
         lse2, d = _sums_of_rows(lse, delta, q_row, stride_lt, RATIO)
         async_copy.commit_group()

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from pithwood.ops.attend.backward_hopper import LOG2_E, _rows_of_tile
 from pithwood.ops.attend.forward_hopper import _exp2
-from pithwood.ops.gluon_support import thread_barrier
+from pithwood.ops.gluon_support import async_load, thread_barrier
 
 HALVES = gl.constexpr(2)
 """Multiplying warpgroups; each has half the keys."""
@@ -63,9 +63,7 @@ def _copy_half(target, at, first, count, stride_t):
     dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, LAYOUT)), 0)
     key = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
     inside = gl.expand_dims(key < count, 1)
-    async_copy.async_copy_global_to_shared(
-        target, at + (gl.expand_dims(key.to(gl.int64) * stride_t, 1) + dim), mask=inside
-    )
+    async_load(target, at + (gl.expand_dims(key.to(gl.int64) * stride_t, 1) + dim), mask=inside)
 
 
 @gluon.jit
@@ -75,7 +73,7 @@ def _copy_rows(target, at, row, stride_t, stride_h, RATIO: gl.constexpr):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [gl.num_warps(), 1], [1, 0])
     dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, LAYOUT)), 0)
     to = (row // RATIO).to(gl.int64) * stride_t + row % RATIO * stride_h
-    async_copy.async_copy_global_to_shared(target, at + (gl.expand_dims(to, 1) + dim), mask=gl.expand_dims(row >= 0, 1))
+    async_load(target, at + (gl.expand_dims(to, 1) + dim), mask=gl.expand_dims(row >= 0, 1))
 
 
 @gluon.jit
@@ -163,8 +161,8 @@ def _gather(
             _copy_rows(q_ring.index(slot), q_at, wide, stride_qt, stride_qh, RATIO)
             _copy_rows(do_ring.index(slot), do_at, wide, stride_dt, stride_dh, RATIO)
             sum_at = (row // RATIO).to(gl.int64) * stride_lt + row % RATIO
-            async_copy.async_copy_global_to_shared(lse_ring.index(slot), lse_at + sum_at, mask=row >= 0)
-            async_copy.async_copy_global_to_shared(delta_ring.index(slot), delta_at + sum_at, mask=row >= 0)
+            async_load(lse_ring.index(slot), lse_at + sum_at, mask=row >= 0)
+            async_load(delta_ring.index(slot), delta_at + sum_at, mask=row >= 0)
             async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
             row_ring.index((base + tile) % ROW_SLOTS).store(row)
             thread_barrier()

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from pithwood.ops.attend.forward_hopper import _exp2
-from pithwood.ops.gluon_support import thread_barrier
+from pithwood.ops.gluon_support import async_load, thread_barrier
 
 EARLY_TILE = 128
 """Queries, and keys, of a tile."""
@@ -103,7 +103,7 @@ def _load(
                 at = gl.expand_dims(t.to(gl.int64) * stride_qt, 1) + dim
                 inside = gl.expand_dims((t >= low) & (t < high), 1)
                 q_part = q_ring.index(q_slot * GROUPS + piece * PIECE // ROWS).slice(piece * PIECE % ROWS, PIECE)
-                async_copy.async_copy_global_to_shared(q_part, q_at + at, mask=inside)
+                async_load(q_part, q_at + at, mask=inside)
             for step in range(count + 1):
                 slot = (base + step) % STAGES
                 mbarrier.wait(empty.index(slot), ((base + step) // STAGES & 1) ^ 1)
@@ -113,12 +113,12 @@ def _load(
                     at = gl.expand_dims(key.to(gl.int64) * stride_kt, 1) + dim
                     inside = gl.expand_dims((key >= 0) & (key < end), 1)
                     part = k_ring.index(slot).slice(piece * PIECE, PIECE)
-                    async_copy.async_copy_global_to_shared(part, k_at + at, mask=inside)
+                    async_load(part, k_at + at, mask=inside)
                     key += TILE
                     at = gl.expand_dims(key.to(gl.int64) * stride_vt, 1) + dim
                     inside = gl.expand_dims((key < end) & (step > 0), 1)
                     part = v_ring.index(slot).slice(piece * PIECE, PIECE)
-                    async_copy.async_copy_global_to_shared(part, v_at + at, mask=inside)
+                    async_load(part, v_at + at, mask=inside)
                 async_copy.commit_group()
                 if STAGES == 2:
                     async_copy.wait_group(0)

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from pithwood.ops.gluon_support import thread_barrier
+from pithwood.ops.gluon_support import async_load, thread_barrier
 
 
 def hopper_forward_tiles(block: int) -> dict[str, int]:
@@ -76,7 +76,7 @@ def _gather(
         at = _offsets(pair, stride_qt, stride_qh, RATIO, SLOTS)
         next_pair = _pairs_of_tile(num_tiles - 2 - tile, entry_P, list_start, last, ROWS, LINE)
         mbarrier.wait(empty.index(slot), (tile // STAGES & 1) ^ 1)
-        async_copy.async_copy_global_to_shared(q_ring.index(slot), q + (at + dim))
+        async_load(q_ring.index(slot), q + (at + dim))
         pair_ring.index(slot).store(pair)
         pair = next_pair
         # The copies announce themselves, and these warps go on to the next tile.
@@ -114,9 +114,9 @@ def _copy_keys(tile, at, stride_t, BLOCK: gl.constexpr):
     dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, LAYOUT)), 0)
     key = gl.expand_dims(gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT)), 1)
     if BLOCK < KEYS:
-        async_copy.async_copy_global_to_shared(tile, at + (key * stride_t + dim), mask=key < BLOCK)
+        async_load(tile, at + (key * stride_t + dim), mask=key < BLOCK)
     else:
-        async_copy.async_copy_global_to_shared(tile, at + (key * stride_t + dim))
+        async_load(tile, at + (key * stride_t + dim))
     async_copy.commit_group()
 
 

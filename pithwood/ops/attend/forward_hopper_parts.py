@@ -32,7 +32,7 @@ from pithwood.ops.attend.forward_hopper import (
     _work_item,
     hopper_forward_tiles,
 )
-from pithwood.ops.gluon_support import thread_barrier
+from pithwood.ops.gluon_support import async_load, thread_barrier
 
 PIECE = gl.constexpr(16)
 """Keys whose addresses the loading warps hold at a time; more would not fit their registers."""
@@ -83,12 +83,8 @@ def _load(
         mbarrier.wait(q_empty.index(place), (tile // 2 & 1) ^ 1)
         pair_ring.index(place * 2).store(pair0)
         pair_ring.index(place * 2 + 1).store(pair1)
-        async_copy.async_copy_global_to_shared(
-            q_ring.index(place * 2), q + (_offsets(pair0, stride_qt, stride_qh, RATIO, SLOTS) + dim)
-        )
-        async_copy.async_copy_global_to_shared(
-            q_ring.index(place * 2 + 1), q + (_offsets(pair1, stride_qt, stride_qh, RATIO, SLOTS) + dim)
-        )
+        async_load(q_ring.index(place * 2), q + (_offsets(pair0, stride_qt, stride_qh, RATIO, SLOTS) + dim))
+        async_load(q_ring.index(place * 2 + 1), q + (_offsets(pair1, stride_qt, stride_qh, RATIO, SLOTS) + dim))
         async_copy.commit_group()
         pair0 = _pairs_of_tile(tile * 2 + 2, entry_P, list_start, last, HALF, LINE)
         pair1 = _pairs_of_tile(tile * 2 + 3, entry_P, list_start, last, HALF, LINE)
@@ -101,7 +97,7 @@ def _load(
             phase = (count // 2 & 1) ^ 1
             mbarrier.wait(k_empty.index(slot), phase)
             for piece in gl.static_range(KEYS // PIECE):
-                async_copy.async_copy_global_to_shared(k_ring.index(slot).slice(piece * PIECE, PIECE), k_ptr)
+                async_load(k_ring.index(slot).slice(piece * PIECE, PIECE), k_ptr)
                 k_ptr += PIECE * stride_kt
             async_copy.commit_group()
             if part == 0:
@@ -110,7 +106,7 @@ def _load(
                 _announce(v_full.index(slot ^ 1), 1)
             mbarrier.wait(v_empty.index(slot), phase)
             for piece in gl.static_range(KEYS // PIECE):
-                async_copy.async_copy_global_to_shared(v_ring.index(slot).slice(piece * PIECE, PIECE), v_ptr)
+                async_load(v_ring.index(slot).slice(piece * PIECE, PIECE), v_ptr)
                 v_ptr += PIECE * stride_vt
             async_copy.commit_group()
             _announce(k_full.index(slot), 1)
