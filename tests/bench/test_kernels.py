@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.compiling import GPUS, bare_arrivals
 from bench.kernels import ROLES, is_clean, main, told
@@ -58,10 +59,13 @@ def test_what_counts_as_clean():
     assert not is_clean(row("racecheck", ""))
 
 
-def test_words_and_machines_that_cannot_do_it_are_refused(capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_sanitized():
     with pytest.raises(SystemExit, match="needs a CUDA GPU"):
         main(["sanitize"])
+
+
+def test_words_that_ask_for_nothing_are_refused(capsys):
     for words, message in (
         (["work", "--tokens", "0"], "--tokens 0 must be at least 1"),
         (["compile", "--cases", "bfloat16/80"], "--cases bfloat16/80 is in none of bfloat16/64/32/3, "),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -23,13 +21,6 @@ def test_smaller_tiles_compute_the_same(monkeypatch, block, dim, deterministic):
     monkeypatch.setattr(schedule, "PAIR_KEYS", 0)  # some queries go key-major in short documents too
     inputs = make_inputs([3 * block + 9, 70], heads=2, kv_heads=1, dim=dim, dtype=torch.float16)
     check_attend(inputs, moba_selection(inputs, block, 2), "triton", device=DEVICE, deterministic=deterministic)
-
-
-@pytest.mark.parametrize(("bytes_", "large"), [(232_448, True), (166_912, False), (101_376, False)])
-def test_the_shared_memory_of_the_gpu_decides(monkeypatch, bytes_, large):
-    told = SimpleNamespace(shared_memory_per_block_optin=bytes_)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: told)
-    assert shapes.has_large_shared(SimpleNamespace(is_cuda=True, device="cuda")) is large  # type: ignore[arg-type]
 
 
 def test_every_choice_differs_where_it_has_to():

@@ -41,7 +41,7 @@ def has_large_shared(x: Tensor) -> bool:
     return properties.shared_memory_per_block_optin >= LARGE_SHARED
 
 
-def forward_tiles(block: int, dim: int, element_size: int, large: bool = True) -> Tiles:
+def forward_tiles(block: int, dim: int, element_size: int, large: bool) -> Tiles:
     """Of the key-major forward kernel: rows are gathered queries."""
     keys = tile(block, 128 if dim <= 128 else 64)
     if element_size == 4:
@@ -53,7 +53,7 @@ def forward_tiles(block: int, dim: int, element_size: int, large: bool = True) -
     return Tiles(128, keys if dim <= 128 else 32, 8, 3)
 
 
-def own_tiles(block: int, dim: int, element_size: int, large: bool = True) -> Tiles:
+def own_tiles(block: int, dim: int, element_size: int, large: bool) -> Tiles:
     """Of the kernel that attends to the own unit and merges."""
     if element_size == 4:
         return Tiles(tile(block, 32), tile(block, 32), 4, 1)
@@ -61,7 +61,7 @@ def own_tiles(block: int, dim: int, element_size: int, large: bool = True) -> Ti
     return Tiles(tile(block, most), tile(block, most), 4, 3)
 
 
-def early_tiles(block: int, dim: int, element_size: int, large: bool = True) -> Tiles:
+def early_tiles(block: int, dim: int, element_size: int, large: bool) -> Tiles:
     """Of the forward kernel for early queries."""
     if element_size == 4:
         return Tiles(tile(block, 32), tile(block, 32), 4, 1)
@@ -73,7 +73,7 @@ def early_tiles(block: int, dim: int, element_size: int, large: bool = True) -> 
     return Tiles(rows, tile(block, most), 8 if rows == 128 else 4, 2)
 
 
-def backward_tiles(block: int, dim: int, element_size: int, large: bool = True) -> Tiles:
+def backward_tiles(block: int, dim: int, element_size: int, large: bool) -> Tiles:
     """Of the key-major backward kernel: keys stay, rows are gathered."""
     if element_size == 4:
         return Tiles(16, tile(block, 16), 4, 1)
@@ -84,7 +84,7 @@ def backward_tiles(block: int, dim: int, element_size: int, large: bool = True) 
     return Tiles(64, tile(block, 128), 8, 2 if dim <= 64 else 1)
 
 
-def dq_tiles(block: int, dim: int, element_size: int, large: bool = True) -> Tiles:
+def dq_tiles(block: int, dim: int, element_size: int, large: bool) -> Tiles:
     """Of the deterministic dQ kernels."""
     if element_size == 4:
         return Tiles(tile(block, 16), tile(block, 16), 4, 1)
