@@ -3,10 +3,10 @@
     python -m bench.kernels sanitize [--tools memcheck racecheck] [--out DIR]   a GPU; writes sanitize.json
     python -m bench.kernels compile [--gpu h200] [--cases TEXT ...]              any Linux machine; a line per kernel
 
-`sanitize` does the work under each tool and keeps the kernels that ran, the tool's own summary, and how many of its
-reports name which kernel. memcheck must have none: exit code 1 if it does. racecheck does not follow the barriers
-between the warp roles of the Hopper kernels, so what it reports of those is for a person to judge (docs/log.md,
-"compute-sanitizer"); of any other kernel a report gives exit code 1.
+`sanitize` does the work under each tool and keeps the kernels that ran, the tool's own summary, how many of its
+reports name which kernel, and between which lines each race was seen. memcheck must have no report: exit code 1 if it
+does. racecheck does not follow the barriers between the warp roles of the Hopper kernels, so what it reports of those
+is for a person to judge (docs/log.md, "compute-sanitizer"); of any other kernel a report gives exit code 1.
 
 `compile` shows without a GPU that all kernels compile for one with this version of Triton, and what they take of it
 (bench/compiling.py). `work` does the work and nothing else, also on a CPU with TRITON_INTERPRET=1.
@@ -132,8 +132,12 @@ def _steps_and_generation(device: str) -> None:
 # ---- under compute-sanitizer
 
 
-def run_under(tool: str) -> dict[str, Any]:
-    """The work under a tool of compute-sanitizer: a row of the results."""
+def run_under(tool: str, cases: Sequence[str] = (), logs: Path | None = None) -> dict[str, Any]:
+    """The work under a tool of compute-sanitizer: a row of the results.
+
+    cases   only these of attention (`--cases`)
+    logs    folder that gets all that the tool says, as TOOL.log
+    """
     sanitizer = shutil.which("compute-sanitizer") or SANITIZER
     if not Path(sanitizer).is_file():
         raise SystemExit(f"compute-sanitizer is neither on the PATH nor at {SANITIZER}; it comes with the CUDA toolkit")
@@ -143,9 +147,13 @@ def run_under(tool: str) -> dict[str, Any]:
         log = Path(folder) / "log"
         options = ["--tool", tool, "--log-file", str(log), "--print-limit", "1000"]
         command = [sanitizer, *options, sys.executable, "-m", "bench.kernels", "work"]
+        command += ["--cases", *cases] if cases else []
         begun = time.monotonic()
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
         text = log.read_text(errors="replace") if log.is_file() else ""
+    if logs is not None:
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / f"{tool}.log").write_text(text)
     if done.returncode or not done.stdout.strip():
         raise SystemExit(f"{tool}: the work ended with {done.returncode}\n{text[-3000:]}")
     kernels = json.loads(done.stdout.splitlines()[-1])
@@ -153,13 +161,23 @@ def run_under(tool: str) -> dict[str, Any]:
 
 
 def told(log: str, kernels: Collection[str]) -> dict[str, Any]:
-    """What a log of compute-sanitizer says: its summary, and how many reports there are of each kernel."""
+    """What a log of compute-sanitizer says.
+
+    summary   its last line
+    reports   how many there are of each kernel
+    races     how many there are between accesses at which places, as "Write hopper.py:120, Read hopper.py:180"
+    """
     reports: Counter[str] = Counter()
+    races: Counter[str] = Counter()
     for report in re.split(r"\n=+ *\n", log):
         if re.search(r"Race reported|Invalid |Error: |Warning: |hazard", report) and "SUMMARY" not in report:
-            reports[next((word for word in re.findall(r"\w+", report) if word in kernels), "other")] += 1
+            kernel = next((word for word in re.findall(r"\w+", report) if word in kernels), "other")
+            reports[kernel] += 1
+            accesses = re.findall(r"(\w+) access at \w+\+0x[0-9a-f]+(?: in (?:\S*/)?(\S+:\d+))?", report)
+            if accesses:
+                races[f"{kernel}: " + ", ".join(f"{kind} {place or '?'}" for kind, place in accesses)] += 1
     summary = [line.strip("= ") for line in log.splitlines() if "SUMMARY" in line]
-    return {"summary": summary[-1] if summary else "none", "reports": dict(reports)}
+    return {"summary": summary[-1] if summary else "none", "reports": dict(reports), "races": dict(races)}
 
 
 def is_clean(row: dict[str, Any]) -> bool:
@@ -169,18 +187,18 @@ def is_clean(row: dict[str, Any]) -> bool:
     return not row["reports"] and " 0 errors" in row["summary"]
 
 
-def _sanitize(tools: Sequence[str], out: Path | None) -> int:
+def _sanitize(tools: Sequence[str], cases: Sequence[str], out: Path | None, logs: Path | None) -> int:
     if not torch.cuda.is_available():
         raise SystemExit("compute-sanitizer needs a CUDA GPU, torch sees none; `compile` and `work` do without")
     rows = []
     for tool in tools:
-        rows.append(run_under(tool))
+        rows.append(run_under(tool, cases, logs))
         write_results("sanitize", rows, out)
         print(f"{tool}: {len(rows[-1]['kernels'])} kernels, {rows[-1]['summary']}, reports {rows[-1]['reports']}")
     return 0 if all(map(is_clean, rows)) else 1
 
 
-def _work(tokens: int) -> int:
+def _work(cases: Sequence[tuple[Any, ...]], tokens: int) -> int:
     """Do the work and print the names of the kernels that were launched as JSON (none in the interpreter)."""
     from triton import knobs
 
@@ -192,11 +210,11 @@ def _work(tokens: int) -> int:
     knobs.runtime.launch_enter_hook.add(note)
     torch.manual_seed(0)
     if torch.cuda.is_available():
-        work("cuda", tokens=tokens)
+        work("cuda", cases, tokens)
         torch.cuda.synchronize()
     else:
         # Triton's interpreter multiplies bf16 wrongly
-        work("cpu", [case for case in CASES if case[0] != torch.bfloat16], tokens)
+        work("cpu", [case for case in cases if case[0] != torch.bfloat16], tokens)
     print(json.dumps(sorted(names)))
     return 0
 
@@ -208,23 +226,25 @@ def main(words: Sequence[str] | None = None) -> int:
     sanitizing = commands.add_parser("sanitize", help="do the work under compute-sanitizer")
     sanitizing.add_argument("--tools", nargs="+", default=["memcheck", "racecheck"], help="tools of compute-sanitizer")
     sanitizing.add_argument("--out", type=Path, help="folder for sanitize.json (default: bench/results/<device>)")
+    sanitizing.add_argument("--logs", type=Path, help="folder for all that the tools say (default: not kept)")
     compiling = commands.add_parser("compile", help="compile all kernels for a GPU, without one")
     compiling.add_argument("--gpu", default="h200", choices=list(GPUS), help="default: %(default)s")
-    compiling.add_argument("--cases", nargs="+", default=[""], help="only these of attention, such as bfloat16/128/64")
     compiling.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     working = commands.add_parser("work", help="do the work, alone")
     working.add_argument("--tokens", type=int, default=1300, help="tokens of the longest document, at least 1")
+    for command in (sanitizing, compiling, working):
+        command.add_argument("--cases", nargs="+", default=[""], help="only these of attention, as bfloat16/128/64")
     args = parser.parse_args(words)
-    if args.command == "sanitize":
-        return _sanitize(args.tools, args.out)
-    if args.command == "work":
-        if args.tokens < 1:
-            parser.error(f"--tokens {args.tokens} must be at least 1")
-        return _work(args.tokens)
     for asked in args.cases:
         if not any(told_case(case).startswith(asked) for case in CASES):
             parser.error(f"--cases {asked} is in none of {', '.join(map(told_case, CASES))}")
+    if args.command == "sanitize":
+        return _sanitize(args.tools, args.cases, args.out, args.logs)
     chosen = [case for case in CASES if told_case(case).startswith(tuple(args.cases))]
+    if args.command == "work":
+        if args.tokens < 1:
+            parser.error(f"--tokens {args.tokens} must be at least 1")
+        return _work(chosen, args.tokens)
     compile_kernels(chosen, args.gpu, args.json)
     return 0
 

@@ -108,6 +108,17 @@ def row_key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row.get(column)) for column in KEY_COLUMNS)
 
 
+def row_order(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a row of attention.json stands: peaks, then heads by heads short inputs before long ones, MoBA first."""
+    if row["op"] == "peak":
+        return (0,)
+    return (
+        *(1, row["inputs"], row.get("layer") or 0, -row["head_dim"], row["heads"], row["kv_heads"], row["dtype"]),
+        *(row["lengths"] is not None, row["length"], row["sequences"], row["op"] == "dense", row["impl"]),
+        *(row["block_size"] or 0, row["top_k"] or 0, row["pass"]),
+    )
+
+
 @dataclass(frozen=True)
 class Work:
     """What a case needs at least, however it is computed."""

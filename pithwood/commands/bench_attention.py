@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     import torch
 
     from pithwood.bench import attention, inputs
-    from pithwood.bench.cases import grid, narrowed, preset, row_key
+    from pithwood.bench.cases import grid, narrowed, preset, row_key, row_order
     from pithwood.bench.implementations import DENSE, MOBA, default_implementations
     from pithwood.bench.plot import plot_attention
     from pithwood.bench.results import device_name, merge_rows, read_results, write_results
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
 
     def save(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         both = merge_rows(old.get("rows", []), rows, row_key, attention.measured)
-        merged = attention.beside_dense(both)
+        merged = attention.beside_dense(sorted(both, key=row_order))
         if _timed(rows) or (not there and any(row["op"] != "peak" for row in rows)):
             write_results("attention", merged, folder, command)
         return merged

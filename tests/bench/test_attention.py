@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 
 from pithwood.bench import attention, timing
 from pithwood.bench.attention import Bench, Options, check, measured, relative_error
-from pithwood.bench.cases import Case, Shape, dense_cases, grid, preset, row_key
+from pithwood.bench.cases import Case, Shape, dense_cases, grid, preset, row_key, row_order
 from pithwood.bench.implementations import flex_attention_of, moba, route
 from pithwood.bench.inputs import TrainedRun, load_qkv, random_inputs, save_qkv
 from pithwood.bench.plot import _panel, plot_attention
@@ -196,6 +197,22 @@ def test_merged_rows_keep_what_was_measured():
 
 
 @pytest.mark.quick
+def test_rows_stand_by_their_heads_and_lengths_with_the_dense_ones_last():
+    def row(length: int, op: str = "moba", **more) -> dict:
+        heads = {"heads": 16, "kv_heads": 16, "head_dim": 128, "dtype": "bf16", "inputs": "random", "lengths": None}
+        blocks = {"block_size": 128, "top_k": 8} if op == "moba" else {"block_size": None, "top_k": None}
+        return {"op": op, "impl": "a", "pass": "fwd", "length": length, "sequences": 1, **heads, **blocks, **more}
+
+    expected = [
+        *({"op": "peak", "impl": "matmul"}, row(8), {**row(8), "pass": "fwd+bwd"}, row(8, block_size=512)),
+        *(row(8, "dense"), row(64), row(64, "dense"), row(16, lengths=[16, 3]), row(8, kv_heads=4, heads=32)),
+        *(row(8, head_dim=64), row(8, inputs="trained", layer=3), row(8, inputs="trained", layer=12)),
+    ]
+    mixed = random.Random(0).sample(expected, len(expected))
+    assert sorted(mixed, key=row_order) == expected
+
+
+@pytest.mark.quick
 def test_files_that_are_no_results_of_this_machine_are_left_alone(tmp_path: Path):
     (tmp_path / "other.json").write_text('{"rows": 3}')
     with pytest.raises(ValueError, match="is not a results file"):
@@ -332,12 +349,8 @@ def test_the_command_measures_appends_and_keeps_one_file(tmp_path: Path, capsys)
     capsys.readouterr()
     content = json.loads((tmp_path / "attention.json").read_text())
     assert [(row["op"], row.get("pass")) for row in content["rows"]] == [
-        ("peak", None),
-        ("peak", None),
-        ("moba", "fwd"),
-        ("dense", "fwd"),
-        ("moba", "fwd+bwd"),
-        ("dense", "fwd+bwd"),
+        *(("peak", None), ("peak", None), ("moba", "fwd"), ("moba", "fwd+bwd")),
+        *(("dense", "fwd"), ("dense", "fwd+bwd")),
     ]
     assert all(row["commit"] for row in content["rows"])
     assert content["command"].count(" && ") == 1

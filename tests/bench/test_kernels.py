@@ -25,8 +25,9 @@ MEMCHECK = """========= COMPUTE-SANITIZER
 ========= ERROR SUMMARY: 1 error
 """
 RACECHECK = """========= COMPUTE-SANITIZER
-========= Error: Race reported between Write access at _keys_hopper_kernel+0x4f30
-=========     and Read access at _keys_hopper_kernel+0x5a10 [64 hazards]
+========= Error: Race reported between Write access at _keys_hopper_kernel+0x4f30 in /a/b/keys.py:120
+=========     and Read access at _keys_hopper_kernel+0x5a10 in /a/b/keys.py:180 [64 hazards]
+=========     and Read access at _keys_hopper_kernel+0x5a20 in /a/b/keys.py:181 [64 hazards]
 =========
 ========= Error: Race reported between Read access at _keys_hopper_kernel+0x60
 =========     and Write access at _keys_hopper_kernel+0x30 [4 hazards]
@@ -42,11 +43,15 @@ def row(tool: str, log: str) -> dict:
 
 
 def test_reports_are_counted_by_kernel_and_the_summary_is_kept():
-    assert told(MEMCHECK, NAMES) == {"summary": "ERROR SUMMARY: 1 error", "reports": {"_own_kernel": 1}}
+    assert told(MEMCHECK, NAMES) == {"summary": "ERROR SUMMARY: 1 error", "reports": {"_own_kernel": 1}, "races": {}}
     found = told(RACECHECK, NAMES)
+    assert found["races"] == {
+        "_keys_hopper_kernel: Write keys.py:120, Read keys.py:180, Read keys.py:181": 1,
+        "_keys_hopper_kernel: Read ?, Write ?": 1,
+    }
     assert found["reports"] == {"_keys_hopper_kernel": 2}
     assert found["summary"] == "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
-    assert told(CLEAN, NAMES) == {"summary": "ERROR SUMMARY: 0 errors", "reports": {}}
+    assert told(CLEAN, NAMES) == {"summary": "ERROR SUMMARY: 0 errors", "reports": {}, "races": {}}
 
 
 def test_what_counts_as_clean():
