@@ -174,8 +174,9 @@ def told(log: str, kernels: Collection[str]) -> dict[str, Any]:
             kernel = next((word for word in re.findall(r"\w+", report) if word in kernels), "other")
             reports[kernel] += 1
             accesses = re.findall(r"(\w+) access at \w+\+0x[0-9a-f]+(?: in (?:\S*/)?(\S+:\d+))?", report)
-            if accesses:
-                races[f"{kernel}: " + ", ".join(f"{kind} {place or '?'}" for kind, place in accesses)] += 1
+            places = dict.fromkeys(f"{kind} {place or '?'}" for kind, place in accesses)
+            if places:
+                races[f"{kernel}: {', '.join(places)}"] += 1
     summary = [line.strip("= ") for line in log.splitlines() if "SUMMARY" in line]
     return {"summary": summary[-1] if summary else "none", "reports": dict(reports), "races": dict(races)}
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = importlib.util.find_spec("triton") is not None
+# Kernels are written and measured with products and sums fused. Triton 3.10 will not fuse them unless asked to, and 3.9
+# says so at the first kernel (triton/_utils.py there).
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def triton_misfit(*tensors: Tensor) -> str | None:

@@ -27,7 +27,8 @@ MEMCHECK = """========= COMPUTE-SANITIZER
 RACECHECK = """========= COMPUTE-SANITIZER
 ========= Error: Race reported between Write access at _keys_hopper_kernel+0x4f30 in /a/b/keys.py:120
 =========     and Read access at _keys_hopper_kernel+0x5a10 in /a/b/keys.py:180 [64 hazards]
-=========     and Read access at _keys_hopper_kernel+0x5a20 in /a/b/keys.py:181 [64 hazards]
+=========     and Read access at _keys_hopper_kernel+0x5a20 in /a/b/keys.py:180 [64 hazards]
+=========     and Read access at _keys_hopper_kernel+0x5a30 in /a/b/keys.py:181 [64 hazards]
 =========
 ========= Error: Race reported between Read access at _keys_hopper_kernel+0x60
 =========     and Write access at _keys_hopper_kernel+0x30 [4 hazards]
@@ -121,7 +122,7 @@ def test_all_kernels_compile_for_a_hopper_gpu_within_what_it_has():
     kernels = compiled("h200", *chosen)
     assert {kernel["name"] for kernel in kernels} >= {*ROLES, "select_short_kernel"}
     # Registers that spill cost the Hopper kernels their speed: no more than were there when they were measured.
-    spilled = {"_keys_hopper_kernel": 144, "_parts_hopper_kernel": 208}
+    spilled = {"_keys_hopper_kernel": 40, "_parts_hopper_kernel": 208}
     for kernel in kernels:
         if kernel["name"] in ROLES:
             assert kernel["stack"] <= spilled.get(kernel["name"], 0), kernel

@@ -211,6 +211,13 @@ def test_queries_and_keys_of_different_length(dtype, deterministic):
     check_attend(inputs, moba_selection(inputs, 16, 3), "triton", device=DEVICE, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("scale", [0.3, 1e-35, 0.0, -0.2])
+def test_scales_of_every_size_and_sign(scale, dim):
+    inputs = make_inputs([700, 1, 0, 300], heads=4, kv_heads=2, dim=dim, dtype=BF16)
+    check_attend(inputs, moba_selection(inputs, 128, 2), "triton", device=DEVICE, scale=scale)
+
+
 # ---- 6: selection
 
 

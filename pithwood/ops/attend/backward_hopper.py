@@ -22,8 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from pithwood.ops.gluon_support import async_load, thread_barrier
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-
 
 def hopper_tiles() -> dict[str, int]:
     """Tile shape and launch options. The warps' registers are divided anew at run time: the gathering and adding warps
@@ -54,23 +52,24 @@ def _rows_of_tile(
 
 
 @gluon.jit
-def _sums_of_rows(lse, delta, q_row, stride_lt, RATIO: gl.constexpr):
-    """(log2-sums, delta) of rows; rows that are none get weight zero: exp2(-inf)."""
+def _starts_of_rows(lse, delta, q_row, stride_lt, scale, RATIO: gl.constexpr):
+    """What the products of rows with keys and values start from, (-lse / scale, -delta); rows that are none get weight
+    zero: exp2(-inf)."""
     at = (q_row // RATIO).to(gl.int64) * stride_lt + q_row % RATIO
-    lse2 = gl.load(lse + at, mask=q_row >= 0, other=float("inf")) * LOG2_E
-    return lse2, gl.load(delta + at, mask=q_row >= 0, other=0.0)
+    log_sum = gl.load(lse + at, mask=q_row >= 0, other=float("inf"))
+    return -log_sum / scale, -gl.load(delta + at, mask=q_row >= 0, other=0.0)
 
 
 @gluon.jit
 def _gather(
-    pointers, strides, work, num_tiles, rings, row_ring, barriers,
+    pointers, strides, work, num_tiles, rings, row_ring, barriers, scale,
     K: gl.constexpr, RATIO: gl.constexpr, SLOTS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr,
     STAGES: gl.constexpr, PIECE: gl.constexpr,
 ):  # fmt: skip
-    """Fill the rings with tiles of Q, dO, log2-sums and delta, and with the row numbers that dQ is added to."""
+    """Fill the rings with tiles of Q and dO, what their products start from, and the row numbers dQ is added to."""
     q, do, lse, delta, entry_P = pointers
     stride_qt, stride_qh, stride_dt, stride_dh, stride_lt = strides
-    q_ring, do_ring, lse_ring, delta_ring = rings
+    q_ring, do_ring, s_ring, dp_ring = rings
     full, empty = barriers
     WARPS: gl.constexpr = gl.num_warps()
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [WARPS, 1], [1, 0])
@@ -79,15 +78,15 @@ def _gather(
     dim = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, LAYOUT)), 0)
     # Row numbers are read a tile ahead, log-sums when the tile before is on its way.
     q_row = _rows_of_tile(0, work, entry_P, RATIO, SLOTS, BLOCK, ROWS, LINE)
-    lse2, d = _sums_of_rows(lse, delta, q_row, stride_lt, RATIO)
+    s_start, dp_start = _starts_of_rows(lse, delta, q_row, stride_lt, scale, RATIO)
     for tile in range(num_tiles):
         slot = tile % STAGES
         next_row = _rows_of_tile(tile + 1, work, entry_P, RATIO, SLOTS, BLOCK, ROWS, LINE)
         mbarrier.wait(empty.index(slot), (tile // STAGES & 1) ^ 1)
         rows = row_ring.index(tile % ROW_SLOTS)
         rows.store(q_row)
-        lse_ring.index(slot).store(lse2)
-        delta_ring.index(slot).store(d)
+        s_ring.index(slot).store(s_start)
+        dp_ring.index(slot).store(dp_start)
         for piece in gl.static_range(ROWS // PIECE):
             row = rows.slice(piece * PIECE, PIECE).load(gl.SliceLayout(1, LAYOUT))
             mask = gl.expand_dims(row >= 0, 1)
@@ -100,7 +99,7 @@ def _gather(
             async_load(q_part, q_at, mask=mask)
             async_load(do_part, do_at, mask=mask)
         q_row = next_row
-        lse2, d = _sums_of_rows(lse, delta, q_row, stride_lt, RATIO)
+        s_start, dp_start = _starts_of_rows(lse, delta, q_row, stride_lt, scale, RATIO)
         async_copy.commit_group()
         async_copy.wait_group(0)
         fence_async_shared()
@@ -131,35 +130,38 @@ def _add_dq(
 
 @gluon.jit
 def _step(
-    tile, dk, dv, at_key, first_row, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2,
+    tile, dk, dv, at_key, key_count, first_row, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2,
     MASKED: gl.constexpr, S: gl.constexpr, ACC: gl.constexpr, DQ: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """(dk, dv) after one tile of rows. Products start as soon as their operands are there; waits are in their order."""
-    q_ring, do_ring, lse_ring, delta_ring = rings
+    q_ring, do_ring, s_ring, dp_ring = rings
     full, empty, dq_full, dq_empty = barriers
     ROWS: gl.constexpr = q_ring.shape[1]
-    KEYS: gl.constexpr = k_tile.shape[0]
     K: gl.constexpr = k_tile.shape[1]
     slot = tile % STAGES
     q_tile = q_ring.index(slot)
     do_tile = do_ring.index(slot)
-    zero = gl.zeros([KEYS, ROWS], gl.float32, S)
     mbarrier.wait(full.index(slot), tile // STAGES & 1)
-    s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    lse2 = lse_ring.index(slot).load(gl.SliceLayout(0, S))
+    # Both products start from what would be subtracted of them, which then needs no registers of its own beside them.
+    # The selections do more than rule out keys past the unit's end: they give every register a value of its own before
+    # the first product. Copies between the two would make ptxas wait for the first (note C7517).
+    inside = gl.expand_dims(at_key < key_count, 1)
+    s_start = s_ring.index(slot).load(gl.SliceLayout(0, S))
+    dp_start = dp_ring.index(slot).load(gl.SliceLayout(0, S))
+    s = gl.where(inside, gl.expand_dims(s_start, 0), float("-inf"))
+    dp = gl.where(inside, gl.expand_dims(dp_start, 0), 0.0)
+    s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), s, is_async=True)
+    dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), dp, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
-    # No score exceeds its row's log-sum; keys past the unit's end, which are zero here, might.
-    x = gl.minimum(s * scale_log2 - gl.expand_dims(lse2, 0), 0.0)
+    x = s * scale_log2
     if MASKED:
         at_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, S))
         x = gl.where(gl.expand_dims(at_key, 1) <= gl.expand_dims(at_row, 0), x, float("-inf"))
     # Weights are kept in the inputs' dtype, as both products below take them; fp32 would not fit the registers.
     p = gl.exp2(x).to(q_tile.dtype)
     dv = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, ACC, 2)), do_tile, dv, is_async=True)
-    d = delta_ring.index(slot).load(gl.SliceLayout(0, S))
     dp = warpgroup_mma_wait(1, deps=(dp,))
-    ds = (p.to(gl.float32) * (dp - gl.expand_dims(d, 0))).to(q_tile.dtype)
+    ds = (p.to(gl.float32) * dp).to(q_tile.dtype)
     ds_tile.store(ds)
     fence_async_shared()
     dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, ACC, 2)), q_tile, dk, is_async=True)
@@ -176,7 +178,7 @@ def _step(
 
 @gluon.jit
 def _multiply(
-    work, num_tiles, part, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2,
+    work, num_tiles, part, key_count, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2,
     RATIO: gl.constexpr, S: gl.constexpr, ACC: gl.constexpr, DQ: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """(dk, dv) [KEYS, K] fp32 of all tiles, without the scale."""
@@ -189,15 +191,15 @@ def _multiply(
     dv = gl.zeros([KEYS, K], gl.float32, ACC)
     for tile in range(list_tiles):
         dk, dv = _step(
-            tile, dk, dv, at_key, 0, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2, False,
-            S, ACC, DQ, STAGES,
+            tile, dk, dv, at_key, key_count, 0, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2,
+            False, S, ACC, DQ, STAGES,
         )  # fmt: skip
     for tile in range(list_tiles, num_tiles):
         own_tile = own_tiles - 1 - (tile - list_tiles)
         first_row = (first_tile + own_tile // RATIO) * ROWS
         dk, dv = _step(
-            tile, dk, dv, at_key, first_row, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2, True,
-            S, ACC, DQ, STAGES,
+            tile, dk, dv, at_key, key_count, first_row, k_tile, v_tile, ds_tile, dq_tile, rings, barriers, scale_log2,
+            True, S, ACC, DQ, STAGES,
         )  # fmt: skip
     return dk, dv
 
@@ -252,8 +254,8 @@ def _keys_hopper_kernel(
     dq_tile = gl.allocate_shared_memory(gl.float32, [ROWS, K], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     q_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, K], TILE)
     do_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, K], TILE)
-    lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], LINE)
-    delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], LINE)
+    s_ring = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], LINE)
+    dp_ring = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], LINE)
     # The adding warps may be two tiles behind the multiplying ones, which are at most STAGES behind the gathering ones.
     ROW_SLOTS: gl.constexpr = 4 if STAGES == 2 else 8
     row_ring = gl.allocate_shared_memory(gl.int32, [ROW_SLOTS, ROWS], LINE)
@@ -290,21 +292,21 @@ def _keys_hopper_kernel(
     do_at = do + head0 * stride_dh
     pointers = (q_at, do_at, lse + head0, delta + head0, entry_P)
     strides = (stride_qt, stride_qh, stride_dt, stride_dh, stride_lt)
-    rings = (q_ring, do_ring, lse_ring, delta_ring)
+    rings = (q_ring, do_ring, s_ring, dp_ring)
     dk_acc, dv_acc = gl.warp_specialize(
         [
             (
                 _multiply,
                 (
-                    work, num_tiles, part, k_tile, v_tile, ds_tile, dq_tile, rings, (full, empty, dq_full, dq_empty),
-                    scale_log2, RATIO, S, ACC, DQ, STAGES,
+                    work, num_tiles, part, key_count, k_tile, v_tile, ds_tile, dq_tile, rings,
+                    (full, empty, dq_full, dq_empty), scale_log2, RATIO, S, ACC, DQ, STAGES,
                 ),
             ),
             (
                 _gather,
                 (
-                    pointers, strides, work, num_tiles, rings, row_ring, (full, empty), K, RATIO, SLOTS, BLOCK, ROWS,
-                    STAGES, PIECE,
+                    pointers, strides, work, num_tiles, rings, row_ring, (full, empty), scale, K, RATIO, SLOTS, BLOCK,
+                    ROWS, STAGES, PIECE,
                 ),
             ),
             (

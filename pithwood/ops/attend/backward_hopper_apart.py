@@ -23,7 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from pithwood.ops.attend.backward_hopper import LOG2_E, _rows_of_tile
+from pithwood.ops.attend.backward_hopper import _rows_of_tile
+from pithwood.ops.attend.backward_triton import LOG2_E
 from pithwood.ops.attend.forward_hopper import _exp2
 from pithwood.ops.gluon_support import async_load, thread_barrier
 

@@ -64,6 +64,8 @@ NEAR_BYTES = 32 * 2**20
 find each other's rows in the L2 cache."""
 HOPPER_KEYS = 128
 """Keys per program of the Hopper backward kernel; smaller blocks go to the other kernel."""
+LEAST_SCALE = 1e-30
+"""Of scores, for a log-sum that is divided by it to stay a number."""
 
 
 def backward_chunk(parts: int) -> int:
@@ -444,6 +446,9 @@ class _Call:
         if apart:
             # That kernel copies keys 16 bytes at a time too, and takes every listed key for a real one.
             hopper = hopper and _aligned(k) and _aligned(v) and plan.block_size % HOPPER_KEYS == 0
+        else:
+            # That one starts scores from -lse / scale.
+            hopper = hopper and self.scale > LEAST_SCALE
         keys = HOPPER_KEYS if hopper else tiles.keys
         parts = triton.cdiv(plan.block_size, keys)
         chunk = WHOLE_LISTS if deterministic else backward_chunk(parts)
