@@ -142,9 +142,9 @@ def _step(
     q_tile = q_ring.index(slot)
     do_tile = do_ring.index(slot)
     mbarrier.wait(full.index(slot), tile // STAGES & 1)
-    # Both products start from what would be subtracted of them, which then needs no registers of its own beside them.
-    # The selections do more than rule out keys past the unit's end: they give every register a value of its own before
-    # the first product. Copies between the two would make ptxas wait for the first (note C7517).
+    # Both products start from what would be subtracted from them, which then needs no registers beside theirs. The
+    # selections rule out keys past the unit's end, and they give every register a value of its own before the first
+    # product: copies between the two products would make ptxas wait for the first one (note C7517).
     inside = gl.expand_dims(at_key < key_count, 1)
     s_start = s_ring.index(slot).load(gl.SliceLayout(0, S))
     dp_start = dp_ring.index(slot).load(gl.SliceLayout(0, S))
