@@ -42,7 +42,10 @@ def readers(cls: type, name: str, places: list[str]) -> list[dict[str, Any]]:
     for file in [*sorted(PACKAGE.rglob("*.py")), *outside]:
         shown = file if file in outside else file.relative_to(PACKAGE.parent)
         for read in _reads(file).get(name, ()):
-            if _meant(read, classes, holders, _names(file)):
+            bases = {read["base"], read["source"] or read["base"]}
+            # below the whole configuration its path says what a usual name holds
+            bases -= _USUAL if re.match(r"(self\.)?run\.", read["source"] or "") else set()
+            if any(_meant({**read, "base": base}, classes, holders, _names(file)) for base in bases):
                 row = {
                     "file": shown.as_posix(),
                     "line": read["line"],
@@ -75,7 +78,8 @@ def _names(file: Path) -> set[str]:
 
 @functools.cache
 def _reads(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """Attribute name -> where the file reads it, each {base, line, where, class, annotations}."""
+    """Attribute name -> where the file reads it, each {base, source, line, where, class, annotations}; source is what
+    the base was set to."""
     found: dict[str, list[dict[str, Any]]] = {}
     _visit(ast.parse(file.read_text(encoding="utf-8")), [], "", {}, found)
     return found
@@ -87,7 +91,9 @@ def _visit(
     inside: str,
     annotations: dict[str, set[str]],
     found: dict[str, list[dict[str, Any]]],
+    sources: dict[str, str] | None = None,
 ) -> None:
+    sources = sources or {}
     if isinstance(node, ast.ClassDef):
         scope, inside, annotations = [*scope, node.name], node.name, _attributes(node)
     elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -96,7 +102,9 @@ def _visit(
         arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
         own = {arg.arg: _words(arg.annotation) for arg in arguments if arg.annotation is not None}
         scope, annotations = [*scope, node.name], {**annotations, **own}
-        annotations |= _renamed(node, annotations)
+        set_to = _set_to(node)
+        annotations |= {name: annotations[source] for name, source in set_to.items() if source in annotations}
+        sources = {**sources, **{name: source for name, source in set_to.items() if source not in annotations}}
     elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
         base = node.value
         while isinstance(base, (ast.Call, ast.Subscript)):
@@ -104,6 +112,7 @@ def _visit(
         found.setdefault(node.attr, []).append(
             {
                 "base": ast.unparse(base),
+                "source": sources.get(ast.unparse(base)),
                 "line": node.lineno,
                 "where": ".".join(scope) or "module",
                 "class": inside,
@@ -111,7 +120,7 @@ def _visit(
             }
         )
     for child in ast.iter_child_nodes(node):
-        _visit(child, scope, inside, annotations, found)
+        _visit(child, scope, inside, annotations, found, sources)
 
 
 def _attributes(node: ast.ClassDef) -> dict[str, set[str]]:
@@ -128,18 +137,19 @@ def _attributes(node: ast.ClassDef) -> dict[str, set[str]]:
     return known
 
 
-def _renamed(function: ast.AST, annotations: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Local names that are set to something whose class is known, as in `cfg = self.cfg`."""
-    known: dict[str, set[str]] = {}
+def _set_to(function: ast.AST) -> dict[str, str]:
+    """Local names and what they are set to where that is a name or an attribute: `cfg = self.cfg`,
+    `moe, stage = run.model.moe, run.stages()[0]`."""
+    found: dict[str, str] = {}
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             target, value = node.targets[0], node.value
             both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
             pairs = zip(target.elts, value.elts, strict=False) if both else [(target, value)]  # type: ignore[attr-defined]
             for name, source in pairs:
-                if isinstance(name, ast.Name) and ast.unparse(source) in annotations:
-                    known[name.id] = annotations[ast.unparse(source)]
-    return known
+                if isinstance(name, ast.Name) and isinstance(source, (ast.Name, ast.Attribute)):
+                    found[name.id] = ast.unparse(source)
+    return found
 
 
 def _words(annotation: ast.expr | None) -> set[str]:

@@ -105,10 +105,16 @@ def test_readers_are_lines_that_read_the_field():
                 assert f".{name}" in line, (cls, name, reader)
 
 
+def test_readers_behind_a_name_that_a_configuration_was_set_to_are_found():
+    # `cfg, stage = run.model.moe, ...`
+    (row,) = explain("chunk_tokens")
+    assert ("pithwood/estimate/work.py", "repeated") in {(r["file"], r["where"]) for r in row["readers"]}
+
+
 def test_settings_of_one_name_have_readers_of_their_own():
-    readers = {row["class"]: {reader["file"] for reader in row["readers"]} for row in explain("top_k")}
-    assert "pithwood/attention/moba.py" in readers["MoBAConfig"]
-    assert "pithwood/moe/layer.py" in readers["MoEConfig"]
+    readers = {row["class"]: {(r["file"], r["where"]) for r in row["readers"]} for row in explain("top_k")}
+    assert "pithwood/attention/moba.py" in {file for file, _ in readers["MoBAConfig"]}
+    assert "pithwood/moe/layer.py" in {file for file, _ in readers["MoEConfig"]}
     assert not readers["MoBAConfig"] & readers["MoEConfig"]
 
 
