@@ -132,7 +132,7 @@ def _steps_and_generation(device: str) -> None:
 # ---- under compute-sanitizer
 
 
-def run_under(tool: str, cases: Sequence[str] = (), logs: Path | None = None) -> dict[str, Any]:
+def run_under(tool: str, cases: Sequence[str] = ("",), logs: Path | None = None) -> dict[str, Any]:
     """The work under a tool of compute-sanitizer: a row of the results.
 
     cases   only these of attention (`--cases`)
@@ -146,8 +146,7 @@ def run_under(tool: str, cases: Sequence[str] = (), logs: Path | None = None) ->
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         options = ["--tool", tool, "--log-file", str(log), "--print-limit", "1000"]
-        command = [sanitizer, *options, sys.executable, "-m", "bench.kernels", "work"]
-        command += ["--cases", *cases] if cases else []
+        command = [sanitizer, *options, sys.executable, "-m", "bench.kernels", "work", "--cases", *cases]
         begun = time.monotonic()
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
         text = log.read_text(errors="replace") if log.is_file() else ""

@@ -81,7 +81,7 @@ def _reads(file: Path) -> dict[str, list[dict[str, Any]]]:
     """Attribute name -> where the file reads it, each {base, source, line, where, class, annotations}; source is what
     the base was set to."""
     found: dict[str, list[dict[str, Any]]] = {}
-    _visit(ast.parse(file.read_text(encoding="utf-8")), [], "", {}, found)
+    _visit(ast.parse(file.read_text(encoding="utf-8")), [], "", {}, found, {})
     return found
 
 
@@ -91,9 +91,8 @@ def _visit(
     inside: str,
     annotations: dict[str, set[str]],
     found: dict[str, list[dict[str, Any]]],
-    sources: dict[str, str] | None = None,
+    sources: dict[str, str],
 ) -> None:
-    sources = sources or {}
     if isinstance(node, ast.ClassDef):
         scope, inside, annotations = [*scope, node.name], node.name, _attributes(node)
     elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -65,7 +65,7 @@ find each other's rows in the L2 cache."""
 HOPPER_KEYS = 128
 """Keys per program of the Hopper backward kernel; smaller blocks go to the other kernel."""
 LEAST_SCALE = 1e-30
-"""Of scores, for a log-sum that is divided by it to stay a number."""
+"""Of scores, for Hopper's kernels: they scale a row's largest score, and divide log-sums by the scale."""
 
 
 def backward_chunk(parts: int) -> int:
@@ -261,7 +261,7 @@ class _Call:
         return tiles, {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
     def on_hopper(self) -> bool:
-        """Whether the kernels of their own for this GPU serve these dtypes, head dims and selections."""
+        """Whether the kernels of their own for this GPU serve these dtypes, head dims, selections and this scale."""
         q, dim = self.q, self.q.shape[2]
         return (
             q.is_cuda
@@ -270,6 +270,7 @@ class _Call:
             and dim == self.v.shape[2]
             and dim in (64, 128)
             and self.own
+            and self.scale > LEAST_SCALE
         )
 
     def fits_hopper(self) -> bool:
@@ -279,13 +280,13 @@ class _Call:
     def fits_hopper_forward(self) -> bool:
         """Whether the key-major forward has kernels of its own on this GPU: for blocks of one part or of whole ones."""
         block = self.plan.block_size
-        fits = self.on_hopper() and (64 <= block <= HOPPER_KEYS or block % HOPPER_KEYS == 0) and self.scale > 0
+        fits = self.on_hopper() and (64 <= block <= HOPPER_KEYS or block % HOPPER_KEYS == 0)
         return fits and all(_aligned(x) for x in (self.q, self.k, self.v))
 
     def sweeps_on_hopper(self) -> bool:
         """Whether early queries have a kernel of their own on this GPU, which copies 16 bytes at a time."""
         aligned = all(_aligned(x) for x in (self.q, self.k, self.v))
-        return self.fits_hopper() and aligned and self.plan.block_size % EARLY_TILE == 0 and self.scale > 0
+        return self.fits_hopper() and aligned and self.plan.block_size % EARLY_TILE == 0
 
     # ---- forward
 
@@ -446,9 +447,6 @@ class _Call:
         if apart:
             # That kernel copies keys 16 bytes at a time too, and takes every listed key for a real one.
             hopper = hopper and _aligned(k) and _aligned(v) and plan.block_size % HOPPER_KEYS == 0
-        else:
-            # That one starts scores from -lse / scale.
-            hopper = hopper and self.scale > LEAST_SCALE
         keys = HOPPER_KEYS if hopper else tiles.keys
         parts = triton.cdiv(plan.block_size, keys)
         chunk = WHOLE_LISTS if deterministic else backward_chunk(parts)
