@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 from dataclasses import replace
 
@@ -149,6 +150,34 @@ def test_best_scores_a_tile_apart_or_a_bit_apart(tie, sign):
     inputs.k.copy_(score.repeat_interleave(2)[:, None, None].expand_as(inputs.k))
     ref, fast = (_select(inputs, 2, 6, impl, tie=tie, mean_dtype="fp32") for impl in ("ref", "triton"))
     assert torch.equal(ref.ids, fast.ids)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("route_per", ["q_head", "kv_group"])
+def test_rows_in_doubt_are_sought_again_from_the_lists_of_all_segments(dtype, route_per, monkeypatch):
+    gate = importlib.import_module("pithwood.ops.select.triton")
+    listed = []
+    kernel = gate.listed_kernel
+
+    class Recorded:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                listed.append(args[5].clone())
+                kernel[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(gate, "SEGMENT", 64)
+    monkeypatch.setattr(gate, "listed_kernel", Recorded())
+    inputs = exact_inputs([150, 0, 1, 290, 64, 129], heads=4, kv_heads=2, dim=16, dtype=dtype)
+    ref, fast = (_select(inputs, 2, 5, impl, route_per=route_per) for impl in ("ref", "triton"))
+    assert torch.equal(ref.ids, fast.ids)
+    assert torch.equal(ref.count, fast.count)
+    # Document n has its segments from its first row // 64 + n on. Small whole numbers tie in each but the shortest two:
+    # number 4 is a document of one row, 14 the last row of another.
+    rows = listed[0].sum(1).tolist()
+    assert {n for n, some in enumerate(rows) if some} - {14} == {0, 1, 2, 5, 6, 7, 8, 9, 10, 12, 13}
+    assert sum(rows) < 634 * ref.ids.shape[1]
 
 
 def test_nan_is_never_selected_plus_infinity_first_minus_infinity_last():

@@ -1,4 +1,4 @@
-"""Block selection on a GPU: rounds the means, chooses a schedule and starts the kernel of gate_triton.py.
+"""Block selection on a GPU: rounds the means, chooses a schedule and starts the kernels of gate_triton.py.
 
 Legend: T packed tokens, N documents, U units (blocks) of all documents, S selections per row, k selected per row, H
 query heads, G KV heads, K head dim.
@@ -15,30 +15,50 @@ from torch import Tensor
 
 from pithwood.ops.offsets_triton import block_offsets, doc_of_row, num_tiles
 from pithwood.ops.operator import operator
-from pithwood.ops.select.gate_triton import select_kernel
+from pithwood.ops.select.gate_triton import listed_kernel, podiums_kernel, rounds_kernel
 
 
 class Schedule(NamedTuple):
-    """How the kernel cuts its work; every one gives the same ids."""
+    """How a kernel cuts its work; every one gives the same ids."""
 
     tile: int
     """Queries of a program."""
     units: int
-    """Block means scored at a time in rounds."""
-    podiums: int
-    """Block means scored at a time in podiums; 0: rounds alone."""
+    """Block means scored at a time in rounds, columns of podiums."""
     warps: int
     stages: int
+    registers: int | None = None
+    """Most registers of a thread; None: as many as the compiler likes."""
+
+
+class Schedules(NamedTuple):
+    """How both searches cut their work."""
+
+    rounds: Schedule
+    """Of all rows, or of those that podiums leave in doubt."""
+    podiums: Schedule | None = None
 
 
 MOST_BY_PODIUMS = 8
-"""Blocks to choose up to which podiums are tried first: with more, nearly every tile holds a row in doubt."""
+"""Blocks to choose up to which podiums are tried first: with more, too many rows would be in doubt."""
 MOST_TAG_BITS = 14
 """Bits of a score that podiums may use for the number of a tile, enough for half a million blocks; 9 remain."""
-BY_PODIUMS = Schedule(tile=64, units=32, podiums=32, warps=4, stages=3)
-BY_ROUNDS = Schedule(tile=64, units=128, podiums=0, warps=4, stages=3)
-FP32_BY_PODIUMS = Schedule(tile=64, units=64, podiums=32, warps=4, stages=1)
-FP32_BY_ROUNDS = Schedule(tile=64, units=64, podiums=0, warps=4, stages=1)
+PODIUM_COLUMNS = 32
+"""With fewer, more rows are in doubt; more would not fit the registers."""
+SEGMENT = 4096
+"""Rows of a document whose doubtful ones make one list."""
+LISTS_PER_CORE = 4
+"""Programs that take lists, for each multiprocessor."""
+CORES_ON_CPU = 2
+ROUNDS_OF_DOUBTFUL = Schedule(tile=64, units=64, warps=4, stages=3)
+BY_PODIUMS = Schedules(ROUNDS_OF_DOUBTFUL, Schedule(tile=64, units=PODIUM_COLUMNS, warps=4, stages=2, registers=128))
+BY_PODIUMS_UNLIMITED = Schedules(ROUNDS_OF_DOUBTFUL, Schedule(tile=64, units=PODIUM_COLUMNS, warps=4, stages=2))
+"""Where 128 registers are too few: for head dims above 128, and before Hopper, whose products need more."""
+BY_ROUNDS = Schedules(Schedule(tile=64, units=64, warps=4, stages=3))
+FP32_BY_PODIUMS = Schedules(
+    Schedule(tile=64, units=64, warps=4, stages=1), Schedule(tile=64, units=PODIUM_COLUMNS, warps=4, stages=1)
+)
+FP32_BY_ROUNDS = Schedules(Schedule(tile=64, units=64, warps=4, stages=1))
 DIM_CHUNK_FP32 = 32
 """fp32 operands are multiplied on the CUDA cores, which hold a whole row of a chunk in registers."""
 MEANS_WARPS = 4
@@ -61,14 +81,17 @@ def select_blocks(
     """(ids [T, S, top_k] int32, count [T, S] int32) as `select` promises, for block means as `summarise` lays them out.
 
     Nothing is read on the host and sizes depend on shapes alone, so calls can be captured in a CUDA graph. Memory
-    besides the result: the rounded means.
+    besides the result: the rounded means, and 2 bytes a row and set for the lists of rows in doubt.
     """
     budget, in_fp32 = top_k - int(own), _in_fp32(q_THK, per_group, mean_dtype)
-    if 0 < budget <= MOST_BY_PODIUMS and _tag_bits(s_UGK.shape[0], BY_PODIUMS.podiums) <= MOST_TAG_BITS:
-        schedule = FP32_BY_PODIUMS if in_fp32 else BY_PODIUMS
+    tag_bits = _tag_mask(s_UGK.shape[0], PODIUM_COLUMNS).bit_length()
+    if not 0 < budget <= MOST_BY_PODIUMS or tag_bits > MOST_TAG_BITS:
+        schedules = FP32_BY_ROUNDS if in_fp32 else BY_ROUNDS
+    elif in_fp32:
+        schedules = FP32_BY_PODIUMS
     else:
-        schedule = FP32_BY_ROUNDS if in_fp32 else BY_ROUNDS
-    return run_select(q_THK, s_UGK, cu_q, cu_k, causal, top_k, block_size, own, tie, per_group, mean_dtype, schedule)
+        schedules = BY_PODIUMS if _few_registers_do(q_THK) else BY_PODIUMS_UNLIMITED
+    return run_select(q_THK, s_UGK, cu_q, cu_k, causal, top_k, block_size, own, tie, per_group, mean_dtype, schedules)
 
 
 @select_blocks.register_fake
@@ -102,9 +125,9 @@ def run_select(
     tie: str,
     per_group: bool,
     mean_dtype: str,
-    schedule: Schedule,
+    schedules: Schedules,
 ) -> tuple[Tensor, Tensor]:
-    """`select_blocks` by a given schedule."""
+    """`select_blocks` by given schedules."""
     num_tokens, num_heads, dim = q_THK.shape
     num_kv_heads = s_UGK.shape[1]
     sets = num_kv_heads if per_group else num_heads
@@ -117,48 +140,66 @@ def run_select(
     in_fp32 = _in_fp32(q_THK, per_group, mean_dtype)
     means_UGK = _as_scored(s_UGK, offsets_N, mean_dtype, q_THK.dtype, torch.float32 if in_fp32 else q_THK.dtype)
     padded_dim = max(triton.next_power_of_2(dim), 16)
-    row_tiles = num_tiles(num_tokens, num_docs, schedule.tile)
-    select_kernel[(row_tiles * sets,)](
-        q_THK,
-        means_UGK,
-        ids_TSk,
-        count_TS,
-        cu_q,
-        cu_k,
-        offsets_N,
-        num_docs,
-        row_tiles,
-        block_size,
-        q_THK.stride(0),
-        q_THK.stride(1),
-        q_THK.stride(2),
-        SETS=sets,
-        KV_HEADS=num_kv_heads,
-        HEADS_PER_SET=num_heads // sets,
-        TOP_K=top_k,
-        PADDED_K=triton.next_power_of_2(top_k),
-        LOG_PADDED_K=(top_k - 1).bit_length(),
-        BUDGET=top_k - int(own),
-        CAUSAL=causal,
-        OWN=own,
-        LATER=tie == "later",
-        DIM=dim,
-        PADDED_DIM=padded_dim,
-        DIM_CHUNK=min(padded_dim, DIM_CHUNK_FP32) if in_fp32 else padded_dim,
-        TILE=schedule.tile,
-        UNITS=schedule.units,
-        PODIUMS=schedule.podiums,
-        TAG_BITS=_tag_bits(s_UGK.shape[0], schedule.podiums),
-        num_warps=schedule.warps,
-        num_stages=schedule.stages,
-    )
+    result = (q_THK, means_UGK, ids_TSk, count_TS)
+    packing = (cu_q, cu_k, offsets_N, num_docs)
+    shapes = {
+        "SETS": sets,
+        "KV_HEADS": num_kv_heads,
+        "HEADS_PER_SET": num_heads // sets,
+        "TOP_K": top_k,
+        "PADDED_K": triton.next_power_of_2(top_k),
+        "LOG_PADDED_K": (top_k - 1).bit_length(),
+        "BUDGET": top_k - int(own),
+        "CAUSAL": causal,
+        "OWN": own,
+        "DIM": dim,
+        "PADDED_DIM": padded_dim,
+        "DIM_CHUNK": min(padded_dim, DIM_CHUNK_FP32) if in_fp32 else padded_dim,
+    }
+    rounds, podiums = schedules
+    later = tie == "later"
+    if podiums is None:
+        row_tiles = num_tiles(num_tokens, num_docs, rounds.tile)
+        rounds_kernel[(row_tiles * sets,)](
+            *result, *packing, row_tiles, block_size, *q_THK.stride(), **shapes, LATER=later, **_launch(rounds)
+        )
+        return ids_TSk, count_TS
+    segments = num_tiles(num_tokens, num_docs, SEGMENT)
+    list_ST = torch.empty(sets, num_tokens, dtype=torch.int16, device=q_THK.device)
+    listed_XS = torch.zeros(segments, sets, dtype=torch.int32, device=q_THK.device)
+    lists = (list_ST, listed_XS)
+    row_tiles = num_tiles(num_tokens, num_docs, podiums.tile)
+    tag_mask = _tag_mask(s_UGK.shape[0], podiums.units)
+    podiums_kernel[(row_tiles * sets,)](
+        *result, *lists, *packing, row_tiles, num_tokens, block_size, tag_mask, *q_THK.stride(), **shapes,
+        SEGMENT=SEGMENT, **_launch(podiums),
+    )  # fmt: skip
+    listed_kernel[(min(segments * sets, LISTS_PER_CORE * _cores(q_THK.device)),)](
+        *result, *lists, *packing, segments, num_tokens, block_size, *q_THK.stride(), **shapes,
+        LATER=later, SEGMENT=SEGMENT, **_launch(rounds),
+    )  # fmt: skip
     return ids_TSk, count_TS
 
 
-def _tag_bits(num_units: int, podiums: int) -> int:
-    """Bits that number the tiles of a document with num_units units; even, for every count is a kernel to compile."""
-    last = max(triton.cdiv(num_units, podiums) - 1, 0) if podiums else 0
-    return max(6, (last.bit_length() + 1) // 2 * 2)
+def _launch(schedule: Schedule) -> dict[str, int]:
+    tile, units, warps, stages, registers = schedule
+    limit = {} if registers is None else {"maxnreg": registers}
+    return {"TILE": tile, "UNITS": units, "num_warps": warps, "num_stages": stages, **limit}
+
+
+def _few_registers_do(q_THK: Tensor) -> bool:
+    return q_THK.shape[2] <= 128 and q_THK.is_cuda and torch.cuda.get_device_capability(q_THK.device) >= (9, 0)
+
+
+def _cores(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else CORES_ON_CPU
+
+
+def _tag_mask(num_units: int, columns: int) -> int:
+    """1 in every bit that is needed to number the tiles of a document with num_units units, and in two at least: of 0
+    and 1 a kernel would be made of their own."""
+    last = max(triton.cdiv(num_units, columns) - 1, 0)
+    return (1 << max(2, last.bit_length())) - 1
 
 
 def _in_fp32(q_THK: Tensor, per_group: bool, mean_dtype: str) -> bool:
