@@ -63,11 +63,15 @@ def test_the_chosen_blocks_are_those_of_fp64(dtype, lengths, block, top_k, dim, 
 
 
 @pytest.mark.parametrize(
-    ("top_k", "route_per"),
-    [*itertools.product([1, 2, 3, 8, 9, 10, 16], ["q_head", "kv_group"]), (64, "q_head")],
+    ("top_k", "route_per", "dtype"),
+    [
+        *itertools.product([1, 2, 3, 8, 9, 10, 16], ["q_head", "kv_group"], [torch.float32]),
+        *itertools.product([2, 9, 16, 17], ["q_head"], [torch.float16]),
+        (64, "q_head", torch.float32),
+    ],
 )
-def test_every_top_k_finds_the_same_as_the_reference(top_k, route_per):
-    inputs = exact_inputs([138], heads=1 if top_k == 64 else 2, dim=16)
+def test_every_top_k_finds_the_same_as_the_reference(top_k, route_per, dtype):
+    inputs = exact_inputs([138], heads=1 if top_k == 64 else 2, dim=16, dtype=dtype)
     ref, fast = (_select(inputs, 2, top_k, impl, route_per=route_per) for impl in ("ref", "triton"))
     assert torch.equal(ref.ids, fast.ids)
     assert torch.equal(ref.count, fast.count)

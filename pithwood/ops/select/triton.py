@@ -39,8 +39,8 @@ class Schedules(NamedTuple):
     podiums: Schedule | None = None
 
 
-MOST_BY_PODIUMS = 8
-"""Blocks to choose up to which podiums are tried first: with more, too many rows would be in doubt."""
+MOST_BY_PODIUMS, FP32_MOST_BY_PODIUMS = 15, 8
+"""Blocks to choose up to which podiums are tried first. With 15 a third of all rows are in doubt."""
 MOST_TAG_BITS = 14
 """Bits of a score that podiums may use for the number of a tile, enough for half a million blocks; 9 remain."""
 PODIUM_COLUMNS = 32
@@ -85,7 +85,8 @@ def select_blocks(
     """
     budget, in_fp32 = top_k - int(own), _in_fp32(q_THK, per_group, mean_dtype)
     tag_bits = _tag_mask(s_UGK.shape[0], PODIUM_COLUMNS).bit_length()
-    if not 0 < budget <= MOST_BY_PODIUMS or tag_bits > MOST_TAG_BITS:
+    most = FP32_MOST_BY_PODIUMS if in_fp32 else MOST_BY_PODIUMS
+    if not 0 < budget <= most or tag_bits > MOST_TAG_BITS:
         schedules = FP32_BY_ROUNDS if in_fp32 else BY_ROUNDS
     elif in_fp32:
         schedules = FP32_BY_PODIUMS
