@@ -77,6 +77,8 @@ def work(device: str, cases: Sequence[tuple[Any, ...]] = CASES, tokens: int = 13
         _attention(device, lengths, *case)
     for dtype, dim in {case[:2] for case in cases}:
         _decode(device, dtype, dim, min(tokens, 1000))
+    for dtype, dim in {case[:2] for case in cases}:
+        _choice(device, lengths, dtype, dim)
     for dtype in {case[0] for case in cases}:
         _symmetric_products(device, dtype)
     _steps_and_generation(device)
@@ -96,6 +98,15 @@ def _attention(device: str, lengths: Sequence[int], dtype: torch.dtype, dim: int
     for deterministic in (False, True):
         o, _ = attend(q, k, v, packing, selection, impl="triton", deterministic=deterministic)
         torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
+
+
+def _choice(device: str, lengths: Sequence[int], dtype: torch.dtype, dim: int) -> None:
+    """Among hundreds of blocks: few, with rows that are sought again from lists, and many."""
+    packing = Packing.from_lengths(lengths, device=device)
+    q, k = (_normal(sum(lengths), heads, dim, dtype=dtype, device=device) for heads in (4, 2))
+    means = summarise(k, packing, 4, impl="triton")
+    for top_k in (8, 20):
+        select(q, means, packing, top_k, block_size=4, impl="triton")
 
 
 def _decode(device: str, dtype: torch.dtype, dim: int, tokens: int) -> None:
