@@ -68,7 +68,8 @@ STEP = (
 
 
 def work(device: str, cases: Sequence[tuple[Any, ...]] = CASES, tokens: int = 1300) -> None:
-    """Attention of documents of at most `tokens` tokens, symmetric products, a training step, a few generated tokens.
+    """Attention of documents of at most `tokens` tokens, choices among many blocks, symmetric products, a training
+    step, a few generated tokens.
 
     cases   (dtype, head dim, block size, blocks per query) of attention, of `CASES`
     """
@@ -101,12 +102,12 @@ def _attention(device: str, lengths: Sequence[int], dtype: torch.dtype, dim: int
 
 
 def _choice(device: str, lengths: Sequence[int], dtype: torch.dtype, dim: int) -> None:
-    """Among hundreds of blocks: few, with rows that are sought again from lists, and many."""
+    """Among as many blocks as tokens: few, with rows that are sought again from lists, and many."""
     packing = Packing.from_lengths(lengths, device=device)
     q, k = (_normal(sum(lengths), heads, dim, dtype=dtype, device=device) for heads in (4, 2))
-    means = summarise(k, packing, 4, impl="triton")
+    means = summarise(k, packing, 1, impl="triton")
     for top_k in (8, 20):
-        select(q, means, packing, top_k, block_size=4, impl="triton")
+        select(q, means, packing, top_k, block_size=1, impl="triton")
 
 
 def _decode(device: str, dtype: torch.dtype, dim: int, tokens: int) -> None:

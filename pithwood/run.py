@@ -182,7 +182,7 @@ class Run:
         if self.offload_activations and "block" not in self.recompute_by_block():
             raise ValueError(
                 "offload_activations=true moves the inputs of blocks that are computed again, and recompute="
-                f"{self.recompute!r} has none; set recompute=block, or offload_activations=false"
+                f"{self.recompute!r} has none; set recompute=block too (on a GPU), or offload_activations=false"
             )
         if self.keep_weight_copies == "always" and self.precision == "fp32":
             raise ValueError(

@@ -158,7 +158,12 @@ def test_best_scores_a_tile_apart_or_a_bit_apart(tie, sign):
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("route_per", ["q_head", "kv_group"])
-def test_rows_in_doubt_are_sought_again_from_the_lists_of_all_segments(dtype, route_per, monkeypatch):
+@pytest.mark.parametrize(
+    ("segment", "parts", "with_some"), [(64, 4, [0, 1, 2, 5, 6, 7, 8, 9, 10, 12, 13]), (256, 2, [0, 3, 4, 5, 6])]
+)
+def test_rows_in_doubt_are_sought_again_from_the_lists_of_all_segments(
+    segment, parts, with_some, dtype, route_per, monkeypatch
+):
     gate = importlib.import_module("pithwood.ops.select.triton")
     listed = []
     kernel = gate.listed_kernel
@@ -171,16 +176,20 @@ def test_rows_in_doubt_are_sought_again_from_the_lists_of_all_segments(dtype, ro
 
             return launch
 
-    monkeypatch.setattr(gate, "SEGMENT", 64)
+    monkeypatch.setattr(gate, "SEGMENT", segment)
+    monkeypatch.setattr(gate, "LIST_PARTS", parts)
     monkeypatch.setattr(gate, "listed_kernel", Recorded())
     inputs = exact_inputs([150, 0, 1, 290, 64, 129], heads=4, kv_heads=2, dim=16, dtype=dtype)
+    inputs.k[151:441] = 0
     ref, fast = (_select(inputs, 2, 5, impl, route_per=route_per) for impl in ("ref", "triton"))
     assert torch.equal(ref.ids, fast.ids)
     assert torch.equal(ref.count, fast.count)
-    # Document n has its segments from its first row // 64 + n on. Small whole numbers tie in each but the shortest two:
-    # number 4 is a document of one row, 14 the last row of another.
+    # Document n has its segments from its first row // segment + n on. Small whole numbers tie in each, but for that of
+    # the document of one row and, of 64 rows, that of the last document's last row.
     rows = listed[0].sum(1).tolist()
-    assert {n for n, some in enumerate(rows) if some} - {14} == {0, 1, 2, 5, 6, 7, 8, 9, 10, 12, 13}
+    assert [n for n, some in enumerate(rows[:14]) if some] == with_some
+    # the tiles of a list are more than the programs that share it
+    assert segment == 64 or listed[0].max() > 64 * parts
     assert sum(rows) < 634 * ref.ids.shape[1]
 
 

@@ -11,8 +11,8 @@ There are two searches:
             five minima and maxima a score, none of them across lanes. A score's last bits give way to the number of its
             tile. When all tiles are done, the best of the podiums are the best of the row, but in four cases: a score
             that was given up could be among them (one random row in thirty, with seven blocks to choose), the last
-            chosen and the first not chosen differ in bits that are gone, two chosen ones of a tile do not differ at
-            all, or not every score is finite.
+            chosen and the first not chosen differ at most in bits that are gone, two chosen ones of a tile likewise, or
+            not every score is finite.
   rounds    A round takes the best score of every row of the tile, finds its column, strikes it out and inserts it into
             the row's sorted list: six operations a score. It happens while some row has a score that beats the worst of
             its list: about as often as the list is long in the first tile, three to five times later. It is right
@@ -69,9 +69,7 @@ def podiums_kernel(
     # Heads fastest, for their ids share cache lines; last tiles of the batch first, for in a document they are longest.
     set_ = tl.program_id(0) % SETS
     tile = num_row_tiles - 1 - tl.program_id(0) // SETS
-    doc = doc_of_tile(cu_q_ptr, num_docs, tile, TILE)
-    q_begin, q_length, k_length = _document(cu_q_ptr, cu_k_ptr, doc)
-    first = (tile - q_begin // TILE - doc) * TILE
+    doc, q_begin, q_length, k_length, first = _rows_of_tile(cu_q_ptr, cu_k_ptr, num_docs, tile, TILE)
     if first < q_length:
         shift = k_length - q_length
         row = tl.minimum(first + tl.arange(0, TILE), q_length - 1)
@@ -122,21 +120,20 @@ def listed_kernel(
     SETS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS_PER_SET: tl.constexpr, TOP_K: tl.constexpr,
     PADDED_K: tl.constexpr, LOG_PADDED_K: tl.constexpr, BUDGET: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
     LATER: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, DIM_CHUNK: tl.constexpr, TILE: tl.constexpr,
-    UNITS: tl.constexpr, SEGMENT: tl.constexpr,
+    UNITS: tl.constexpr, SEGMENT: tl.constexpr, PARTS: tl.constexpr,
 ):
     # fmt: on
-    """ids and count of the rows that podiums_kernel listed; programs take the lists in turn."""
-    for item in range(tl.program_id(0), num_segments * SETS, tl.num_programs(0)):
+    """ids and count of the rows that podiums_kernel listed. Programs take the lists in turn; PARTS share a long one."""
+    for item in range(tl.program_id(0), num_segments * PARTS * SETS, tl.num_programs(0)):
         set_ = item % SETS
-        segment = num_segments - 1 - item // SETS
+        part = item // SETS % PARTS
+        segment = num_segments - 1 - item // (SETS * PARTS)
         listed = tl.load(listed_ptr + segment.to(tl.int64) * SETS + set_)
-        if listed > 0:
-            doc = doc_of_tile(cu_q_ptr, num_docs, segment, SEGMENT)
-            q_begin, q_length, k_length = _document(cu_q_ptr, cu_k_ptr, doc)
-            first = (segment - q_begin // SEGMENT - doc) * SEGMENT
+        if part * TILE < listed:
+            doc, q_begin, q_length, k_length, first = _rows_of_tile(cu_q_ptr, cu_k_ptr, num_docs, segment, SEGMENT)
             means_at = _means_at(means_ptr, offsets_ptr, doc, set_, SETS, KV_HEADS, DIM)
             list_at = list_ptr + set_.to(tl.int64) * num_rows + q_begin + first
-            for begin in range(0, listed, TILE):
+            for begin in range(part * TILE, listed, PARTS * TILE):
                 slot = begin + tl.arange(0, TILE)
                 # Places past the list's end repeat its last row, so that they ask for no round of their own.
                 row = first + tl.load(list_at + tl.minimum(slot, listed - 1)).to(tl.int32)
@@ -170,9 +167,7 @@ def rounds_kernel(
     """ids and count of TILE queries by rounds."""
     set_ = tl.program_id(0) % SETS
     tile = num_row_tiles - 1 - tl.program_id(0) // SETS
-    doc = doc_of_tile(cu_q_ptr, num_docs, tile, TILE)
-    q_begin, q_length, k_length = _document(cu_q_ptr, cu_k_ptr, doc)
-    first = (tile - q_begin // TILE - doc) * TILE
+    doc, q_begin, q_length, k_length, first = _rows_of_tile(cu_q_ptr, cu_k_ptr, num_docs, tile, TILE)
     if first < q_length:
         # Rows past the document's end repeat its last query, so that they ask for no round of their own.
         row = tl.minimum(first + tl.arange(0, TILE), q_length - 1)
@@ -194,11 +189,13 @@ def rounds_kernel(
 
 
 @triton.jit
-def _document(cu_q_ptr, cu_k_ptr, doc):
-    """(first query, queries, keys) of a document."""
+def _rows_of_tile(cu_q_ptr, cu_k_ptr, num_docs, tile, TILE: tl.constexpr):
+    """(document, its first query, queries and keys, and the first of its queries that is in the tile)."""
+    doc = doc_of_tile(cu_q_ptr, num_docs, tile, TILE)
     q_begin = tl.load(cu_q_ptr + doc)
     q_length = tl.load(cu_q_ptr + doc + 1) - q_begin
-    return q_begin, q_length, tl.load(cu_k_ptr + doc + 1) - tl.load(cu_k_ptr + doc)
+    k_length = tl.load(cu_k_ptr + doc + 1) - tl.load(cu_k_ptr + doc)
+    return doc, q_begin, q_length, k_length, (tile - q_begin // TILE - doc) * TILE
 
 
 @triton.jit
@@ -328,7 +325,7 @@ def _podiums(
     v1 = tl.full([TILE, UNITS], float("-inf"), tl.float32)
     podiums = (v1, v1, v1, tl.zeros([TILE, UNITS], tl.float32))
     pairs = open_units // (2 * UNITS)
-    if DIM_CHUNK < PADDED_DIM:
+    if means_at.dtype.element_ty == tl.float32:
         pairs = 0  # Without tensor cores a wider tile only costs registers.
     for pair in range(0, pairs):
         unit = pair * (2 * UNITS) + tl.arange(0, 2 * UNITS)
@@ -410,8 +407,7 @@ def _rounds(
     UNITS: tl.constexpr,
 ):
     # fmt: on
-    """The lists `ids`, sorted by `values` and empty at first, after all scores; scores below `least` are left out, all
-    of them where it is NaN."""
+    """The lists `ids`, sorted by `values` and empty at first, after all scores; scores below `least` are left out."""
     num_unit_tiles = (num_units + UNITS - 1) // UNITS
     for step in range(0, num_unit_tiles):
         first_unit = (num_unit_tiles - 1 - step if LATER else step) * UNITS

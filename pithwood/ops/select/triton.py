@@ -46,14 +46,16 @@ MOST_TAG_BITS = 14
 PODIUM_COLUMNS = 32
 """With fewer, more rows are in doubt; more would not fit the registers."""
 SEGMENT = 4096
-"""Rows of a document whose doubtful ones make one list."""
-LISTS_PER_CORE = 4
-"""Programs that take lists, for each multiprocessor."""
+"""Rows of a document whose doubtful ones make one list: whole tiles, counted by 16 bits."""
+LIST_PARTS = 4
+"""Programs that share a long list."""
+PROGRAMS_PER_CORE = 4
+"""Those that take lists, for each multiprocessor."""
 CORES_ON_CPU = 2
 ROUNDS_OF_DOUBTFUL = Schedule(tile=64, units=64, warps=4, stages=3)
 BY_PODIUMS = Schedules(ROUNDS_OF_DOUBTFUL, Schedule(tile=64, units=PODIUM_COLUMNS, warps=4, stages=2, registers=128))
 BY_PODIUMS_UNLIMITED = Schedules(ROUNDS_OF_DOUBTFUL, Schedule(tile=64, units=PODIUM_COLUMNS, warps=4, stages=2))
-"""Where 128 registers are too few: for head dims above 128, and before Hopper, whose products need more."""
+"""For head dims above 128, and on other GPUs than Hopper's, where products hold more and 128 registers spill."""
 BY_ROUNDS = Schedules(Schedule(tile=64, units=64, warps=4, stages=3))
 FP32_BY_PODIUMS = Schedules(
     Schedule(tile=64, units=64, warps=4, stages=1), Schedule(tile=64, units=PODIUM_COLUMNS, warps=4, stages=1)
@@ -61,7 +63,6 @@ FP32_BY_PODIUMS = Schedules(
 FP32_BY_ROUNDS = Schedules(Schedule(tile=64, units=64, warps=4, stages=1))
 DIM_CHUNK_FP32 = 32
 """fp32 operands are multiplied on the CUDA cores, which hold a whole row of a chunk in registers."""
-MEANS_WARPS = 4
 
 
 @operator("select_blocks")
@@ -81,7 +82,8 @@ def select_blocks(
     """(ids [T, S, top_k] int32, count [T, S] int32) as `select` promises, for block means as `summarise` lays them out.
 
     Nothing is read on the host and sizes depend on shapes alone, so calls can be captured in a CUDA graph. Memory
-    besides the result: the rounded means, and 2 bytes a row and set for the lists of rows in doubt.
+    besides the result: the rounded means, and for rows in doubt 2 bytes a row and set and 4 a list, of which every set
+    has T / SEGMENT + N.
     """
     budget, in_fp32 = top_k - int(own), _in_fp32(q_THK, per_group, mean_dtype)
     tag_bits = _tag_mask(s_UGK.shape[0], PODIUM_COLUMNS).bit_length()
@@ -165,6 +167,8 @@ def run_select(
             *result, *packing, row_tiles, block_size, *q_THK.stride(), **shapes, LATER=later, **_launch(rounds)
         )
         return ids_TSk, count_TS
+    assert SEGMENT % podiums.tile == 0
+    assert SEGMENT <= 1 << 15
     segments = num_tiles(num_tokens, num_docs, SEGMENT)
     list_ST = torch.empty(sets, num_tokens, dtype=torch.int16, device=q_THK.device)
     listed_XS = torch.zeros(segments, sets, dtype=torch.int32, device=q_THK.device)
@@ -175,9 +179,9 @@ def run_select(
         *result, *lists, *packing, row_tiles, num_tokens, block_size, tag_mask, *q_THK.stride(), **shapes,
         SEGMENT=SEGMENT, **_launch(podiums),
     )  # fmt: skip
-    listed_kernel[(min(segments * sets, LISTS_PER_CORE * _cores(q_THK.device)),)](
+    listed_kernel[(min(segments * LIST_PARTS * sets, PROGRAMS_PER_CORE * _cores(q_THK.device)),)](
         *result, *lists, *packing, segments, num_tokens, block_size, *q_THK.stride(), **shapes,
-        LATER=later, SEGMENT=SEGMENT, **_launch(rounds),
+        LATER=later, SEGMENT=SEGMENT, PARTS=LIST_PARTS, **_launch(rounds),
     )  # fmt: skip
     return ids_TSk, count_TS
 
@@ -189,7 +193,7 @@ def _launch(schedule: Schedule) -> dict[str, int]:
 
 
 def _few_registers_do(q_THK: Tensor) -> bool:
-    return q_THK.shape[2] <= 128 and q_THK.is_cuda and torch.cuda.get_device_capability(q_THK.device) >= (9, 0)
+    return q_THK.shape[2] <= 128 and q_THK.is_cuda and torch.cuda.get_device_capability(q_THK.device)[0] == 9
 
 
 def _cores(device: torch.device) -> int:
