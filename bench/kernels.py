@@ -78,7 +78,6 @@ def work(device: str, cases: Sequence[tuple[Any, ...]] = CASES, tokens: int = 13
         _attention(device, lengths, *case)
     for dtype, dim in {case[:2] for case in cases}:
         _decode(device, dtype, dim, min(tokens, 1000))
-    for dtype, dim in {case[:2] for case in cases}:
         _choice(device, lengths, dtype, dim)
     for dtype in {case[0] for case in cases}:
         _symmetric_products(device, dtype)

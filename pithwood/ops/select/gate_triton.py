@@ -88,13 +88,11 @@ def podiums_kernel(
             else:
                 num_candidates = tl.zeros([TILE], tl.int32) + num_units
         means_at = _means_at(means_ptr, offsets_ptr, doc, set_, SETS, KV_HEADS, DIM)
-        q_at = q_ptr + (q_begin + row).to(tl.int64)[:, None] * stride_t + set_.to(tl.int64) * HEADS_PER_SET * stride_h
-        if DIM_CHUNK == PADDED_DIM:
-            dim = tl.arange(0, PADDED_DIM)
-            q = _load_queries(q_at, dim, stride_h, stride_k, DIM, HEADS_PER_SET, means_ptr.dtype.element_ty)
-        else:
-            q = own  # loaded chunk by chunk instead
         # fmt: off
+        q_at, q = _queries(
+            q_ptr, means_at, q_begin, row, set_, stride_t, stride_h, stride_k, HEADS_PER_SET, DIM, PADDED_DIM,
+            DIM_CHUNK,
+        )
         podiums = _podiums(
             q, q_at, means_at, own, num_units, open_units, tag_mask, stride_h, stride_k, KV_HEADS, HEADS_PER_SET,
             CAUSAL, OWN, DIM, PADDED_DIM, DIM_CHUNK, TILE, UNITS,
@@ -221,22 +219,17 @@ def _choose_by_rounds(
 ):
     # fmt: on
     """Store ids and count of TILE rows of a document, the real ones of them; all of a row's best reach `least`."""
-    q_at = q_ptr + (q_begin + row).to(tl.int64)[:, None] * stride_t + set_.to(tl.int64) * HEADS_PER_SET * stride_h
-    if DIM_CHUNK == PADDED_DIM:
-        dim = tl.arange(0, PADDED_DIM)
-        q = _load_queries(q_at, dim, stride_h, stride_k, DIM, HEADS_PER_SET, means_at.dtype.element_ty)
-    else:
-        q = own  # loaded chunk by chunk instead
-    values = ()
+    # fmt: off
+    q_at, q = _queries(
+        q_ptr, means_at, q_begin, row, set_, stride_t, stride_h, stride_k, HEADS_PER_SET, DIM, PADDED_DIM, DIM_CHUNK,
+    )
+    # fmt: on
     ids = ()
-    for _ in tl.static_range(BUDGET):
-        values = values + (tl.full([TILE], float("nan"), tl.float32),)
-        ids = ids + (tl.full([TILE], NO_ID, tl.int32),)
     if BUDGET > 0:
         # fmt: off
         ids = _rounds(
-            q, q_at, means_at, own, num_units, values, ids, least, stride_h, stride_k, KV_HEADS, HEADS_PER_SET, BUDGET,
-            CAUSAL, OWN, LATER, DIM, PADDED_DIM, DIM_CHUNK, TILE, UNITS,
+            q, q_at, means_at, own, num_units, least, stride_h, stride_k, KV_HEADS, HEADS_PER_SET, BUDGET, CAUSAL, OWN,
+            LATER, DIM, PADDED_DIM, DIM_CHUNK, TILE, UNITS,
         )
         # fmt: on
     to = (q_begin + row).to(tl.int64) * SETS + set_
@@ -401,13 +394,18 @@ def _best_of_podiums(podiums, num_candidates, tag_mask, BUDGET: tl.constexpr, TI
 # fmt: off
 @triton.jit
 def _rounds(
-    q, q_at, means_at, own, num_units, values, ids, least, stride_h, stride_k,
+    q, q_at, means_at, own, num_units, least, stride_h, stride_k,
     KV_HEADS: tl.constexpr, HEADS_PER_SET: tl.constexpr, BUDGET: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
     LATER: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, DIM_CHUNK: tl.constexpr, TILE: tl.constexpr,
     UNITS: tl.constexpr,
 ):
     # fmt: on
-    """The lists `ids`, sorted by `values` and empty at first, after all scores; scores below `least` are left out."""
+    """Ids of the BUDGET best, row vectors; scores below `least` are left out."""
+    values = ()
+    ids = ()
+    for _ in tl.static_range(BUDGET):
+        values = values + (tl.full([TILE], float("nan"), tl.float32),)
+        ids = ids + (tl.full([TILE], NO_ID, tl.int32),)
     num_unit_tiles = (num_units + UNITS - 1) // UNITS
     for step in range(0, num_unit_tiles):
         first_unit = (num_unit_tiles - 1 - step if LATER else step) * UNITS
@@ -431,6 +429,22 @@ def _rounds(
             values, ids = _insert(values, ids, best, chosen, BUDGET)
             best = tl.max(score, 1)
     return ids
+
+
+# fmt: off
+@triton.jit
+def _queries(
+    q_ptr, means_at, q_begin, row, set_, stride_t, stride_h, stride_k,
+    HEADS_PER_SET: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, DIM_CHUNK: tl.constexpr,
+):
+    # fmt: on
+    """(where rows of a document lie, the rows); not the rows where products are cut: these load them chunk by chunk."""
+    q_at = q_ptr + (q_begin + row).to(tl.int64)[:, None] * stride_t + set_.to(tl.int64) * HEADS_PER_SET * stride_h
+    q = row
+    if DIM_CHUNK == PADDED_DIM:
+        dim = tl.arange(0, PADDED_DIM)
+        q = _load_queries(q_at, dim, stride_h, stride_k, DIM, HEADS_PER_SET, means_at.dtype.element_ty)
+    return q_at, q
 
 
 @triton.jit

@@ -31,14 +31,6 @@ class Schedule(NamedTuple):
     """Most registers of a thread; None: as many as the compiler likes."""
 
 
-class Schedules(NamedTuple):
-    """How both searches cut their work."""
-
-    rounds: Schedule
-    """Of all rows, or of those that podiums leave in doubt."""
-    podiums: Schedule | None = None
-
-
 MOST_BY_PODIUMS, FP32_MOST_BY_PODIUMS = 15, 8
 """Blocks to choose up to which podiums are tried first. With 15 a third of all rows are in doubt."""
 MOST_TAG_BITS = 14
@@ -52,15 +44,12 @@ LIST_PARTS = 4
 PROGRAMS_PER_CORE = 4
 """Those that take lists, for each multiprocessor."""
 CORES_ON_CPU = 2
-ROUNDS_OF_DOUBTFUL = Schedule(tile=64, units=64, warps=4, stages=3)
-BY_PODIUMS = Schedules(ROUNDS_OF_DOUBTFUL, Schedule(tile=64, units=PODIUM_COLUMNS, warps=4, stages=2, registers=128))
-BY_PODIUMS_UNLIMITED = Schedules(ROUNDS_OF_DOUBTFUL, Schedule(tile=64, units=PODIUM_COLUMNS, warps=4, stages=2))
+ROUNDS = Schedule(tile=64, units=64, warps=4, stages=3)
+PODIUMS = Schedule(tile=64, units=PODIUM_COLUMNS, warps=4, stages=2, registers=128)
+PODIUMS_UNLIMITED = PODIUMS._replace(registers=None)
 """For head dims above 128, and on other GPUs than Hopper's, where products hold more and 128 registers spill."""
-BY_ROUNDS = Schedules(Schedule(tile=64, units=64, warps=4, stages=3))
-FP32_BY_PODIUMS = Schedules(
-    Schedule(tile=64, units=64, warps=4, stages=1), Schedule(tile=64, units=PODIUM_COLUMNS, warps=4, stages=1)
-)
-FP32_BY_ROUNDS = Schedules(Schedule(tile=64, units=64, warps=4, stages=1))
+FP32_ROUNDS = Schedule(tile=64, units=64, warps=4, stages=1)
+FP32_PODIUMS = Schedule(tile=64, units=PODIUM_COLUMNS, warps=4, stages=1)
 DIM_CHUNK_FP32 = 32
 """fp32 operands are multiplied on the CUDA cores, which hold a whole row of a chunk in registers."""
 
@@ -87,14 +76,14 @@ def select_blocks(
     """
     budget, in_fp32 = top_k - int(own), _in_fp32(q_THK, per_group, mean_dtype)
     tag_bits = _tag_mask(s_UGK.shape[0], PODIUM_COLUMNS).bit_length()
+    rounds, podiums = (FP32_ROUNDS, FP32_PODIUMS) if in_fp32 else (ROUNDS, _podiums_of(q_THK))
     most = FP32_MOST_BY_PODIUMS if in_fp32 else MOST_BY_PODIUMS
-    if not 0 < budget <= most or tag_bits > MOST_TAG_BITS:
-        schedules = FP32_BY_ROUNDS if in_fp32 else BY_ROUNDS
-    elif in_fp32:
-        schedules = FP32_BY_PODIUMS
-    else:
-        schedules = BY_PODIUMS if _few_registers_do(q_THK) else BY_PODIUMS_UNLIMITED
-    return run_select(q_THK, s_UGK, cu_q, cu_k, causal, top_k, block_size, own, tie, per_group, mean_dtype, schedules)
+    by_podiums = 0 < budget <= most and tag_bits <= MOST_TAG_BITS
+    return run_select(
+        *(q_THK, s_UGK, cu_q, cu_k, causal, top_k, block_size, own, tie, per_group, mean_dtype),
+        rounds,
+        podiums if by_podiums else None,
+    )
 
 
 @select_blocks.register_fake
@@ -128,9 +117,11 @@ def run_select(
     tie: str,
     per_group: bool,
     mean_dtype: str,
-    schedules: Schedules,
+    rounds: Schedule,
+    podiums: Schedule | None,
 ) -> tuple[Tensor, Tensor]:
-    """`select_blocks` by given schedules."""
+    """`select_blocks` by given schedules: by rounds alone, or by podiums and rounds of the rows that these leave in
+    doubt."""
     num_tokens, num_heads, dim = q_THK.shape
     num_kv_heads = s_UGK.shape[1]
     sets = num_kv_heads if per_group else num_heads
@@ -159,7 +150,6 @@ def run_select(
         "PADDED_DIM": padded_dim,
         "DIM_CHUNK": min(padded_dim, DIM_CHUNK_FP32) if in_fp32 else padded_dim,
     }
-    rounds, podiums = schedules
     later = tie == "later"
     if podiums is None:
         row_tiles = num_tiles(num_tokens, num_docs, rounds.tile)
@@ -192,8 +182,9 @@ def _launch(schedule: Schedule) -> dict[str, int]:
     return {"TILE": tile, "UNITS": units, "num_warps": warps, "num_stages": stages, **limit}
 
 
-def _few_registers_do(q_THK: Tensor) -> bool:
-    return q_THK.shape[2] <= 128 and q_THK.is_cuda and torch.cuda.get_device_capability(q_THK.device)[0] == 9
+def _podiums_of(q_THK: Tensor) -> Schedule:
+    hopper = q_THK.is_cuda and torch.cuda.get_device_capability(q_THK.device)[0] == 9
+    return PODIUMS if hopper and q_THK.shape[2] <= 128 else PODIUMS_UNLIMITED
 
 
 def _cores(device: torch.device) -> int:
