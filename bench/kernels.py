@@ -46,6 +46,8 @@ except ModuleNotFoundError as error:
 
 SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"
 """Where it lies if it is not on the PATH."""
+MOST_HAZARDS = 1 << 20
+"""Of one launch; those beyond, racecheck leaves out and warns. The Hopper backward reaches its default."""
 ROLES = (
     *("_early_hopper_kernel", "_rows_hopper_kernel", "_parts_hopper_kernel"),
     *("_keys_hopper_kernel", "_keys_apart_kernel"),
@@ -153,7 +155,11 @@ def run_under(tool: str, cases: Sequence[str] = ("",), logs: Path | None = None)
     if not Path(sanitizer).is_file():
         raise SystemExit(f"compute-sanitizer is neither on the PATH nor at {SANITIZER}; it comes with the CUDA toolkit")
     # freed blocks that torch keeps would hide accesses past their end
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {
+        **os.environ,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "NV_COMPUTE_SANITIZER_MAX_RACECHECK_HAZARDS": str(MOST_HAZARDS),
+    }
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         options = ["--tool", tool, "--log-file", str(log), "--print-limit", "1000"]
