@@ -56,8 +56,8 @@ def device_name() -> str:
 
 
 def told(command: str) -> str:
-    """The command line as results files tell it: without the folder that the file was written to."""
-    return re.sub(r" --out(=| )('[^']*'|\S+)", "", command)
+    """The command line as results files tell it: without the folders that it used on its machine."""
+    return re.sub(r" --(out|logs|runs-dir)(=| )('[^']*'|\S+)", "", command)
 
 
 def write_results(

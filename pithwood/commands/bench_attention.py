@@ -141,6 +141,8 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     keys = {row_key(row) for row in new}
     rows = [row for row in merged if row_key(row) in keys]
     drawn = bool(count) and plot_attention(merged, picture)
+    if count and not drawn:
+        picture.unlink(missing_ok=True)  # it would show rows that the file no longer has
     bad = [row for row in rows if row["impl"].startswith("pithwood") and row["status"].startswith("fail")]
     code = int(bool(bad) or not count)
     written = path if count or (path.is_file() and not there) else None

@@ -345,6 +345,7 @@ def test_the_command_measures_appends_and_keeps_one_file(tmp_path: Path, capsys)
     assert [row["op"] for row in first["rows"]] == ["peak", "peak", "moba", "dense"]
     assert first["rows"][2]["lengths"] == [70, 1, 90]
     assert {"summarise", "select", "attend_fwd"} == set(first["rows"][2]["breakdown"])
+    assert first["plot"] is None
     assert main([*words, "--pass", "fwd+bwd", "--append"]) == 0
     capsys.readouterr()
     content = json.loads((tmp_path / "attention.json").read_text())
@@ -358,6 +359,16 @@ def test_the_command_measures_appends_and_keeps_one_file(tmp_path: Path, capsys)
         assert row["median_ms"] >= row["floor_ms"] * 0.3
         assert row["over_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"])
         assert row["check"]["o"] < 1e-4
+
+
+def test_a_picture_of_rows_that_the_file_no_longer_has_is_removed(tmp_path: Path):
+    words = ["bench", "attention", "--pass", "fwd", "--out", str(tmp_path)]
+    assert main([*words, "--length", "64", *TINY[2:]]) == 0
+    assert (tmp_path / "attention.png").is_file()
+    assert main([*words, *TINY, "--append"]) == 0
+    assert (tmp_path / "attention.png").is_file()
+    assert main([*words, *TINY]) == 0  # packed documents alone, which are not drawn
+    assert [path.name for path in tmp_path.iterdir()] == ["attention.json"]
 
 
 def test_without_json_there_is_a_line_per_row_and_where_it_was_written(tmp_path: Path, capsys):

@@ -7,8 +7,10 @@ from pithwood.bench.results import told
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("option", ["--out /somewhere/else", "--out=/somewhere/else", "--out '/some where'"])
-def test_a_results_file_does_not_name_the_folder_it_was_written_to(option):
+@pytest.mark.parametrize(
+    "option", ["--out /some/where", "--out=/some/where", "--out '/some where'", "--logs a/b", "--runs-dir=/tmp/runs"]
+)
+def test_a_results_file_does_not_name_the_folders_of_its_machine(option):
     assert told(f"pithwood bench train debug {option} --steps 3") == "pithwood bench train debug --steps 3"
 
 
