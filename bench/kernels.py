@@ -54,8 +54,6 @@ ROLES = (
     *("_keys_hopper_kernel", "_keys_apart_kernel"),
 )
 """Kernels of the Hopper GPU, whose warps have roles: racecheck misreads them."""
-BEYOND = "left out"
-"""The kernel that a report is of when racecheck kept no more."""
 BLOCKS = ((32, 3), (64, 3), (96, 2), (128, 2), (192, 2), (256, 2))
 """Block sizes and blocks per query: of one tile, of several, of broken ones; more than 32 of a document and fewer."""
 CASES = (
@@ -186,7 +184,7 @@ def told(log: str, kernels: Collection[str]) -> dict[str, Any]:
     """What a log of compute-sanitizer says.
 
     summary   its last line
-    reports   how many there are of each kernel, and whether there were too many to keep
+    reports   how many there are of each kernel; one of "left out" if racecheck did not keep all that it saw
     races     how many there are between accesses at which places, as "Write hopper.py:120, Read hopper.py:180"
     """
     reports: Counter[str] = Counter()
@@ -195,7 +193,7 @@ def told(log: str, kernels: Collection[str]) -> dict[str, Any]:
         if re.search(r"Race reported|Invalid |Error: |Warning: |hazard", report) and "SUMMARY" not in report:
             kernel = next((word for word in re.findall(r"\w+", report) if word in kernels), "other")
             if "Maximum number of hazards" in report:
-                kernel = BEYOND
+                kernel = "left out"
             reports[kernel] += 1
             accesses = re.findall(r"(\w+) access at \w+\+0x[0-9a-f]+(?: in (?:\S*/)?(\S+:\d+))?", report)
             places = dict.fromkeys(f"{kind} {place or '?'}" for kind, place in accesses)

@@ -49,6 +49,7 @@ PODIUMS = Schedule(tile=64, units=PODIUM_COLUMNS, warps=4, stages=2, registers=1
 PODIUMS_UNLIMITED = PODIUMS._replace(registers=None)
 """For head dims above 128, and on other GPUs than Hopper's, where products hold more and 128 registers spill."""
 FP32_ROUNDS = Schedule(tile=64, units=32, warps=4, stages=1)
+"""Products on the CUDA cores hold all that they multiply: with 64 means registers spill kilobytes (docs/log.md)."""
 FP32_PODIUMS = Schedule(tile=64, units=PODIUM_COLUMNS, warps=4, stages=1)
 DIM_CHUNK_FP32 = 32
 """fp32 operands are multiplied on the CUDA cores, which hold a whole row of a chunk in registers."""
