@@ -32,7 +32,7 @@ def run_on(
 ) -> list[Any]:
     """What `job(mesh, *args)` returns in each of the mesh's processes, in the order of their ranks.
 
-    job      a function at the top level of a module; it and its arguments and results are pickled
+    job      a function at the top level of a module; it and its arguments and results are pickled; may stop the mesh
     device   "cpu" (gloo) or "cuda" (NCCL, one GPU per process)
     raises   AssertionError with the first process's traceback that failed, or if one does not answer in time; the
              processes are ended then, and the next call starts new ones
@@ -117,7 +117,8 @@ def _serve(pipe: Connection, path: list[str]) -> None:
                 torch.cuda.set_device(place)
             mesh = join_mesh(cfg, place, rank, cfg.size, dist.FileStore(store_path, cfg.size))
             result = job(mesh, *args)
-            mesh.world.barrier()
+            if dist.is_initialized():
+                mesh.world.barrier()
             stop_mesh(mesh)
             pipe.send_bytes(pickle.dumps((True, result)))
         except BaseException:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -286,10 +286,24 @@ def join_mesh(cfg: MeshConfig, device: torch.device, rank: int, size: int, store
     return Mesh(cfg, rank, device, **_groups(places(cfg, rank), rank))
 
 
+class _Left:
+    """Stands where a process group was; whoever uses it is told."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RuntimeError("the mesh was stopped: its groups exchange nothing any more")
+
+
 def stop_mesh(mesh: Mesh) -> None:
-    """Leave the process groups; nothing of the mesh works after it."""
-    if mesh.world.handle is not None and dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process groups, whose threads end; a group of several that is used after it raises RuntimeError."""
+    if mesh.world.handle is None or not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    # gloo's threads live until nobody holds the groups. One that lets go of a tensor asks for the interpreter, and
+    # aborts the process if that has begun to end by then
+    for field in fields(mesh):
+        group = getattr(mesh, field.name)
+        if isinstance(group, Group) and group.handle is not None:
+            object.__setattr__(group, "handle", _Left())
 
 
 def _groups(ranks: dict[str, tuple[int, ...]], rank: int) -> dict[str, Group]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
 from pithwood.parallel.config import MeshConfig
-from pithwood.parallel.mesh import Group, Mesh, check_world, coordinates, places, topology
+from pithwood.parallel.mesh import Group, Mesh, check_world, coordinates, places, stop_mesh, topology
 from pithwood.parallel.pieces import Piece
 from tests.processes import run_on
 
@@ -151,6 +152,34 @@ def test_groups_exchange_what_they_say():
         assert result["got"] == [first, first + 1]
         assert result["late"] == [rank % 2 * 2 + 2]
         assert result["several"] == [[12.0], [8.0] * 4]
+
+
+def stopped(mesh: Mesh) -> dict[str, int | str]:
+    """How many threads gloo has before and after the mesh is stopped, and what a group says then."""
+    mesh.shard.all_reduce(torch.ones(1))
+    found: dict[str, int | str] = {"before": gloo_threads()}
+    stop_mesh(mesh)
+    found["after"] = gloo_threads()
+    for group in (mesh.world, mesh.shard):
+        with pytest.raises(RuntimeError) as told:
+            group.all_reduce(torch.ones(1))
+        found[f"told by {group.size}"] = str(told.value)
+    mesh.pp.all_reduce(torch.ones(1))  # of one process, as before
+    return found
+
+
+def gloo_threads() -> int:
+    return sum("gloo" in comm.read_text() for comm in Path("/proc/self/task").glob("*/comm"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the threads of a process are not told here")
+def test_a_mesh_that_is_stopped_leaves_no_thread_and_its_groups_refuse():
+    # a thread of gloo that is at work when the interpreter ends can abort the process
+    for found in run_on(MeshConfig(dp_replicate=2, dp_shard=2), stopped):
+        assert found["before"] >= 2
+        assert found["after"] == 0
+        assert "the mesh was stopped" in found["told by 4"]
+        assert "the mesh was stopped" in found["told by 2"]
 
 
 def failing(mesh: Mesh) -> None:
