@@ -1,8 +1,9 @@
 """Which code reads a setting, found in the package's source by names and annotations.
 
 An expression `base.field` counts if the base surely or very likely is the setting's class: a parameter annotated with
-it, `self` inside it, the name of a field that holds it (`run.optim.lr`; also with `.cfg` behind it, `mesh.cfg.pp`), or
-the usual name of a configuration in a file that mentions the class. What goes through `getattr` or a loop over all
+it, `self` inside it, the name of a field that holds it (`run.optim.lr`; also with `.cfg` behind it, `mesh.cfg.pp`), the
+name of a part that keeps it (`block.mlp.cfg.top_k`), or the usual name of a configuration in a file that mentions the
+class. What goes through `getattr` or a loop over all
 fields is not found.
 """
 
@@ -43,8 +44,9 @@ def readers(cls: type, name: str, places: list[str]) -> list[dict[str, Any]]:
         shown = file if file in outside else file.relative_to(PACKAGE.parent)
         for read in _reads(file).get(name, ()):
             bases = {read["base"], read["source"] or read["base"]}
-            # below the whole configuration its path says what a usual name holds
-            bases -= _USUAL if re.match(r"(self\.)?run\.", read["source"] or "") else set()
+            # below the whole configuration its path says what a usual name holds, and a part says what it keeps
+            source = read["source"] or ""
+            bases -= _USUAL if re.match(r"(self\.)?run\.", source) or _kept_by(source) else set()
             if any(_meant({**read, "base": base}, classes, holders, _names(file)) for base in bases):
                 row = {
                     "file": shown.as_posix(),
@@ -65,7 +67,32 @@ def _meant(read: dict[str, Any], classes: set[str], holders: set[str], names: se
     if base in _USUAL:
         return bool(names & classes)
     # what a configuration makes bears its name and keeps it: `mesh.cfg.pp` reads what `run.mesh.pp` does
-    return base.removesuffix(".cfg").rpartition(".")[2] in holders
+    return base.removesuffix(".cfg").rpartition(".")[2] in holders or bool(_kept_by(base) & classes)
+
+
+def _kept_by(base: str) -> set[str]:
+    """The classes of `base` where it is the configuration of a part: `block.mlp.cfg`."""
+    part, _, last = base.rpartition(".")
+    return _keepers().get(part.rpartition(".")[2], set()) if last == "cfg" else set()
+
+
+@functools.cache
+def _keepers() -> dict[str, set[str]]:
+    """Names under which a class of the package holds a part that keeps its configuration -> the classes of that
+    configuration: `mlp` -> {MoEConfig}, since a block has `self.mlp: MoELayer`, and that has `self.cfg: MoEConfig`."""
+    held: dict[str, set[str]] = {}
+    kept: dict[str, set[str]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                kept.setdefault(node.name, set()).update(_attributes(node).get("self.cfg", ()))
+            elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target).startswith("self."):
+                held.setdefault(ast.unparse(node.target)[len("self.") :], set()).update(_words(node.annotation))
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+                for target in map(ast.unparse, node.targets):
+                    if target.startswith("self."):
+                        held.setdefault(target[len("self.") :], set()).add(ast.unparse(node.value.func))
+    return {name: set().union(*(kept.get(cls, set()) for cls in classes)) for name, classes in held.items()}
 
 
 @functools.cache

@@ -111,6 +111,13 @@ def test_readers_behind_a_name_that_a_configuration_was_set_to_are_found():
     assert ("pithwood/estimate/work.py", "repeated") in {(r["file"], r["where"]) for r in row["readers"]}
 
 
+def test_readers_behind_the_part_that_keeps_a_configuration_are_found():
+    (row,) = (row for row in explain("top_k") if row["class"] == "MoEConfig")
+    found = {(r["file"], r["where"]) for r in row["readers"]}
+    # `cfg = block.mlp.cfg`, `block.mlp.cfg.top_k`
+    assert {("pithwood/estimate/work.py", "_add_mlp"), ("pithwood/models/qwen3_moe.py", "Qwen3MoE.num_params")} <= found
+
+
 def test_settings_of_one_name_have_readers_of_their_own():
     readers = {row["class"]: {(r["file"], r["where"]) for r in row["readers"]} for row in explain("top_k")}
     assert "pithwood/attention/moba.py" in {file for file, _ in readers["MoBAConfig"]}
