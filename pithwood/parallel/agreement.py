@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pithwood.parallel.mesh import Mesh
+from pithwood.parallel.mesh import Group, Mesh
 
 
 class StopAgreement:
@@ -29,9 +29,11 @@ class StopAgreement:
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self.size = mesh.world.size
+        world = mesh.world
         # on the host's network whatever the device: the result must not be read from a device
-        self._group = dist.new_group(backend="gloo") if self.size > 1 else None
+        handle = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = Group(world.ranks, world.rank, handle)
+        mesh.further.append(self._group)
         self._pending: tuple[Any, Tensor] | None = None
 
     def after_step(self, signal_number: int) -> int:
@@ -39,10 +41,10 @@ class StopAgreement:
 
         signal_number  of the signal that asked this process to stop, 0 for none
         """
-        if self._group is None:
+        if self._group.size == 1:
             return signal_number
         told = torch.tensor([signal_number], dtype=torch.int32)
-        before, self._pending = self._pending, (self._exchange(told), told)
+        before, self._pending = self._pending, (self._group.all_reduce(told, "max", wait=False), told)
         return 0 if before is None else self._result(before)
 
     def __enter__(self) -> StopAgreement:
@@ -55,9 +57,6 @@ class StopAgreement:
         if self._pending is not None and error is None:
             self._result(self._pending)
         self._pending = None
-
-    def _exchange(self, told: Tensor) -> Any:
-        return dist.all_reduce(told, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     @staticmethod
     def _result(exchange: tuple[Any, Tensor]) -> int:

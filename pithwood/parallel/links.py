@@ -50,6 +50,7 @@ class Links:
                     source, to = mine[0][::turn]
                     ranks = (mesh.pp.ranks[source], mesh.pp.ranks[to])
                     self._lines[source, to] = Group(ranks, int(to == mesh.pp.rank), handle)
+                    mesh.further.append(self._lines[source, to])
                     self._connect(source, to, mesh.device)
 
     def send(self, to: int, tensors: Sequence[Tensor]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 import torch
@@ -24,6 +24,7 @@ from pithwood.parallel.places import torchrun_store
 STARTUP_SECONDS = 600
 """How long processes wait for each other before the first step."""
 
+_STOPPED = "the mesh was stopped: its groups exchange nothing any more"
 
 # torch 2.13 renamed them and warns of the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -179,6 +180,8 @@ class Mesh:
     """Who divides the weights of the same experts: dp_shard x cp / ep."""
     tokens: Group
     """Who holds other tokens of a micro-batch: dp_replicate x dp_shard x cp, all processes of one pipeline stage."""
+    further: list[Group] = field(default_factory=list, init=False, compare=False, repr=False)
+    """Groups that others made with process groups of their own; left with the mesh."""
 
     @staticmethod
     def single(device: torch.device | str = "cpu") -> Mesh:
@@ -287,10 +290,13 @@ def join_mesh(cfg: MeshConfig, device: torch.device, rank: int, size: int, store
 
 
 class _Left:
-    """Stands where a process group was; whoever uses it is told."""
+    """Stands where a process group was: whoever calls it, or looks it up as torch does, is told."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise RuntimeError("the mesh was stopped: its groups exchange nothing any more")
+        raise RuntimeError(_STOPPED)
+
+    def __hash__(self) -> int:
+        raise RuntimeError(_STOPPED)
 
 
 def stop_mesh(mesh: Mesh) -> None:
@@ -300,9 +306,9 @@ def stop_mesh(mesh: Mesh) -> None:
     dist.destroy_process_group()
     # gloo's threads live until nobody holds the groups. One that lets go of a tensor asks for the interpreter, and
     # aborts the process if that has begun to end by then
-    for field in fields(mesh):
-        group = getattr(mesh, field.name)
-        if isinstance(group, Group) and group.handle is not None:
+    own = [getattr(mesh, each.name) for each in fields(mesh)]
+    for group in [group for group in own if isinstance(group, Group)] + mesh.further:
+        if group.handle is not None:
             object.__setattr__(group, "handle", _Left())
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from pithwood.parallel.agreement import StopAgreement
 from pithwood.parallel.config import MeshConfig
-from pithwood.parallel.mesh import Group, Mesh, check_world, coordinates, places, stop_mesh, topology
+from pithwood.parallel.links import Links
+from pithwood.parallel.mesh import Group, Mesh, check_world, coordinates, join_mesh, places, stop_mesh, topology
 from pithwood.parallel.pieces import Piece
 from tests.processes import run_on
 
@@ -154,17 +157,24 @@ def test_groups_exchange_what_they_say():
         assert result["several"] == [[12.0], [8.0] * 4]
 
 
-def stopped(mesh: Mesh) -> dict[str, int | str]:
-    """How many threads gloo has before and after the mesh is stopped, and what a group says then."""
-    mesh.shard.all_reduce(torch.ones(1))
-    found: dict[str, int | str] = {"before": gloo_threads()}
+def stopped(mesh: Mesh, store: str) -> dict[str, int | str]:
+    """How many threads gloo has before, in and after a mesh, and what its groups say then."""
+    stop_mesh(mesh)
+    found: dict[str, int | str] = {"before": gloo_threads()}  # of other tests' meshes, whose groups are still held
+    mesh = join_mesh(mesh.cfg, mesh.device, mesh.rank, mesh.cfg.size, dist.FileStore(store, mesh.cfg.size))
+    links, agreement = Links(mesh, ring=False), StopAgreement(mesh)
+    with agreement:
+        mesh.shard.all_reduce(torch.ones(1))
+        agreement.after_step(0)
+    found["within"] = gloo_threads()
     stop_mesh(mesh)
     found["after"] = gloo_threads()
-    for group in (mesh.world, mesh.shard):
+    sends = lambda: links.send(1 - mesh.pp.rank, [torch.ones(1)])  # noqa: E731
+    for name, use in (("shard", lambda: mesh.shard.all_reduce(torch.ones(1))), ("links", sends)):
         with pytest.raises(RuntimeError) as told:
-            group.all_reduce(torch.ones(1))
-        found[f"told by {group.size}"] = str(told.value)
-    mesh.pp.all_reduce(torch.ones(1))  # of one process, as before
+            use()
+        found[name] = str(told.value)
+    mesh.cp.all_reduce(torch.ones(1))  # of one process, as before
     return found
 
 
@@ -173,13 +183,13 @@ def gloo_threads() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the threads of a process are not told here")
-def test_a_mesh_that_is_stopped_leaves_no_thread_and_its_groups_refuse():
+def test_a_mesh_that_is_stopped_leaves_no_thread_and_its_groups_refuse(tmp_path):
     # a thread of gloo that is at work when the interpreter ends can abort the process
-    for found in run_on(MeshConfig(dp_replicate=2, dp_shard=2), stopped):
-        assert found["before"] >= 2
-        assert found["after"] == 0
-        assert "the mesh was stopped" in found["told by 4"]
-        assert "the mesh was stopped" in found["told by 2"]
+    for found in run_on(MeshConfig(pp=2, dp_shard=2), stopped, str(tmp_path / "again")):
+        assert found["within"] >= found["before"] + 8
+        assert found["after"] == found["before"]
+        assert "the mesh was stopped" in found["shard"]
+        assert "the mesh was stopped" in found["links"]
 
 
 def failing(mesh: Mesh) -> None:
