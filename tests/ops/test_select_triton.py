@@ -246,6 +246,22 @@ def test_strided_queries_and_summaries_need_no_copy():
     assert torch.equal(found.ids, expected.ids)
 
 
+def test_heads_of_a_group_may_lie_2_31_elements_apart(tmp_path):
+    packing = Packing.from_lengths([60], device=DEVICE)
+    q = torch.randn(60, 3, 16, dtype=torch.float16)
+    summary = torch.randn(packing.num_units_bound(60, 8), 1, 16, dtype=torch.float16, device=DEVICE)
+    size = 2**31 + 60 * 16
+    if DEVICE == "cuda":
+        whole = torch.empty(size, dtype=torch.float16, device=DEVICE)
+    else:  # of a file, which takes no memory where nothing is written
+        whole = torch.from_file(str(tmp_path / "far"), shared=True, size=size, dtype=torch.float16)
+    far = whole.as_strided((60, 3, 16), (16, 2**30, 1))
+    far.copy_(q)
+    options = {"block_size": 8, "route_per": "kv_group"}
+    found, expected = (_gate(x, summary, packing, 3, **options) for x in (far, q.to(DEVICE)))
+    assert torch.equal(found.ids, expected.ids)
+
+
 def test_unused_offsets_at_the_end_and_no_documents_at_all():
     inputs = on_device(make_inputs([30, 50]))
     cu = torch.tensor([0, 30, 80, 80, 80], dtype=torch.int32, device=DEVICE)

@@ -455,7 +455,7 @@ def _load_queries(at, dim, stride_h, stride_k, DIM: tl.constexpr, HEADS: tl.cons
     if HEADS > 1:
         q = q.to(tl.float32)
         for head in range(1, HEADS):
-            q += tl.load(at + head * stride_h, mask=(dim < DIM)[None, :], other=0.0).to(tl.float32)
+            q += tl.load(at + tl.cast(head, tl.int64) * stride_h, mask=(dim < DIM)[None, :], other=0.0).to(tl.float32)
         q = q / HEADS
     return q.to(dtype)
 
