@@ -105,9 +105,8 @@ class Watch:
         """
         if self._verdict is not None:
             raise SystemExit(OTHER_FAILED)
-        now, (_, began, limit) = time.monotonic(), self._phase
-        # what one process does alone (it saves, it validates) is not what a step takes it
-        self._excused_s += 0.0 if limit is None else now - max(began, self._window_began)
+        now = time.monotonic()
+        self._excused_s += self._excused_now(now)
         self._phase = name, now, limit_s
         self._phases += 1
 
@@ -150,6 +149,8 @@ class Watch:
         self._values: list[bytes] = [b""] * size
         self._keys = [f"beat/{other}" for other in range(size)]
         self._judged, self._compared, self._late_since = time.monotonic(), time.monotonic(), math.inf
+        self._long_until = -math.inf
+        """When somebody was last at work in a phase that may take long."""
         self._stragglers = Stragglers(self.bounds)
         self._nothing = open(os.devnull, "w")
         self._give_sign("alive")
@@ -264,7 +265,8 @@ class Watch:
                 return
 
     def _beat(self) -> None:
-        self._give_sign("done" if self._done else "late" if self._age() > self._limit() else "alive")
+        alive: Sign = "alive" if self._phase[2] is None else "long"
+        self._give_sign("done" if self._done else "late" if self._age() > self._limit() else alive)
         found = self._store.get(VERDICT)
         if found:
             self._verdict = json.loads(found)
@@ -312,11 +314,18 @@ class Watch:
         now, steps = time.monotonic(), self._steps_done - self._window_steps
         if now - self._window_began < self.bounds.window_s or not steps or not self._samples:
             return
-        spent = now - self._window_began - self._excused_s
+        spent = now - self._window_began - self._excused_s - self._excused_now(now)
         self._worked_s = max(spent, 0.0) / steps * (1 - self._waited / self._samples)
         self._window += 1
         self._window_began, self._window_steps, self._excused_s = now, self._steps_done, 0.0
         self._samples = self._waited = 0
+
+    def _excused_now(self, now: float) -> float:
+        """Seconds of this window in the present phase, if it is one of what a process does alone (it saves, it
+        validates): that is not what a step takes it.
+        """
+        _, began, limit = self._phase
+        return 0.0 if limit is None else now - max(began, self._window_began)
 
     def _look_at_neighbour(self) -> None:
         """Report the next process on this host if it has died without a word."""
@@ -343,12 +352,16 @@ class Watch:
             elif now - self._heard[rank] > self.bounds.silent_s and not is_sign(value, "done"):
                 self._claim(f"has not answered for {now - self._heard[rank]:.0f} s, {_last(value)}", rank)
                 return
+        if any(is_sign(value, "long") and not Beat.from_bytes(value).waits for value in values):
+            self._long_until = now
         late = any(is_sign(value, "late") for value in values)
         self._late_since = min(self._late_since, now) if late else math.inf
+        # who waited for something long goes on in a phase that it is late in: it has the time of one from then on
+        limit = phase_limit(self.bounds, self._step_times, None)
         # all that wait are late about then: two beats more, and their signs say so
-        if now - self._late_since > 2 * self.bounds.beat_s:
+        if now - self._late_since > 2 * self.bounds.beat_s and now - self._long_until > limit:
             beats = {rank: Beat.from_bytes(value) for rank, value in enumerate(values)}
-            culprit = hanging(beats)
+            culprit = hanging(beats, limit)
             if culprit is not None:
                 self._claim(hang_line(culprit, beats), culprit)
         elif now - self._compared > self.bounds.window_s / 2:

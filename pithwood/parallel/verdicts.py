@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-Sign = Literal["alive", "late", "done"]
+Sign = Literal["alive", "long", "late", "done"]
 BOUNDS_VARIABLE = "PITHWOOD_BOUNDS"
-_MARKS: dict[Sign, str] = {"alive": ".", "late": "!", "done": "/"}
+_MARKS: dict[Sign, str] = {"alive": ".", "long": ",", "late": "!", "done": "/"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Beat:
     count: int
     """Signs of life so far."""
     sign: Sign
-    """late: in its phase for longer than that may take. done: it left in good order."""
+    """long: in a phase that may take long by a limit of its own (it saves, it validates). late: in its phase for longer
+    than that may take. done: it left in good order."""
     step: int
     """Optimizer step at work; -1 before the first."""
     phases: int
@@ -121,17 +122,22 @@ def phase_limit(bounds: Bounds, step_times: Sequence[float], own: float | None) 
     return max(bounds.hang_s, bounds.hang_steps * statistics.median(step_times))
 
 
-def hanging(beats: Mapping[int, Beat]) -> int | None:
+def hanging(beats: Mapping[int, Beat], limit_s: float) -> int | None:
     """The rank that the others wait for, if it is late itself; None while it is not, or nobody is.
 
+    limit_s  what a phase may last that has no limit of its own
+
     That is one whose training thread does not wait for others; of several the one that is least far. One that may take
-    longer (it saves, it validates) excuses those that wait for it.
+    longer (it saves, it validates) excuses those that wait for it. If all wait, all must have done so for that time:
+    one that has not has just come, and those that waited for it have not said yet that they go on.
     """
     left = {rank: beat for rank, beat in beats.items() if beat.sign != "done"}
     if not left:
         return None
     first = min(left, key=lambda rank: (left[rank].waits, left[rank].phases, -left[rank].age_s))
-    return first if left[first].sign == "late" else None
+    if not left[first].waits:
+        return first if left[first].sign == "late" else None
+    return first if all(beat.sign == "late" or beat.age_s > limit_s for beat in left.values()) else None
 
 
 def hang_line(rank: int, beats: Mapping[int, Beat]) -> str:

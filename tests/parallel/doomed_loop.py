@@ -48,10 +48,12 @@ def loop(
                 signal.raise_signal(signal.SIGTERM)
             elif mine and fault.get("step") == step:
                 misfortune(fault, folder)
-            watch.phase("exchange")
+            watch.phase("exchange", fault.get("exchange_s"))
             total = torch.ones(8, device=device)
             mesh.world.all_reduce(total)
             assert total[0].item() == size
+            if fault.get("step") == step:
+                time.sleep(fault.get("then", 0.0))
             if agreement.after_step(stop.signal_number):
                 break
     if "folder" in fault:

@@ -30,7 +30,7 @@ BOUNDS = Bounds()
 
 
 def test_a_beat_travels_and_shows_its_sign_at_once():
-    for sign in ("alive", "late", "done"):
+    for sign in ("alive", "long", "late", "done"):
         beat = replace(WAITING, sign=sign)
         text = beat.to_text().encode()
         assert Beat.from_bytes(text) == beat
@@ -40,26 +40,34 @@ def test_a_beat_travels_and_shows_its_sign_at_once():
 
 def test_the_process_that_does_not_wait_is_the_one_that_hangs():
     beats = {0: WAITING, 1: WAITING, 2: WORKING, 3: WAITING}
-    assert hanging(beats) == 2
+    assert hanging(beats, 30.0) == 2
     assert hang_line(2, beats) == (
         "hangs in step 12 forward for 31 s, at data/batches.py:88 (take), while 3 others wait"
     )
 
 
 def test_of_several_that_do_not_wait_the_one_that_is_least_far_hangs():
-    assert hanging({0: replace(WORKING, phases=41), 1: WORKING, 2: replace(WORKING, age_s=35.0, phases=41)}) == 1
+    assert hanging({0: replace(WORKING, phases=41), 1: WORKING, 2: replace(WORKING, age_s=35.0, phases=41)}, 30.0) == 1
 
 
 def test_nobody_hangs_while_all_wait_for_one_that_may_take_longer():
     saving = replace(WORKING, sign="alive", phase="save")
-    assert hanging({0: saving, 1: WAITING}) is None
-    assert hanging({0: replace(saving, sign="late"), 1: WAITING}) == 0
+    assert hanging({0: saving, 1: WAITING}, 30.0) is None
+    assert hanging({0: replace(saving, sign="late"), 1: WAITING}, 30.0) == 0
+
+
+def test_nobody_hangs_when_the_one_that_all_waited_for_has_just_come():
+    come = replace(WAITING, sign="alive", age_s=0.01, phases=41)
+    assert hanging({0: come, 1: WAITING, 2: WAITING}, 30.0) is None
+    assert hanging({0: replace(come, sign="late"), 1: WAITING, 2: WAITING}, 30.0) == 1
+    # it may take longer, but at an exchange of its own it waits for ever
+    assert hanging({0: replace(come, sign="long", age_s=40.0), 1: WAITING, 2: WAITING}, 30.0) == 1
 
 
 def test_processes_that_have_left_are_not_counted():
     left = replace(WORKING, sign="done")
-    assert hanging({0: left}) is None
-    assert hanging({0: left, 1: WAITING}) == 1
+    assert hanging({0: left}, 30.0) is None
+    assert hanging({0: left, 1: WAITING}, 30.0) == 1
     assert "all do" in hang_line(1, {0: left, 1: WAITING})
 
 
