@@ -40,7 +40,18 @@ from pithwood.errors import explain_failure
 from pithwood.parallel.mesh import Mesh
 from pithwood.parallel.places import ProcessPlace, connect, find_neighbour, open_store, own_place
 from pithwood.parallel.stack import place_and_waiting
-from pithwood.parallel.verdicts import Beat, Bounds, Sign, Stragglers, hang_line, hanging, is_echo, is_sign, phase_limit
+from pithwood.parallel.verdicts import (
+    Beat,
+    Bounds,
+    Sign,
+    Stragglers,
+    awaited,
+    hang_line,
+    hanging,
+    is_echo,
+    is_sign,
+    phase_limit,
+)
 
 OTHER_FAILED = 4
 """Exit code of a process that ends because another one failed."""
@@ -82,7 +93,7 @@ class Watch:
         self._phases, self._step, self._beats = 0, -1, 0
         self._step_began, self._step_times = 0.0, deque[float](maxlen=64)
         self._ended, self._left = threading.Event(), threading.Event()
-        self._done = self._lost = self._leaving = False
+        self._done = self._lost = self._leaving = self._listens = self._anew = False
         self._handler: Any = None
         """What SIGTERM did before."""
         self._asked = math.inf
@@ -114,14 +125,17 @@ class Watch:
         """Say that an optimizer step begins."""
         now = time.monotonic()
         if self._step >= 0:
-            self._step_times.append(now - self._step_began)
+            if not self._anew:  # the step before is of what was computed then
+                self._step_times.append(now - self._step_began)
             self._steps_done += 1
+        self._anew = False
         self._step, self._step_began = number, now
         self.phase("begins")
 
     def begin_anew(self) -> None:
-        """Say that this step may take as long as a first one: what it computes has changed."""
+        """Say that the next step may take as long as a first one: what it computes has changed."""
         self._step_times.clear()
+        self._anew = True
 
     def stragglers(self) -> list[Straggler]:
         """Those found since the last call, on rank 0."""
@@ -149,8 +163,8 @@ class Watch:
         self._values: list[bytes] = [b""] * size
         self._keys = [f"beat/{other}" for other in range(size)]
         self._judged, self._compared, self._late_since = time.monotonic(), time.monotonic(), math.inf
-        self._long_until = -math.inf
-        """When somebody was last at work in a phase that may take long."""
+        self._long: tuple[int | None, float] = None, -math.inf
+        """Who was last at work in a phase that may take long while others waited, and when."""
         self._stragglers = Stragglers(self.bounds)
         self._nothing = open(os.devnull, "w")
         self._give_sign("alive")
@@ -208,6 +222,7 @@ class Watch:
         """Report an error, unless another one was first; leave."""
         if self._verdict is None and is_echo(error):
             # what broke the exchange is known soon: a neighbour sees a dead process, rank 0 a silent one
+            self._listens = True
             self._phase = self._phase[0], time.monotonic(), math.inf
             end = time.monotonic() + self.bounds.silent_s + 3 * self.bounds.beat_s
             while self._verdict is None and time.monotonic() < end:
@@ -265,7 +280,7 @@ class Watch:
                 return
 
     def _beat(self) -> None:
-        alive: Sign = "alive" if self._phase[2] is None else "long"
+        alive: Sign = "alive" if self._phase[2] is None or self._listens else "long"
         self._give_sign("done" if self._done else "late" if self._age() > self._limit() else alive)
         found = self._store.get(VERDICT)
         if found:
@@ -352,21 +367,27 @@ class Watch:
             elif now - self._heard[rank] > self.bounds.silent_s and not is_sign(value, "done"):
                 self._claim(f"has not answered for {now - self._heard[rank]:.0f} s, {_last(value)}", rank)
                 return
-        if any(is_sign(value, "long") and not Beat.from_bytes(value).waits for value in values):
-            self._long_until = now
+        if any(is_sign(value, "long") for value in values):
+            beats = {rank: Beat.from_bytes(value) for rank, value in enumerate(values)}
+            first = awaited(beats)
+            if first is not None and beats[first].sign == "long" and not beats[first].waits:
+                self._long = first, now
         late = any(is_sign(value, "late") for value in values)
         self._late_since = min(self._late_since, now) if late else math.inf
-        # who waited for something long goes on in a phase that it is late in: it has the time of one from then on
-        limit = phase_limit(self.bounds, self._step_times, None)
         # all that wait are late about then: two beats more, and their signs say so
-        if now - self._late_since > 2 * self.bounds.beat_s and now - self._long_until > limit:
-            beats = {rank: Beat.from_bytes(value) for rank, value in enumerate(values)}
-            culprit = hanging(beats, limit)
-            if culprit is not None:
-                self._claim(hang_line(culprit, beats), culprit)
+        if now - self._late_since > 2 * self.bounds.beat_s:
+            self._judge_late({rank: Beat.from_bytes(value) for rank, value in enumerate(values)}, now)
         elif now - self._compared > self.bounds.window_s / 2:
             self._compared = now
             self._compare({rank: Beat.from_bytes(value) for rank, value in enumerate(values)})
+
+    def _judge_late(self, beats: dict[int, Beat], now: float) -> None:
+        limit = phase_limit(self.bounds, self._step_times, None)
+        culprit = hanging(beats, limit)
+        rank, until = self._long
+        # who waited for something long goes on in a phase that it is late in: it has the time of one from then on
+        if culprit is not None and (culprit == rank or now - until > limit):
+            self._claim(hang_line(culprit, beats), culprit)
 
     def _compare(self, beats: dict[int, Beat]) -> None:
         for rank, (worked, median) in self._stragglers.look(beats).items():

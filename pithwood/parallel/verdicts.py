@@ -122,22 +122,30 @@ def phase_limit(bounds: Bounds, step_times: Sequence[float], own: float | None) 
     return max(bounds.hang_s, bounds.hang_steps * statistics.median(step_times))
 
 
+def awaited(beats: Mapping[int, Beat]) -> int | None:
+    """The rank that the others wait for; None if all have left.
+
+    That is one whose training thread does not wait for others; of several the one that is least far.
+    """
+    left = {rank: beat for rank, beat in beats.items() if beat.sign != "done"}
+    return min(left, key=lambda rank: (left[rank].waits, left[rank].phases, -left[rank].age_s), default=None)
+
+
 def hanging(beats: Mapping[int, Beat], limit_s: float) -> int | None:
     """The rank that the others wait for, if it is late itself; None while it is not, or nobody is.
 
     limit_s  what a phase may last that has no limit of its own
 
-    That is one whose training thread does not wait for others; of several the one that is least far. One that may take
-    longer (it saves, it validates) excuses those that wait for it. If all wait, all must have done so for that time:
-    one that has not has just come, and those that waited for it have not said yet that they go on.
+    One that may take longer (it saves, it validates) excuses those that wait for it. If all wait, all must have done so
+    for that time: one that has not has just come, and those that waited for it have not said yet that they go on.
     """
-    left = {rank: beat for rank, beat in beats.items() if beat.sign != "done"}
-    if not left:
+    first = awaited(beats)
+    if first is None:
         return None
-    first = min(left, key=lambda rank: (left[rank].waits, left[rank].phases, -left[rank].age_s))
-    if not left[first].waits:
-        return first if left[first].sign == "late" else None
-    return first if all(beat.sign == "late" or beat.age_s > limit_s for beat in left.values()) else None
+    if not beats[first].waits:
+        return first if beats[first].sign == "late" else None
+    stuck = (beat.sign in ("late", "done") or beat.age_s > limit_s for beat in beats.values())
+    return first if all(stuck) else None
 
 
 def hang_line(rank: int, beats: Mapping[int, Beat]) -> str:

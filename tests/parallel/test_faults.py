@@ -231,3 +231,17 @@ def test_the_bounds_of_a_run_end_every_process_within_half_a_minute_of_a_death()
     b = Bounds()
     # heard last just after a beat; judged and read a beat later each; the process of a store stays a little longer
     assert b.silent_s + 3 * b.beat_s + b.grace_s + 2.5 * b.beat_s < 30
+
+
+@pytest.mark.quick
+def test_the_step_after_a_change_of_what_is_computed_may_take_as_long_as_a_first_one():
+    watch = Watch(Mesh.single())
+    assert watch._limit() == watch.bounds.startup_s
+    for step in range(3):
+        watch.step(step)
+    assert watch._limit() == watch.bounds.hang_s
+    watch.begin_anew()
+    watch.step(3)
+    assert watch._limit() == watch.bounds.startup_s
+    watch.step(4)
+    assert watch._limit() == watch.bounds.hang_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import product
 from pathlib import Path
 
@@ -160,6 +161,7 @@ def test_groups_exchange_what_they_say():
 def stopped(mesh: Mesh, store: str) -> dict[str, int | str]:
     """How many threads gloo has before, in and after a mesh, and what its groups say then."""
     stop_mesh(mesh)
+    gc.collect()
     found: dict[str, int | str] = {"before": gloo_threads()}  # of other tests' meshes, whose groups are still held
     mesh = join_mesh(mesh.cfg, mesh.device, mesh.rank, mesh.cfg.size, dist.FileStore(store, mesh.cfg.size))
     links, agreement = Links(mesh, ring=False), StopAgreement(mesh)
@@ -187,7 +189,7 @@ def test_a_mesh_that_is_stopped_leaves_no_thread_and_its_groups_refuse(tmp_path)
     # a thread of gloo that is at work when the interpreter ends can abort the process
     for found in run_on(MeshConfig(pp=2, dp_shard=2), stopped, str(tmp_path / "again")):
         assert found["within"] >= found["before"] + 8
-        assert found["after"] == found["before"]
+        assert found["after"] <= found["before"]
         assert "the mesh was stopped" in found["shard"]
         assert "the mesh was stopped" in found["links"]
 

@@ -15,6 +15,7 @@ from pithwood.parallel.verdicts import (
     Beat,
     Bounds,
     Stragglers,
+    awaited,
     hang_line,
     hanging,
     is_echo,
@@ -62,6 +63,15 @@ def test_nobody_hangs_when_the_one_that_all_waited_for_has_just_come():
     assert hanging({0: replace(come, sign="late"), 1: WAITING, 2: WAITING}, 30.0) == 1
     # it may take longer, but at an exchange of its own it waits for ever
     assert hanging({0: replace(come, sign="long", age_s=40.0), 1: WAITING, 2: WAITING}, 30.0) == 1
+
+
+def test_who_is_behind_is_awaited_however_long_another_may_take():
+    saving = replace(WORKING, sign="long", phase="save")
+    assert awaited({0: saving, 1: WAITING}) == 0
+    behind = replace(WORKING, phases=39)
+    assert awaited({0: saving, 1: WAITING, 2: behind}) == 2
+    assert hanging({0: saving, 1: WAITING, 2: behind}, 30.0) == 2
+    assert awaited({0: replace(saving, sign="done")}) is None
 
 
 def test_processes_that_have_left_are_not_counted():
