@@ -1,12 +1,13 @@
 """Every Triton and Gluon kernel of the system on small shapes: under compute-sanitizer, or compiled for a GPU.
 
-    python -m bench.kernels sanitize [--tools memcheck racecheck] [--out DIR]   a GPU; writes sanitize.json
-    python -m bench.kernels compile [--gpu h200] [--cases TEXT ...]              any Linux machine; a line per kernel
+    python -m bench.kernels sanitize [--tools memcheck racecheck] [--append] [--out DIR]   a GPU; writes sanitize.json
+    python -m bench.kernels compile [--gpu h200] [--cases TEXT ...]    any Linux machine; a line per kernel
 
 `sanitize` does the work under each tool and keeps the kernels that ran, the tool's own summary, how many of its
 reports name which kernel, and between which lines each race was seen. memcheck must have no report: exit code 1 if it
 does. racecheck does not follow the barriers between the warp roles of the Hopper kernels, so what it reports of those
-is for a person to judge (docs/log.md, "compute-sanitizer"); of any other kernel a report gives exit code 1.
+is for a person to judge (docs/log.md, "compute-sanitizer"); of any other kernel a report gives exit code 1. It takes
+ten minutes; `--append` keeps what an earlier command found by another tool.
 
 `compile` shows without a GPU that all kernels compile for one with this version of Triton, and what they take of it
 (bench/compiling.py). `work` does the work and nothing else, also on a CPU with TRITON_INTERPRET=1.
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,7 +35,9 @@ from torch import Tensor
 
 try:
     from bench.compiling import GPUS, compile_kernels
-    from bench.results import write_results
+    from bench.results import FOLDER, write_results
+    from pithwood.bench.results import COMMIT, device_name, merge_rows, read_results
+    from pithwood.bench.results import told as told_command
     from pithwood.bench.train import mesh_of, one_step, start
     from pithwood.config import apply_overrides
     from pithwood.generate.sample import generate
@@ -210,14 +214,17 @@ def is_clean(row: dict[str, Any]) -> bool:
     return not row["reports"] and " 0 errors" in row["summary"]
 
 
-def _sanitize(tools: Sequence[str], cases: Sequence[str], out: Path | None, logs: Path | None) -> int:
+def _sanitize(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise SystemExit("compute-sanitizer needs a CUDA GPU, torch sees none; `compile` and `work` do without")
-    rows = []
-    for tool in tools:
-        rows.append(run_under(tool, cases, logs))
-        write_results("sanitize", rows, out)
-        print(f"{tool}: {len(rows[-1]['kernels'])} kernels, {rows[-1]['summary']}, reports {rows[-1]['reports']}")
+    folder = args.out or FOLDER / device_name()
+    kept = (read_results(folder / "sanitize.json") or {}).get("rows", []) if args.append else []
+    rows: list[dict[str, Any]] = []
+    for tool in args.tools:
+        row = run_under(tool, args.cases, args.logs)
+        rows.append({**row, "command": told_command(shlex.join(["python", *sys.orig_argv[1:]])), "commit": COMMIT})
+        write_results("sanitize", merge_rows(kept, rows, lambda row: row["tool"], lambda row: True), folder)
+        print(f"{tool}: {len(row['kernels'])} kernels, {row['summary']}, reports {row['reports']}")
     return 0 if all(map(is_clean, rows)) else 1
 
 
@@ -248,6 +255,7 @@ def main(words: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     sanitizing = commands.add_parser("sanitize", help="do the work under compute-sanitizer")
     sanitizing.add_argument("--tools", nargs="+", default=["memcheck", "racecheck"], help="tools of compute-sanitizer")
+    sanitizing.add_argument("--append", action="store_true", help="keep what sanitize.json says of the other tools")
     sanitizing.add_argument("--out", type=Path, help="folder for sanitize.json (default: bench/results/<device>)")
     sanitizing.add_argument("--logs", type=Path, help="folder for all that the tools say (default: not kept)")
     compiling = commands.add_parser("compile", help="compile all kernels for a GPU, without one")
@@ -262,7 +270,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if not any(told_case(case).startswith(asked) for case in CASES):
             parser.error(f"--cases {asked} is in none of {', '.join(map(told_case, CASES))}")
     if args.command == "sanitize":
-        return _sanitize(args.tools, args.cases, args.out, args.logs)
+        return _sanitize(args)
     chosen = [case for case in CASES if told_case(case).startswith(tuple(args.cases))]
     if args.command == "work":
         if args.tokens < 1:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench.kernels
 from bench.compiling import GPUS, bare_arrivals
 from bench.kernels import ROLES, is_clean, main, told
 
@@ -68,6 +69,23 @@ def test_what_counts_as_clean():
     full = row("racecheck", told_last + RACECHECK)
     assert full["reports"] == {"left out": 1, "_keys_hopper_kernel": 2}
     assert not is_clean(full)
+
+
+def test_tools_may_run_apart(monkeypatch, tmp_path):
+    for name, value in (("is_available", True), ("get_device_name", "NVIDIA H200"), ("device_count", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(bench.kernels, "COMMIT", "first")
+    logs = {"memcheck": CLEAN, "racecheck": RACECHECK}
+    monkeypatch.setattr(bench.kernels, "run_under", lambda tool, *args: {**row(tool, logs[tool]), "kernels": NAMES})
+    words = ["sanitize", "--out", str(tmp_path), "--tools"]
+    assert main([*words, "memcheck", "racecheck"]) == 0
+    monkeypatch.setattr(bench.kernels, "COMMIT", "second")
+    assert main([*words, "racecheck", "--append"]) == 0
+    rows = json.loads((tmp_path / "sanitize.json").read_text())["rows"]
+    assert [(row["tool"], row["commit"]) for row in rows] == [("memcheck", "first"), ("racecheck", "second")]
+    logs["racecheck"] = RACECHECK.replace("_keys_hopper_kernel", "_own_kernel")
+    assert main([*words, "racecheck"]) == 1
+    assert len(json.loads((tmp_path / "sanitize.json").read_text())["rows"]) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
