@@ -138,7 +138,7 @@ def _train(
             check_not_lost(folder)
             corpus = open_data(run.data, runs_dir / "corpora", tell)
         watch.phase("waiting for the corpus", math.inf)
-        mesh.world.barrier()
+        mesh.world.await_first()
         if not mesh.is_first:
             corpus = open_data(run.data, runs_dir / "corpora", tell)
         asked = mesh.world.agree(stop.signal_number)

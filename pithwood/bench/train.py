@@ -126,10 +126,10 @@ def start(run: Run, mesh: Mesh, watch: Watch, tokens: Tokens, runs_dir: Path, te
     # the first process makes what is not there yet
     watch.phase("preparing data", math.inf)
     if not mesh.is_first:
-        mesh.world.barrier()
+        mesh.world.await_first()
     corpus = open_data(run.data, runs_dir / "corpora", tell)
     if mesh.is_first:
-        mesh.world.barrier()
+        mesh.world.await_first()
     batches = training_batches(corpus, run.stages(), seed=run.seed, steps=run.steps)
     watch.phase("start")
     return Started(Trainer(run, mesh.device, corpus, mesh), batches, watch)

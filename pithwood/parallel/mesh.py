@@ -22,7 +22,8 @@ from pithwood.parallel.config import MeshConfig
 from pithwood.parallel.places import torchrun_store
 
 STARTUP_SECONDS = 600
-"""How long processes wait for each other before the first step."""
+"""How long processes wait for each other before the first step, and in any one exchange."""
+_NO_LIMIT = datetime.timedelta(days=365)
 
 _STOPPED = "the mesh was stopped: its groups exchange nothing any more"
 
@@ -143,6 +144,20 @@ class Group:
     def barrier(self) -> None:
         if self.handle is not None:
             self.all_gather_objects(None)
+
+    def await_first(self) -> None:
+        """Return once the first process has called it too, however long that takes; that one waits for nobody.
+
+        Any exchange gives up after `STARTUP_SECONDS`. RuntimeError if the first process ends instead.
+        """
+        if self.handle is None:
+            return
+        word = torch.zeros(1)  # in host memory, also where the mesh is of GPUs
+        if self.rank > 0:
+            self.receive(word, 0).wait(_NO_LIMIT)
+            return
+        for sent in [self.send(word, to) for to in range(1, self.size)]:
+            sent.wait()
 
     @staticmethod
     def alone(rank: int = 0) -> Group:
