@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -36,8 +35,7 @@ from torch import Tensor
 try:
     from bench.compiling import GPUS, compile_kernels
     from bench.results import FOLDER, write_results
-    from pithwood.bench.results import COMMIT, device_name, merge_rows, read_results
-    from pithwood.bench.results import told as told_command
+    from pithwood.bench.results import device_name, merge_rows, origin, read_results
     from pithwood.bench.train import mesh_of, one_step, start
     from pithwood.config import apply_overrides
     from pithwood.generate.sample import generate
@@ -222,7 +220,7 @@ def _sanitize(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for tool in args.tools:
         row = run_under(tool, args.cases, args.logs)
-        rows.append({**row, "command": told_command(shlex.join(["python", *sys.orig_argv[1:]])), "commit": COMMIT})
+        rows.append({**row, **origin()})
         write_results("sanitize", merge_rows(kept, rows, lambda row: row["tool"], lambda row: True), folder)
         print(f"{tool}: {len(row['kernels'])} kernels, {row['summary']}, reports {row['reports']}")
     return 0 if all(map(is_clean, rows)) else 1

@@ -18,7 +18,7 @@ from pithwood.bench.cases import KEY_COLUMNS, Case, Shape, check_case, dense_cas
 from pithwood.bench.implementations import DENSE, MEAN_DTYPE, MOBA, forced_impl, implementation, misfit, route
 from pithwood.bench.inputs import DTYPES, Inputs, random_inputs
 from pithwood.bench.reference import masked_attention, selection_errors
-from pithwood.bench.results import COMMIT, Row
+from pithwood.bench.results import Row, origin
 from pithwood.bench.timing import Peaks, Timer, allocated
 from pithwood.ops.select.means import rounded_means
 from pithwood.ops.summarise import summarise
@@ -37,6 +37,8 @@ class Options:
     implementations: tuple[str, ...]
     budget_s: float = float("inf")
     breakdown: bool = False
+    command: str | None = None
+    """What was called, if not this process as it is."""
 
 
 @dataclass
@@ -72,7 +74,8 @@ class Bench:
             name: self.timer.peaks(DTYPES[name])
             for name in dict.fromkeys(self._peak_dtype(case.shape) for case in cases)
         }
-        rows = peak_rows(found)
+        made = origin(self.options.command)
+        rows = [{**row, **made} for row in peak_rows(found)]
         for name, peaks in found.items():
             flops, copied = peaks.flops_per_s / 1e12, peaks.bytes_per_s / 1e12
             self.tell(f"peaks: matmul {flops:.3g} TFLOP/s ({name}), copy {copied:.3g} TB/s")
@@ -97,7 +100,7 @@ class Bench:
                     self._forget()
                 if row["status"] != MEASURED:
                     self.tell(f"no numbers: {row['status']}")
-                rows.append({**row, "commit": COMMIT})
+                rows.append({**row, **made})
                 self.save(rows)
             del inputs
             self._forget()
@@ -242,7 +245,7 @@ def peak_rows(found: dict[str, Peaks]) -> list[Row]:
     ]
     copied = max(peaks.bytes_per_s for peaks in found.values())
     rows.append({"op": "peak", "impl": "copy", "tb_per_s": copied / 1e12})
-    return [{**row, "status": MEASURED, "commit": COMMIT} for row in rows]
+    return [{**row, "status": MEASURED} for row in rows]
 
 
 def beside_dense(rows: list[Row]) -> list[Row]:

@@ -60,6 +60,12 @@ def told(command: str) -> str:
     return re.sub(r" --(out|logs|runs-dir)(=| )('[^']*'|\S+)", "", command)
 
 
+def origin(command: str | None = None) -> Row:
+    """Where a row comes from, as columns of it: the command (default: this process's), the commit, the day."""
+    command = command or shlex.join(["python", *sys.orig_argv[1:]])
+    return {"command": told(command), "commit": COMMIT, "date": datetime.now(UTC).date().isoformat()}
+
+
 def write_results(
     name: str, rows: list[Row], folder: Path, command: str | None = None, device: str | None = None
 ) -> Path:
@@ -69,9 +75,7 @@ def write_results(
     """
     content = {
         "name": name,
-        "command": told(command or shlex.join(["python", *sys.orig_argv[1:]])),
-        "commit": COMMIT,
-        "date": datetime.now(UTC).date().isoformat(),
+        **origin(command),
         "device": device or device_name(),
         "versions": {
             "torch": str(torch.__version__),

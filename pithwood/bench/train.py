@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
-from pithwood.bench.results import COMMIT, Row, told
+from pithwood.bench.results import Row, origin
 from pithwood.bench.timing import synchronize
 from pithwood.data.batches import Batch
 from pithwood.data.mixture import open_data
@@ -204,7 +203,7 @@ def measure(
     raises   ValueError for settings that cannot work; what torch says where one of several processes has no memory
              left, for the others cannot go on without it
     """
-    origin = {"command": told(command), "commit": COMMIT, "date": datetime.now(UTC).date().isoformat()}
+    made = origin(command)
     try:
         started = start(run, mesh, watch, tokens, runs_dir, tell)
         result = timed(started, steps, drop, tell, begun)
@@ -212,11 +211,11 @@ def measure(
         if mesh.world.size > 1 or not is_out_of_memory(error):
             raise
         tell(f"out of memory: {str(error).partition(chr(10))[0]}")
-        failed = {**columns, "status": "out of memory", **memory_fields(mesh), **origin}
+        failed = {**columns, "status": "out of memory", **memory_fields(mesh), **made}
         release()
         return failed, None
     watch.phase("results", math.inf)
-    return {**columns, **fields(started.trainer, result, drop), **origin}, started
+    return {**columns, **fields(started.trainer, result, drop), **made}, started
 
 
 def fields(trainer: Trainer, result: Measured, drop: int) -> Row:

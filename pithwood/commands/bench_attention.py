@@ -124,15 +124,16 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     path, picture = folder / "attention.json", folder / "attention.png"
     there = path.is_file()
     old = (read_results(path) or {}) if args.append else {}
-    options = attention.Options(impls, args.budget_s or float("inf"), args.breakdown)
-    commands = [*old.get("command", "").split(" && "), args.command_line]
-    command = " && ".join(dict.fromkeys(filter(None, commands)))
+    options = attention.Options(impls, args.budget_s or float("inf"), args.breakdown, args.command_line)
 
     def save(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         both = merge_rows(old.get("rows", []), rows, row_key, attention.measured)
         merged = attention.beside_dense(sorted(both, key=row_order))
         if _timed(rows) or (not there and any(row["op"] != "peak" for row in rows)):
-            write_results("attention", merged, folder, command)
+            # rows of older files do not say where they are from, their file does
+            silent = old.get("command", "") if not all("command" in row for row in merged) else ""
+            commands = [*silent.split(" && "), *(row.get("command") for row in merged)]
+            write_results("attention", merged, folder, " && ".join(dict.fromkeys(filter(None, commands))))
         return merged
 
     bench = attention.Bench(device, options, tell, make_inputs, save)

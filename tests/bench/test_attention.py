@@ -353,12 +353,29 @@ def test_the_command_measures_appends_and_keeps_one_file(tmp_path: Path, capsys)
         *(("peak", None), ("peak", None), ("moba", "fwd"), ("moba", "fwd+bwd")),
         *(("dense", "fwd"), ("dense", "fwd+bwd")),
     ]
-    assert all(row["commit"] for row in content["rows"])
-    assert content["command"].count(" && ") == 1
+    assert all(row["commit"] and row["date"] for row in content["rows"])
+    took = {row["command"] for row in content["rows"] if row.get("pass") == "fwd"}
+    assert ["--breakdown" in command for command in took] == [True]
+    assert content["command"].split(" && ") == list(dict.fromkeys(row["command"] for row in content["rows"]))
     for row in content["rows"][2:]:
         assert row["median_ms"] >= row["floor_ms"] * 0.3
         assert row["over_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"])
         assert row["check"]["o"] < 1e-4
+
+
+def test_a_files_command_names_those_that_its_rows_are_of(tmp_path: Path):
+    words, path = ["bench", "attention", *TINY, "--out", str(tmp_path), "--pass", "fwd"], tmp_path / "attention.json"
+    assert main([*words, "--impls", "pithwood,sdpa"]) == 0
+    content = json.loads(path.read_text())
+    for row in content["rows"]:  # as files were before rows named their command
+        del row["command"]
+    path.write_text(json.dumps({**content, "command": "one && another"}))
+    assert main([*words, "--impls", "pithwood", "--append"]) == 0
+    assert json.loads(path.read_text())["command"].startswith("one && another && pithwood bench attention ")
+    assert main([*words, "--impls", "sdpa", "--append"]) == 0
+    last = json.loads(path.read_text())["command"]
+    assert "another" not in last
+    assert last.count("pithwood bench attention ") == 2
 
 
 def test_a_picture_of_rows_that_the_file_no_longer_has_is_removed(tmp_path: Path):

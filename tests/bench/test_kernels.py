@@ -14,6 +14,7 @@ import torch
 import bench.kernels
 from bench.compiling import GPUS, bare_arrivals
 from bench.kernels import ROLES, is_clean, main, told
+from pithwood.bench import results
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,12 +75,12 @@ def test_what_counts_as_clean():
 def test_tools_may_run_apart(monkeypatch, tmp_path):
     for name, value in (("is_available", True), ("get_device_name", "NVIDIA H200"), ("device_count", 1)):
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
-    monkeypatch.setattr(bench.kernels, "COMMIT", "first")
+    monkeypatch.setattr(results, "COMMIT", "first")
     logs = {"memcheck": CLEAN, "racecheck": RACECHECK}
     monkeypatch.setattr(bench.kernels, "run_under", lambda tool, *args: {**row(tool, logs[tool]), "kernels": NAMES})
     words = ["sanitize", "--out", str(tmp_path), "--tools"]
     assert main([*words, "memcheck", "racecheck"]) == 0
-    monkeypatch.setattr(bench.kernels, "COMMIT", "second")
+    monkeypatch.setattr(results, "COMMIT", "second")
     assert main([*words, "racecheck", "--append"]) == 0
     rows = json.loads((tmp_path / "sanitize.json").read_text())["rows"]
     assert [(row["tool"], row["commit"]) for row in rows] == [("memcheck", "first"), ("racecheck", "second")]
