@@ -27,6 +27,7 @@ from pithwood.data.batches import TrainingBatches
 from pithwood.data.corpus import Corpus
 from pithwood.data.mixture import Mixture, open_data
 from pithwood.data.origins import step_origins
+from pithwood.data.together import open_together
 from pithwood.data.usage import epochs_read, read_so_far, training_batches
 from pithwood.finish import finish, finish_alone
 from pithwood.memory import check_memory, explained_memory
@@ -39,7 +40,6 @@ from pithwood.optim.schedule import idle_end
 from pithwood.parallel.agreement import StopAgreement
 from pithwood.parallel.faults import Watch
 from pithwood.parallel.mesh import (
-    STARTUP_SECONDS,
     Mesh,
     check_world,
     own_device,
@@ -52,6 +52,7 @@ from pithwood.parallel.verdicts import Bounds
 from pithwood.plan import plan
 from pithwood.run import Run, check_device_settings, pick_device
 from pithwood.run_folder import (
+    CORPORA,
     check_begin,
     check_not_lost,
     find_checkpoint,
@@ -128,7 +129,7 @@ def _train(
     lock = RunLock(folder) if mesh.is_first else nullcontext()
     with aside, lock, StopRequest(tell=console) as stop, explained_memory(run, folder):
         begun_from = check_begin(folder, origin, branch_from, new) if mesh.is_first else None
-        watch.phase("preparing data", math.inf)
+        watch.phase("looking at the folder", math.inf)
         done = mesh.world.agree(finished_summary(folder, run) if mesh.is_first else None)
         if done is not None:
             tell(f"{folder} is complete ({run.steps} steps); raise steps to train on, or start over with --new")
@@ -136,17 +137,15 @@ def _train(
         if mesh.is_first:
             clean_leftovers(folder)
             check_not_lost(folder)
-            corpus = open_data(run.data, runs_dir / "corpora", tell)
-        watch.phase("waiting for the corpus", math.inf)
-        mesh.world.await_first()
-        if not mesh.is_first:
-            corpus = open_data(run.data, runs_dir / "corpora", tell)
+        corpora = runs_dir / CORPORA
+        make = partial(stop.unless_stopped, partial(open_data, run.data, corpora, tell))
+        corpus = open_together(run.data, corpora, mesh, watch, make)
         asked = mesh.world.agree(stop.signal_number)
-        if asked:
+        if asked or corpus is None:
             return _interrupted(run, folder, 0, 0, asked, command)
         source = training_batches(corpus, run.stages(), seed=run.seed, steps=run.steps)
         epochs = epochs_read(corpus, source.curriculum, run.steps)
-        watch.phase("start", STARTUP_SECONDS)
+        watch.phase("start")
         trainer = Trainer(run, mesh.device, corpus, mesh)
         trainer.tell_phase = watch.phase
         start = trainer.resume(folder, origin)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,6 +25,7 @@ from pithwood.bench.timing import synchronize
 from pithwood.data.batches import Batch
 from pithwood.data.mixture import open_data
 from pithwood.data.random_tokens import RandomTokens
+from pithwood.data.together import open_together
 from pithwood.data.usage import training_batches
 from pithwood.errors import is_out_of_memory
 from pithwood.memory import check_memory
@@ -122,13 +124,9 @@ def start(run: Run, mesh: Mesh, watch: Watch, tokens: Tokens, runs_dir: Path, te
     if tokens == "fake":
         drawn = RandomTokens(run.stages(), vocab_size=run.model.vocab_size, seed=run.seed)
         return Started(Trainer(run, mesh.device, None, mesh), drawn, watch)
-    # the first process makes what is not there yet
-    watch.phase("preparing data", math.inf)
-    if not mesh.is_first:
-        mesh.world.await_first()
-    corpus = open_data(run.data, runs_dir / "corpora", tell)
-    if mesh.is_first:
-        mesh.world.await_first()
+    corpora = runs_dir / "corpora"
+    corpus = open_together(run.data, corpora, mesh, watch, partial(open_data, run.data, corpora, tell))
+    assert corpus is not None  # nothing stops it
     batches = training_batches(corpus, run.stages(), seed=run.seed, steps=run.steps)
     watch.phase("start")
     return Started(Trainer(run, mesh.device, corpus, mesh), batches, watch)

@@ -6,10 +6,17 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _StopNow(KeyboardInterrupt):
+    """Leaves the work of `unless_stopped`; whatever cleans up after Ctrl-C does so after it."""
 
 
 class StopRequest:
@@ -30,6 +37,7 @@ class StopRequest:
         self.signal_number = 0
         """The first signal that came; 0 as long as none has. A process leaving because of it exits with 128 + it."""
         self._interrupts = 0
+        self._at_once = False
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -59,16 +67,35 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
+    def unless_stopped(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns, or None if a signal comes before its end, which stops it where it is.
+
+        For work that the next run takes up again. The request stays, for whoever looks later.
+        """
+        try:
+            try:
+                self._at_once = True
+                return None if self.requested else work()
+            finally:
+                self._at_once = False
+        except _StopNow:
+            return None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
                 raise KeyboardInterrupt
-        if self._tell and not self.signal_number:
+        at_once, self._at_once = self._at_once, False
+        name = signal.Signals(number).name
+        if self._tell and not self.signal_number and at_once:
+            _say(f"{name}: stopping; the same command goes on from here")
+        elif self._tell and not self.signal_number:
             again = "again" if number == signal.SIGINT else "twice"
-            name = signal.Signals(number).name
             _say(f"{name}: stopping after this step, then saving; Ctrl-C {again} ends it at once, unsaved")
         self.signal_number = self.signal_number or number
+        if at_once:
+            raise _StopNow
 
 
 def _say(line: str) -> None:

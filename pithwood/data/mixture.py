@@ -220,7 +220,7 @@ def open_data(
     else:
         cfg.validate()
         data = Mixture(cfg, _prepare_parts(cfg, cache_dir, progress))
-    note = {name: corpus.folder.name for name, corpus in corpora_of(data).items()}
+    note = places_of(data, cache_dir)
     file = _note_file(cfg, cache_dir)
     partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     # a corpus that was prepared elsewhere (data.source=corpus:FOLDER) leaves this folder unmade
@@ -262,9 +262,25 @@ def find_data(cfg: CorpusConfig | MixtureConfig, cache_dir: Path) -> Corpus | Mi
     """
     try:
         note = json.loads(_note_file(cfg, cache_dir).read_text(encoding="utf-8"))
-        corpora = {name: open_corpus(cache_dir / folder) for name, folder in note.items()}
+        return open_places(cfg, cache_dir, note)
     except (OSError, ValueError):
         return None
+
+
+def places_of(data: Corpus | Mixture, cache_dir: Path) -> dict[str, str]:
+    """Where the corpora lie, by name: below cache_dir, or a whole path for one that was prepared elsewhere."""
+
+    def place(folder: Path) -> str:
+        return folder.name if folder.parent.resolve() == cache_dir.resolve() else str(folder.resolve())
+
+    return {name: place(corpus.folder) for name, corpus in corpora_of(data).items()}
+
+
+def open_places(cfg: CorpusConfig | MixtureConfig, cache_dir: Path, places: dict[str, str]) -> Corpus | Mixture:
+    """The data of a configuration from where `places_of` says that it lies; reads no source, and of the shards their
+    sizes. raises ValueError as `open_corpus`
+    """
+    corpora = {name: open_corpus(cache_dir / place) for name, place in places.items()}
     return Mixture(cfg, corpora) if isinstance(cfg, MixtureConfig) else corpora[ONE_CORPUS]
 
 

@@ -57,7 +57,8 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
     if summary.get("interrupted") is not None:
         name = signal.Signals(summary["interrupted"]).name
         command = summary.get("command") or f"pithwood train {shlex.quote(recipe)}"
-        return [f"stopped by {name} and saved; continue with: {command}", *lines[1:]]
+        what = "and saved" if steps else "before a step was taken"
+        return [f"stopped by {name} {what}; continue with: {command}", *lines[1:]]
 
     program = str(summary.get("program") or "pithwood")
     train = f"{program} train {shlex.quote(recipe)}"

@@ -146,18 +146,20 @@ class Group:
             self.all_gather_objects(None)
 
     def await_first(self) -> None:
-        """Return once the first process has called it too, however long that takes; that one waits for nobody.
+        """Return once the first process has come here too, however long that takes: exchanges, which this one is not,
+        give up after `STARTUP_SECONDS`. The first does not go on before the others have come.
 
-        Any exchange gives up after `STARTUP_SECONDS`. RuntimeError if the first process ends instead.
+        raises  RuntimeError if a process of the group ends meanwhile
         """
         if self.handle is None:
             return
         word = torch.zeros(1)  # in host memory, also where the mesh is of GPUs
         if self.rank > 0:
-            self.receive(word, 0).wait(_NO_LIMIT)
-            return
-        for sent in [self.send(word, to) for to in range(1, self.size)]:
-            sent.wait()
+            works = [self.receive(word, 0)]
+        else:
+            works = [self.send(word, to) for to in range(1, self.size)]
+        for work in works:
+            work.wait(_NO_LIMIT)
 
     @staticmethod
     def alone(rank: int = 0) -> Group:

@@ -49,6 +49,32 @@ def test_the_first_signal_is_answered_at_once_in_one_line(number, again, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_work_that_can_be_taken_up_again_ends_at_once(number, capfd):
+    done = []
+
+    def work() -> str:
+        done.append("begun")
+        signal.raise_signal(number)
+        done.append("ended")
+        return "result"
+
+    with StopRequest(tell=True) as stop:
+        assert stop.unless_stopped(lambda: "result") == "result"
+        assert stop.unless_stopped(work) is None
+        assert stop.signal_number == number
+        assert stop.unless_stopped(work) is None  # it was asked already
+        assert done == ["begun"]
+    assert capfd.readouterr().err == f"{number.name}: stopping; the same command goes on from here\n"
+
+
+def test_after_such_work_a_signal_is_a_request_again():
+    with StopRequest() as stop:
+        stop.unless_stopped(lambda: None)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+
+
 PRINTS_WITHOUT_END = """
 import sys
 from pithwood.checkpoint.signals import StopRequest

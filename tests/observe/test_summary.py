@@ -72,3 +72,5 @@ def test_an_interrupted_run_says_how_to_continue():
     lines = closing_lines({**SUMMARY, "interrupted": int(signal.SIGTERM), "command": "pithwood train demo seed=3"})
     assert lines[0] == "stopped by SIGTERM and saved; continue with: pithwood train demo seed=3"
     assert not any("try next" in line for line in lines)
+    lines = closing_lines({**SUMMARY, "interrupted": int(signal.SIGTERM), "steps": 0})
+    assert lines[0].startswith("stopped by SIGTERM before a step was taken; continue with: ")
