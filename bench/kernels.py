@@ -16,6 +16,7 @@ ten minutes; `--append` keeps what an earlier command found by another tool.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -259,7 +260,13 @@ def main(words: Sequence[str] | None = None) -> int:
     compiling = commands.add_parser("compile", help="compile all kernels for a GPU, without one")
     compiling.add_argument("--gpu", default="h200", choices=list(GPUS), help="default: %(default)s")
     compiling.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    working = commands.add_parser("work", help="do the work, alone")
+    working = commands.add_parser(
+        "work",
+        help="do the work, alone",
+        description="Do the work and print the names of the kernels that were launched, as JSON. In Triton's "
+        "interpreter (on a CPU, ten minutes) none has a name, and cases in bf16, which it multiplies wrongly, are left "
+        "out.",
+    )
     working.add_argument("--tokens", type=int, default=1300, help="tokens of the longest document, at least 1")
     for command in (sanitizing, compiling, working):
         command.add_argument("--cases", nargs="+", default=[""], help="only these of attention, as bfloat16/128/64")
@@ -269,10 +276,14 @@ def main(words: Sequence[str] | None = None) -> int:
             parser.error(f"--cases {asked} is in none of {', '.join(map(told_case, CASES))}")
     if args.command == "sanitize":
         return _sanitize(args)
+    if importlib.util.find_spec("triton") is None:
+        parser.error(f"{args.command} needs triton, which is not installed: scripts/install.sh .venv triton-cpu")
     chosen = [case for case in CASES if told_case(case).startswith(tuple(args.cases))]
     if args.command == "work":
         if args.tokens < 1:
             parser.error(f"--tokens {args.tokens} must be at least 1")
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            parser.error("torch sees no GPU; TRITON_INTERPRET=1 does the work in Triton's interpreter")
         return _work(chosen, args.tokens)
     compile_kernels(chosen, args.gpu, args.json)
     return 0

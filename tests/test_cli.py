@@ -70,6 +70,23 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "explain top_k",
+        "explain",
+        "config --schema",
+        "docs tables --check",
+        "check op moba --no-tests",
+        "bench attention --dry-run",
+    ],
+)
+def test_a_plain_installation_has_no_triton_and_needs_none(words):
+    code = f"import sys; sys.modules['triton'] = None; from pithwood.cli import main; sys.exit(main({words.split()!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("words", "message"),

@@ -38,18 +38,19 @@ def plot_attention(rows: list[dict[str, Any]], path: Path) -> bool:
         return False
     blocks = sorted({(row["block_size"], row["top_k"]) for row in drawn if row["op"] == "moba"})
     colours = {block: _MOBA[i % len(_MOBA)] for i, block in enumerate(blocks)}
-    size = (5.6 * len(passes) + 0.6, 4.4 * len(shapes))
-    fig = Figure(figsize=size, layout="constrained", dpi=130)
-    axes = fig.subplots(len(shapes), len(passes), squeeze=False)
-    for i, shape in enumerate(shapes):
-        for j, pass_ in enumerate(passes):
-            here = [row for row in drawn if _shape(row) == shape and row["pass"] == pass_]
-            if not here:
-                axes[i][j].set_visible(False)
-                continue
-            _panel(axes[i][j], here, colours)
-            what = "forward + backward" if pass_ == "fwd+bwd" else "forward"
-            axes[i][j].set_title(f"{what}\n{_title(shape)}", loc="left", fontsize=9.5, color=_INK)
+    panels = [(shape, pass_) for shape in shapes for pass_ in passes]
+    found = [[row for row in drawn if (_shape(row), row["pass"]) == panel] for panel in panels]
+    panels = [panel for panel, rows in zip(panels, found, strict=True) if rows]
+    across = min(2, len(panels))
+    down = math.ceil(len(panels) / across)
+    fig = Figure(figsize=(5.6 * across + 0.6, 4.4 * down), layout="constrained", dpi=130)
+    axes = fig.subplots(down, across, squeeze=False).flat
+    for ax, (shape, pass_), here in zip(axes, panels, filter(None, found), strict=False):
+        _panel(ax, here, colours)
+        what = "forward + backward" if pass_ == "fwd+bwd" else "forward"
+        ax.set_title(f"{what}\n{_title(shape)}", loc="left", fontsize=9.5, color=_INK)
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     fig.savefig(temporary, format="png")

@@ -33,6 +33,8 @@ def case_function(root: Path, file: str, name: str) -> Callable[[], Any]:
 
 def run_test_file(path: Path, root: Path = ROOT) -> str:
     """Run one file of tests in a process of its own; fails the gate with the first failing test's name."""
+    if importlib.util.find_spec("pytest") is None:
+        raise GateError("pytest is not installed; `make test` installs it, `--no-tests` leaves this gate out")
     words = [sys.executable, "-m", "pytest", str(path), "-n", "0", "-x", "-p", "no:cacheprovider", "--durations=0"]
     words += ["-r", "fE", "-m", "not slow and not gpu and not multi_gpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

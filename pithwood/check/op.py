@@ -54,6 +54,8 @@ def _folder(name: str, root: Path) -> str:
 
 def _ref(name: str, root: Path) -> str:
     path = _file(name, root, "ref.py")
+    if [file.name for file in path.parent.glob("*.py")] == ["__init__.py"]:
+        return "plain torch and other ops, in __init__.py alone"
     require(path.is_file(), f"{path.relative_to(root)} does not exist; write the plain-torch definition first")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     require(ast.get_docstring(tree) is not None, "ref.py has no docstring that says what the op is")
@@ -146,7 +148,11 @@ def _agreement(name: str, root: Path) -> str:
                 tried += 1
                 worst = max(worst, _compare(found, expected, f"{word}(impl={impl!r}), case {number}"))
             compared.append(f"{impl} in {tried} cases, worst {worst:.0e}" if tried else f"{impl} refuses to run here")
-    require(any("worst" in line for line in compared), f"nothing to compare with ref here: {'; '.join(compared)}")
+    require(
+        any("worst" in line for line in compared),
+        f"nothing to compare with ref here: {'; '.join(compared)}; on a CPU kernels run in Triton's interpreter: "
+        "TRITON_INTERPRET=1, with triton installed by `scripts/install.sh .venv triton-cpu`",
+    )
     return "; ".join(compared)
 
 

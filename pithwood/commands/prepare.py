@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
     vocab_size = cfg.vocab_size
     if args.out is not None:
         words, vocab_size = [f"data.source=corpus:{args.out}"], corpus.vocab_size
-        words += [f"data.vocab_size={vocab_size}"] if vocab_size > recipe.data.vocab_size else []
-    words += [f"model.vocab_size={vocab_size}"] if vocab_size > recipe.model.vocab_size else []
+        words += [f"data.vocab_size={vocab_size}"] if vocab_size != recipe.data.vocab_size else []
+    words += [f"model.vocab_size={vocab_size}"] if vocab_size != recipe.model.vocab_size else []
     folder = [] if args.runs_dir == Path("runs") else ["--runs-dir", str(args.runs_dir)]
     command = f"{program_name()} {shlex.join(['train', args.recipe, *words, *folder])}"
     if args.json:

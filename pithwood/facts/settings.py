@@ -33,16 +33,23 @@ from pithwood.run import Run
 from pithwood.schema import field_docs
 from pithwood.synonyms import meant_elsewhere
 
-ROOMS = ("attention", "data", "moe", "models", "optim")
+ROOMS = ("attention", "data", "moe", "models", "observe", "optim")
 """Rooms whose modules may define classes that stand in a base class's place."""
 
 
 def import_rooms() -> None:
-    """Import all modules that define settings, so that every class which may stand somewhere is known."""
+    """Import all modules that define settings, so that every class which may stand somewhere is known.
+
+    A module that needs a library that is not installed (kernels need Triton) is left out: none of them defines any.
+    """
     for room in ROOMS:
         package = importlib.import_module(f"pithwood.{room}")
         for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"pithwood.{room}.{module.name}")
+            try:
+                importlib.import_module(f"pithwood.{room}.{module.name}")
+            except ModuleNotFoundError as error:
+                if (error.name or "").partition(".")[0] == "pithwood":
+                    raise
 
 
 def places_of_classes(root: type = Run, package: str | None = None) -> dict[type, list[str]]:

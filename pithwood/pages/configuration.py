@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import json
-import pkgutil
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
 from pithwood.attention.base import MixerConfig
 from pithwood.config import class_names, encode, field_hints, is_config_class, origin_of, type_name, union_members
+from pithwood.facts.settings import import_rooms
 from pithwood.run import Run
 from pithwood.schema import class_doc, field_docs
-
-ROOMS = ("attention", "data", "moe", "models", "observe", "optim")
-"""Rooms whose modules may define classes that stand in a base class's place."""
 
 
 def configuration() -> str:
@@ -25,14 +21,6 @@ def configuration() -> str:
     import_rooms()
     places = reachable(Run)
     return "\n\n".join(_section(cls, where) for cls, where in places.items())
-
-
-def import_rooms() -> None:
-    """Import the modules whose classes stand in others' places, so that they are found."""
-    for room in ROOMS:
-        package = importlib.import_module(f"pithwood.{room}")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"pithwood.{room}.{module.name}")
 
 
 def reachable(root: type) -> dict[type, list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pithwood.attention.base import MixerConfig
 from pithwood.config import class_names
-from pithwood.pages.configuration import import_rooms
+from pithwood.facts.settings import import_rooms
 from pithwood.recipes import list_recipes
 from pithwood.schema import class_doc
 

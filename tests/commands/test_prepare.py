@@ -40,7 +40,7 @@ def test_a_folder_is_prepared_and_the_train_command_finds_it(texts, capsys):
     words = ["texts/*.txt", "vocab_size=300", "--json"]
     assert main(["prepare", *words]) == 0
     first = json.loads(capsys.readouterr().out)
-    assert first["train"].endswith("train demo 'data.source=texts/*.txt' data.vocab_size=300")
+    assert first["train"].endswith("train demo 'data.source=texts/*.txt' data.vocab_size=300 model.vocab_size=300")
     assert open_corpus(Path(first["folder"])).fingerprint == first["fingerprint"]
     assert first["splits"]["train"]["loss_tokens"] == first["splits"]["train"]["tokens"] - 1
     small = ["steps=1", "seq_len=32", "samples_per_step=1", "samples_per_micro_batch=1", "sample_tokens=0"]
@@ -55,11 +55,11 @@ def test_a_corpus_in_a_folder_of_its_own_is_named_in_the_train_command(texts, ca
     assert main(["prepare", "texts/*.txt", "vocab_size=300", "--out", "made"]) == 0
     last = capsys.readouterr().out.splitlines()
     assert last[0].startswith("corpus ")
-    assert last[-1].endswith("train demo data.source=corpus:made")
-    assert main(["train", "demo", "data.source=corpus:made", "--dry-run"]) == 0
+    assert last[-1].endswith("train demo data.source=corpus:made data.vocab_size=300 model.vocab_size=300")
+    assert main([*last[-1].split("pithwood ")[-1].split(), "--dry-run"]) == 0
 
 
-def test_larger_vocabularies_than_the_recipes_are_carried_over_to_the_model(texts, capsys):
+def test_other_vocabularies_than_the_recipes_are_carried_over_to_the_model(texts, capsys):
     parts = ["texts/*.txt", "vocab_size=5000", "tokenizer=made/tokenizer.json"]
     assert main(["prepare", "texts/*.txt", "vocab_size=300", "--out", "made"]) == 0
     capsys.readouterr()

@@ -103,6 +103,22 @@ def dense_attention_backward() -> Iterator[dict[str, Any]]:
         yield {**given, "k_TGK": k[:5], "v_TGV": v[:5], "lse_TH": lse + 3.0, "packing": part}
 
 
+def merge() -> Iterator[dict[str, Any]]:
+    for rows, heads, pieces in ((1, 1, 1), (7, 2, 2), (33, 3, 4)):
+        made = [(_normal(rows, heads, 8), _normal(rows, heads)) for _ in range(pieces)]
+        with torch.no_grad():
+            made[0][1][0] = float("-inf")  # a piece of which a row has seen nothing
+        yield {"pieces": made}
+
+
+def moba_attention() -> Iterator[dict[str, Any]]:
+    for number, case in enumerate(_attention()):
+        packing = case["packing"]
+        offsets = {"cu_seqlens": packing.cu_q, "cu_seqlens_k": packing.cu_k}
+        given = {"q": case["q_THK"], "k": case["k_TGK"], "v": case["v_TGV"]}
+        yield {**given, **offsets, "block_size": (4, 16, 7)[number], "top_k": number + 1}
+
+
 def select() -> Iterator[dict[str, Any]]:
     """Blocks of 4 with every way to round and to share."""
     for case in _attention():
