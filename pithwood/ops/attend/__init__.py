@@ -13,6 +13,7 @@ from pithwood.ops.attend.key_major import KeyMajorAttention
 from pithwood.ops.attend.mass import attention_mass
 from pithwood.ops.attend.query_major import QueryMajorAttention
 from pithwood.ops.attend.ref import attend_ref
+from pithwood.ops.autocast import without_autocast
 from pithwood.ops.checks import check_impl, check_qkv, check_sink
 from pithwood.ops.merge import add_sink
 from pithwood.ops.packing import Packing, Selection
@@ -26,6 +27,7 @@ MAX_HEAD_DIM = 256
 """Largest head dim of the Triton kernels."""
 
 
+@without_autocast
 def attend(
     q_THK: Tensor,
     k_TGK: Tensor,

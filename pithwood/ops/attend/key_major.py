@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pithwood.ops.attend.tiles import TILE_ROWS, Chunk, Geometry, Tiles, build_tiles
+from pithwood.ops.autocast import without_autocast
 from pithwood.ops.checks import compute_dtype, work_budget
 from pithwood.ops.dense_attention.banded import add_chunk_grads, attend_chunk
 from pithwood.ops.dense_attention.banded import chunks as dense_chunks
@@ -147,6 +148,7 @@ class KeyMajorAttention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
+    @without_autocast
     @once_differentiable
     def backward(ctx, grad_o, grad_lse):  # type: ignore[override]
         q, k, v, o, lse = ctx.saved_tensors

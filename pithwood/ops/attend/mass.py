@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from pithwood.ops.attend.query_major import row_batches, row_scores
+from pithwood.ops.autocast import without_autocast
 from pithwood.ops.checks import check_heads, check_packed, compute_dtype
 from pithwood.ops.packing import Packing, Selection
 from pithwood.ops.softmax import LOG2_E, finite_or_zero, weights_
 
 
+@without_autocast
 @torch.no_grad()
 def attention_mass(
     q_THK: Tensor,

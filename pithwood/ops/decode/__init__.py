@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pithwood.ops.attend import attend, check_selection
+from pithwood.ops.autocast import without_autocast
 from pithwood.ops.checks import check_impl, check_qkv
 from pithwood.ops.decode.ref import decode_ref, packed_keys
 from pithwood.ops.dense_attention import dense_attention
@@ -27,6 +28,7 @@ LEAST_UNIT = 16
 """Smallest unit that the Triton kernel takes: each is worked on apart."""
 
 
+@without_autocast
 def decode_attend(
     q_THK: Tensor,
     k_TGK: Tensor,

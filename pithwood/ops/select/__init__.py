@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pithwood.ops.autocast import without_autocast
 from pithwood.ops.checks import check_choice, check_heads, check_impl, check_packed, check_positive
 from pithwood.ops.packing import Packing, Selection
 from pithwood.ops.select.means import packed_summary, rounded_means, routing_queries
@@ -20,6 +21,7 @@ from pithwood.ops.triton_support import triton_misfit
 __all__ = ["scores_at", "select"]
 
 
+@without_autocast
 @torch.no_grad()
 def select(
     q_THK: Tensor,

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pithwood.ops.autocast import without_autocast
 from pithwood.ops.checks import check_heads, check_packed, compute_dtype
 from pithwood.ops.packing import Packing, Selection
 
 
+@without_autocast
 def scores_at(q_THK: Tensor, s_UGK: Tensor, selection: Selection, packing: Packing) -> Tensor:
     """[R, S, k] fp32 (fp64 for fp64) scores query . summary of the selected units, differentiable in q and s.
 

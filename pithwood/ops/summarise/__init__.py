@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pithwood.ops.autocast import without_autocast
 from pithwood.ops.checks import check_choice, check_impl, check_packed, check_positive
 from pithwood.ops.packing import Packing
 from pithwood.ops.summarise.ref import summarise_ref
@@ -15,6 +16,7 @@ from pithwood.ops.summarise.segments import summarise_segments
 from pithwood.ops.triton_support import triton_misfit
 
 
+@without_autocast
 @torch.no_grad()
 def summarise(
     k_TGK: Tensor,
