@@ -180,6 +180,12 @@ class Selection:
         return ids.repeat_interleave(num_heads // sets, dim=1) if sets != num_heads else ids
 
 
+def guarded(selection: Selection) -> tuple[Tensor, ...]:
+    """What a backward pass that reads the selection saves of it, so that torch refuses ids changed in between: the ids,
+    or nothing where they are of inference mode, which keeps no count of changes."""
+    return () if selection.ids.is_inference() else (selection.ids,)
+
+
 def doc_of_rows(cu: Tensor, num_rows: int) -> Tensor:
     """[num_rows] int64: the document that holds each row, for offsets cu [N + 1]; zero-length documents hold none."""
     rows = torch.arange(num_rows, device=cu.device, dtype=cu.dtype)

@@ -452,6 +452,28 @@ def test_nothing_in_nothing_out(lengths, unit):
     assert all(g.numel() == 0 for g in gradients(o, lse, inputs[:3]))
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("unit", [4, 16])
+def test_ids_changed_before_the_backward_pass_are_refused(unit):
+    inputs = make_inputs([64], heads=4, kv_heads=2)
+    selection = moba_selection(inputs, unit, 2)
+    o, _ = attend(*inputs, selection, impl="torch")
+    selection.ids[40:] = -1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+
+@pytest.mark.parametrize("unit", [4, 16])
+def test_ids_of_inference_mode_serve_a_call_with_gradients(unit):
+    inputs = make_inputs([64], heads=4, kv_heads=2)
+    with torch.inference_mode():
+        selection = moba_selection(inputs, unit, 2)
+    o, _ = attend(*inputs, selection, impl="torch")
+    expected, _ = attend(*inputs, moba_selection(inputs, unit, 2), impl="torch")
+    for a, b in zip(gradients(o, None, inputs[:3]), gradients(expected, None, inputs[:3]), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_bad_selections_are_refused_with_what_is_allowed():
     inputs = make_inputs([32], heads=4, kv_heads=2)
     good = random_selection(inputs.packing, 16, 2, sets=4)
