@@ -487,6 +487,18 @@ def test_bad_selections_are_refused_with_what_is_allowed():
     refused("31 rows; packing and row_size=1 need 32", ids=good.ids[1:])
     refused("unit=0", unit=0)
     refused("must be integers", ids=good.ids.float())
+    refused(r"\[rows, sets, k >= 1\], got \(32, 4, 0\)", ids=good.ids[..., :0])
+    refused(r"count must be integers \[rows, sets\] = \(32, 4\), got \(32, 2\)", count=good.count[:, :2])
+    refused("selection count must be a torch tensor, got NoneType", count=None)
+    refused("selection ids must be a torch tensor, got list", ids=[0, 1])
+    refused("selection unit must be a whole number", unit=16.0)
+    refused("selection ids and the packing must lie on one device", ids=good.ids.to("meta"))
+    with pytest.raises(ValueError, match="selection must be a Selection, got Tensor; give what select returns"):
+        attend(*inputs, good.ids)
+    with pytest.raises(ValueError, match="packing must be a Packing, got Tensor"):
+        attend(*inputs[:3], inputs.packing.cu_q, good)
+    with pytest.raises(ValueError, match="q must be a torch tensor, got ndarray"):
+        attend(inputs.q.detach().numpy(), *inputs[1:], good)
     with pytest.raises(ValueError, match="allowed are 'ref', 'torch', 'triton'"):
         attend(*inputs, good, impl="cuda")
     with pytest.raises(ValueError, match="k has 2 KV heads but v has 1"):
