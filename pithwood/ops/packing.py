@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ALWAYS_UNIT = 1 << 16
+"""Keys per unit up to which plain torch takes a selection as it is."""
+KEY_LENGTHS = "key_lengths"
+"""Under which a packing remembers its documents' key lengths, where the host knows them."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -74,7 +79,7 @@ class Packing:
         cu_k = cu_q if key_lengths is None else _offsets(keys, device)
         position = [torch.arange(q, dtype=torch.int64) + (k - q) for q, k in zip(lengths, keys, strict=True)]
         position_T = torch.cat(position) if position else torch.zeros(0, dtype=torch.int64)
-        return Packing(
+        packing = Packing(
             cu_q,
             cu_k,
             max(lengths, default=0) if max_q is None else max_q,
@@ -82,22 +87,54 @@ class Packing:
             position_T.to(device) if device is not None else position_T,
             causal,
         )
+        packing._remembered[KEY_LENGTHS] = tuple(keys)
+        return packing
 
     def to(self, device: torch.device | str) -> Packing:
         cu_q = sent(self.cu_q, device)
         cu_k = cu_q if self.self_attention else sent(self.cu_k, device)
-        return replace(self, cu_q=cu_q, cu_k=cu_k, position_T=sent(self.position_T, device))
+        there = replace(self, cu_q=cu_q, cu_k=cu_k, position_T=sent(self.position_T, device))
+        if KEY_LENGTHS in self._remembered:
+            there._remembered[KEY_LENGTHS] = self._remembered[KEY_LENGTHS]
+        return there
 
     def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once per packing and key (say, once for all layers of a step)."""
-        # A CUDA graph may be replayed with other offsets in the same tensors; a compiled one keeps to its trace.
-        if torch.compiler.is_compiling() or (self.cu_q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self._traced():
             return make()
         if key not in self._remembered:
             # Tensors of inference mode could not be saved for a backward pass later.
             with torch.inference_mode(False):
                 self._remembered[key] = make()
         return self._remembered[key]
+
+    def _traced(self) -> bool:
+        """Whether this call may run again with other offsets: a CUDA graph is replayed with others in the same tensors,
+        a compiled one keeps to its trace."""
+        return torch.compiler.is_compiling() or (self.cu_q.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    @property
+    def num_keys(self) -> int | None:
+        """T_k where the host knows it: in self-attention, and where `from_lengths` made the packing; else None."""
+        if self.self_attention:
+            return self.num_queries
+        if self._traced() or KEY_LENGTHS not in self._remembered:
+            return None
+        return self.remember("num_keys", lambda: sum(self._remembered[KEY_LENGTHS]))
+
+    def num_units_between(self, block_size: int) -> tuple[int, int] | None:
+        """The least and the most rows that summaries of blocks may have: all blocks, and what `summarise` returns. The
+        least is a bound where the host does not know the documents' lengths; None where it does not know T_k."""
+        num_keys = self.num_keys
+        if num_keys is None:
+            return None
+        least = (num_keys + block_size - 1) // block_size
+        if not self._traced() and KEY_LENGTHS in self._remembered:
+            lengths = self._remembered[KEY_LENGTHS]
+            least = self.remember(
+                ("num_units", block_size), lambda: sum((n + block_size - 1) // block_size for n in lengths)
+            )
+        return least, self.num_units_bound(num_keys, block_size)
 
     def query_doc(self) -> Tensor:
         """[T_q] int64: document of each query."""
@@ -155,10 +192,12 @@ class Selection:
 
     A unit is `unit` consecutive keys (1: single tokens; a MoBA block otherwise), counted from the document's start.
     Causality is applied on top of the selection: a selected unit is visible up to the query's own position.
+    The ids of a row must differ from each other and name units of the row's document, 0 to ceil(Lk / unit) - 1. No op
+    looks at them for that: what repeated ids, or ids from there on, lead to is unspecified, an IndexError included.
     """
 
     ids: Tensor
-    """[R, S, k] int32 unit ids local to the document, distinct, ascending, -1 padded at the end."""
+    """[R, S, k] int32 unit ids local to the document, distinct, ascending, -1 padded at the end; k >= 1."""
     count: Tensor
     """[R, S] int32 number of valid ids."""
     unit: int
@@ -169,6 +208,14 @@ class Selection:
     """Promise that the ids of every query that stands at a key hold its own unit (MoBA: yes). It saves work; `attend`
     refuses it where it is not kept."""
 
+    def within(self, packing: Packing) -> Selection:
+        """The same choice in units that are not vastly longer than all documents, with the same digits: plain torch
+        works through all keys of a unit, and of units longer than a document only the first is ever there."""
+        most = max(packing.max_k, ALWAYS_UNIT)
+        # units are cut into parts of 128 keys, whose results are summed in vectors: both come out as they were
+        unit = self.unit - (self.unit - most) // 8192 * 8192
+        return replace(self, unit=unit) if self.unit > most else self
+
     def ids_per_head(self, packing: Packing, num_heads: int, num_kv_heads: int) -> Tensor:
         """[T_q, H, k] int32: the ids spelled out for every query and query head; S must be 1, G or H."""
         sets = self.ids.shape[1]
@@ -178,6 +225,12 @@ class Selection:
             )
         ids = self.ids if self.row_size == 1 else self.ids[packing.row_of_query(self.row_size)]
         return ids.repeat_interleave(num_heads // sets, dim=1) if sets != num_heads else ids
+
+
+def guarded(selection: Selection) -> tuple[Tensor, ...]:
+    """What a backward pass that reads the selection saves of it, so that torch refuses ids changed in between: the ids,
+    or nothing where they are of inference mode, which keeps no count of changes."""
+    return () if selection.ids.is_inference() else (selection.ids,)
 
 
 def doc_of_rows(cu: Tensor, num_rows: int) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pithwood.ops import Packing, Selection, attend, moba_attention, select, summarise
+from pithwood.ops import packing as packing_module
 from pithwood.ops.attend import key_major, tiles
 from tests.numerics import assert_close, rel_error
 from tests.ops.attending import CROSS, SELF, check_attend, expected_attention, moba_selection
@@ -452,6 +453,42 @@ def test_nothing_in_nothing_out(lengths, unit):
     assert all(g.numel() == 0 for g in gradients(o, lse, inputs[:3]))
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("unit", [4, 16])
+def test_ids_changed_before_the_backward_pass_are_refused(unit):
+    inputs = make_inputs([64], heads=4, kv_heads=2)
+    selection = moba_selection(inputs, unit, 2)
+    o, _ = attend(*inputs, selection, impl="torch")
+    selection.ids[40:] = -1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+
+@pytest.mark.parametrize("unit", [4, 16])
+def test_ids_of_inference_mode_serve_a_call_with_gradients(unit):
+    inputs = make_inputs([64], heads=4, kv_heads=2)
+    with torch.inference_mode():
+        selection = moba_selection(inputs, unit, 2)
+    o, _ = attend(*inputs, selection, impl="torch")
+    expected, _ = attend(*inputs, moba_selection(inputs, unit, 2), impl="torch")
+    for a, b in zip(gradients(o, None, inputs[:3]), gradients(expected, None, inputs[:3]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("unit", "width"), [(30_000, 3), (33_000, 1), (70_001, 5)])
+@pytest.mark.parametrize("lengths", [([300, 90], None), ([100, 2], [300, 9])], ids=["self", "cross"])
+def test_units_far_beyond_the_documents_are_cut_without_a_digit_s_change(unit, width, lengths, monkeypatch):
+    inputs = make_inputs(*lengths, heads=2)
+    results = []
+    for always in (1 << 14, 1 << 60):
+        monkeypatch.setattr(packing_module, "ALWAYS_UNIT", always)
+        selection = moba_selection(inputs, unit, width)
+        o, lse = attend(*inputs, selection, impl="torch")
+        assert (selection.within(inputs.packing).unit < unit) == (always < unit)
+        results.append((o, lse, *gradients(o, lse, inputs[:3])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_bad_selections_are_refused_with_what_is_allowed():
     inputs = make_inputs([32], heads=4, kv_heads=2)
     good = random_selection(inputs.packing, 16, 2, sets=4)
@@ -465,6 +502,18 @@ def test_bad_selections_are_refused_with_what_is_allowed():
     refused("31 rows; packing and row_size=1 need 32", ids=good.ids[1:])
     refused("unit=0", unit=0)
     refused("must be integers", ids=good.ids.float())
+    refused(r"\[rows, sets, k >= 1\], got \(32, 4, 0\)", ids=good.ids[..., :0])
+    refused(r"count must be integers \[rows, sets\] = \(32, 4\), got \(32, 2\)", count=good.count[:, :2])
+    refused("selection count must be a torch tensor, got NoneType", count=None)
+    refused("selection ids must be a torch tensor, got list", ids=[0, 1])
+    refused("selection unit must be a whole number", unit=16.0)
+    refused("selection ids and the packing must lie on one device", ids=good.ids.to("meta"))
+    with pytest.raises(ValueError, match="selection must be a Selection, got Tensor; give what select returns"):
+        attend(*inputs, good.ids)
+    with pytest.raises(ValueError, match="packing must be a Packing, got Tensor"):
+        attend(*inputs[:3], inputs.packing.cu_q, good)
+    with pytest.raises(ValueError, match="q must be a torch tensor, got ndarray"):
+        attend(inputs.q.detach().numpy(), *inputs[1:], good)
     with pytest.raises(ValueError, match="allowed are 'ref', 'torch', 'triton'"):
         attend(*inputs, good, impl="cuda")
     with pytest.raises(ValueError, match="k has 2 KV heads but v has 1"):

@@ -131,7 +131,7 @@ def test_a_long_document_beside_them_does_not_change_a_bit_of_short_ones():
     leaves = [x.detach().to(DEVICE) for x in inputs[:3]]
     beside = attend(*leaves, inputs.packing.to(DEVICE), replace(selection, ids=selection.ids.to(DEVICE)), impl="triton")
     # Alone they are all early, and nothing goes key-major.
-    few = replace(selection, ids=selection.ids[:short].to(DEVICE))
+    few = replace(selection, ids=selection.ids[:short].to(DEVICE), count=selection.count[:short])
     packing = Packing.from_lengths([2 * SPAN, 5], device=DEVICE)
     alone = attend(*(x[:short] for x in leaves), packing, few, impl="triton")
     for a, b in zip(beside, alone, strict=True):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pithwood.ops import Packing, Selection, attend, decode_attend
+from pithwood.ops import Packing, Selection, attend, attention_mass, decode_attend, summarise
 from pithwood.ops.decode import decodes_by_kernel
 from pithwood.ops.decode import triton as schedule
 from pithwood.ops.dense_attention import dense_attention
@@ -288,3 +288,36 @@ def test_what_does_not_fit_is_refused():
     alone = on_device(make_inputs([1, 2]))
     with pytest.raises(ValueError, match="a cu_k of its own"):
         decode_attend(*alone, key_start_N=torch.zeros(2, dtype=torch.int64, device=DEVICE))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("rows", [50, 70])
+def test_keys_that_are_not_the_packing_s_are_refused_by_every_op(rows):
+    inputs = make_inputs([3], [60])
+    selection = random_selection(inputs.packing, 16, 2)
+    k, v = (torch.randn(rows, 1, 16) for _ in range(2))
+    packing, words = inputs.packing, f"k has {rows} rows but the packing describes 60"
+    for call in (
+        lambda: decode_attend(inputs.q, k, v, packing),
+        lambda: attend(inputs.q, k, v, packing, selection),
+        lambda: dense_attention(inputs.q, k, v, packing.to("cpu")),
+        lambda: summarise(k, packing, 16),
+        lambda: attention_mass(inputs.q, k, torch.zeros(3, 2), packing, selection),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("impl", ["ref", "torch"])
+@pytest.mark.parametrize("selected", [True, False])
+def test_keys_before_or_behind_the_rows_of_a_cache_are_refused(selected, impl):
+    inputs = make_inputs([1, 2], [20, 30])
+    selection = random_selection(inputs.packing, 16, 2) if selected else None
+    for start, words in (
+        ([-5, 20], "the 20 keys of document 0 at rows -5 to 14, but k has 50 rows"),
+        ([0, 21], "the 30 keys of document 1 at rows 21 to 50, but k has 50 rows"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            decode_attend(*inputs, selection, key_start_N=torch.tensor(start), impl=impl)
+    with pytest.raises(ValueError, match="key_start must be a torch tensor, got list"):
+        decode_attend(*inputs, selection, key_start_N=[0, 20], impl=impl)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,6 +144,55 @@ def test_bad_arguments_are_refused_with_what_is_allowed():
         moba_attention(q[None], k[None], k[None], block_size=4, top_k=2, cu_seqlens=torch.tensor([0, 16]))
     with pytest.raises(ValueError, match="share the batch"):
         moba_attention(q[None], k, k, block_size=4, top_k=2)
+
+
+@pytest.mark.quick
+def test_arguments_of_other_types_are_refused_with_what_is_allowed():
+    q, k = torch.randn(16, 4, 8), torch.randn(16, 2, 8)
+    for options, words in (
+        ({"cu_seqlens": [0, 16]}, "cu_seqlens must be a torch tensor, got list; give torch.as_tensor.cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([0, 16]), "cu_seqlens_k": [0, 16]}, "cu_seqlens_k must be a torch tensor"),
+        *(({"top_k": value}, "top_k must be a whole number") for value in (2.0, "3", None, torch.tensor(2), True)),
+        *(({"block_size": value}, "block_size must be a whole number") for value in (8.0, "8", None, True)),
+    ):
+        with pytest.raises(ValueError, match=words):
+            moba_attention(q, k, k, **{"block_size": 4, "top_k": 2, **options})
+    with pytest.raises(ValueError, match="q must be a torch tensor, got ndarray"):
+        moba_attention(q.numpy(), k, k, block_size=4, top_k=2)
+    with pytest.raises(ValueError, match="must lie on one device, got cpu, meta, cpu, cpu"):
+        moba_attention(q, k.to("meta"), k, block_size=4, top_k=2)
+    whole = np.int64(4)
+    assert torch.equal(
+        moba_attention(q, k, k, block_size=whole, top_k=np.int32(2)), moba_attention(q, k, k, block_size=4, top_k=2)
+    )
+
+
+@pytest.mark.quick
+def test_heads_before_tokens_are_refused_with_the_layout():
+    q, k = torch.randn(1, 8, 64, 16), torch.randn(1, 2, 64, 16)
+    for given in ((q, k, k), (q[0], k[0], k[0])):
+        with pytest.raises(ValueError, match=r"q has 8 tokens and k has 2.*\[B, T, H, K\].*transpose\(1, 2\)"):
+            moba_attention(*given, block_size=16, top_k=2)
+    assert moba_attention(q, k, k, block_size=16, top_k=2, causal=False).shape == q.shape
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    assert moba_attention(q, k, k, block_size=16, top_k=2).shape == q.shape
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("causal", [True, False])
+def test_sizes_far_beyond_the_documents_cost_what_the_documents_cost(causal):
+    q, k, v = torch.randn(64, 4, 16), torch.randn(70, 2, 16), torch.randn(70, 2, 16)
+    cu_q, cu_k = torch.tensor([0, 40, 64]), torch.tensor([0, 42, 70])
+    cu = {"cu_seqlens": cu_q, "cu_seqlens_k": cu_k, "causal": causal}
+    for own in ({"cu_seqlens": cu_k, "causal": causal}, cu):
+        given = (k if own is not cu else q, k, v)
+        dense = moba_attention(*given, **own, block_size=4096, top_k=1)
+        started = time.perf_counter()
+        assert_close(moba_attention(*given, **own, block_size=2**24, top_k=3), dense, 1e-6)
+        assert_close(moba_attention(*given, **own, block_size=2**40, top_k=100_000), dense, 1e-6)
+        assert_close(moba_attention(*given, **own, block_size=16, top_k=100_000), dense, 1e-6)
+        # a second or two; 30 s and 2 GB where the sizes are taken as they are
+        assert time.perf_counter() - started < 10
 
 
 MEMORY_PROBE = """

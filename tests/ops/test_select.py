@@ -254,7 +254,54 @@ def test_bad_switches_are_refused_with_what_is_allowed():
             _select(inputs, 8, 2, **options)
     with pytest.raises(ValueError, match="top_k=0"):
         _select(inputs, 8, 0)
+    for top_k in (2.0, "3", None, torch.tensor(2), True):
+        with pytest.raises(ValueError, match="top_k must be a whole number"):
+            _select(inputs, 8, top_k)
+    with pytest.raises(ValueError, match=r"block_size must be a whole number, at least 1, got 8\.0"):
+        select(inputs.q, summarise(inputs.k, inputs.packing, 8), inputs.packing, 2, block_size=8.0)
+    with pytest.raises(ValueError, match="q and the packing must lie on one device, got meta and cpu"):
+        select(inputs.q.to("meta"), inputs.k, inputs.packing, 2, block_size=8)
+    with pytest.raises(ValueError, match="packing must be a Packing, got list"):
+        select(inputs.q, inputs.k, [0, 16], 2, block_size=8)
     with pytest.raises(ValueError, match="3 query heads must be a multiple of 2 KV heads"):
         select(torch.randn(16, 3, 8), torch.randn(3, 2, 8), inputs.packing, 2, block_size=8)
     with pytest.raises(ValueError, match="15 rows but the packing describes 16"):
         select(torch.randn(15, 2, 8), torch.randn(3, 1, 8), inputs.packing, 2, block_size=8)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("lengths", [([10, 54, 0], None), ([1, 2, 0], [10, 54, 0])], ids=["self", "cross"])
+def test_summaries_of_other_blocks_are_refused(lengths):
+    inputs = make_inputs(*lengths)
+    summary = summarise(inputs.k, inputs.packing, 8)
+    expected = select(inputs.q, summary, inputs.packing, 2, block_size=8)
+    enough = select(inputs.q, summary[:9], inputs.packing, 2, block_size=8)
+    assert torch.equal(enough.ids, expected.ids)
+    there = inputs.packing.to("cpu")
+    for bad in (summary[:2], summary[:0], summary[:8], *(summarise(inputs.k, inputs.packing, n) for n in (2, 16))):
+        for packing in (inputs.packing, there):
+            with pytest.raises(ValueError, match=r"blocks of 8 keys .* need 9 to 11; give summarise\(k, packing, 8\)"):
+                select(inputs.q, bad, packing, 2, block_size=8)
+
+
+def test_summaries_are_counted_by_tokens_where_lengths_are_not_known():
+    inputs = make_inputs([10, 54])
+    packing = replace(inputs.packing, causal=True)
+    summary = summarise(inputs.k, packing, 8)
+    for bad in (summary[:7], torch.cat([summary, summary])):
+        with pytest.raises(ValueError, match="need 8 to 10"):
+            select(inputs.q, bad, packing, 2, block_size=8)
+
+
+@pytest.mark.parametrize("impl", ["ref", "torch"])
+def test_rows_of_a_cache_that_are_not_there_are_refused(impl):
+    inputs = make_inputs([1, 1], [40, 20])
+    summary = torch.randn(20, 1, 16)
+    for start, words in (
+        ([0, 5000], "the 2 complete blocks of document 1 at rows 5000 to 5001, but there are 20 summaries"),
+        ([-1, 10], "the 5 complete blocks of document 0 at rows -1 to 3"),
+        ([0, 19], "document 1 at rows 19 to 20"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            select(inputs.q, summary, inputs.packing, 2, block_size=8, unit_start_N=torch.tensor(start), impl=impl)
+    select(inputs.q, summary, inputs.packing, 2, block_size=8, unit_start_N=torch.tensor([15, 18]), impl=impl)

@@ -13,7 +13,8 @@ from pithwood.ops.attend.key_major import KeyMajorAttention
 from pithwood.ops.attend.mass import attention_mass
 from pithwood.ops.attend.query_major import QueryMajorAttention
 from pithwood.ops.attend.ref import attend_ref
-from pithwood.ops.checks import check_impl, check_qkv, check_sink
+from pithwood.ops.autocast import without_autocast
+from pithwood.ops.checks import check_impl, check_qkv, check_selection, check_sink
 from pithwood.ops.merge import add_sink
 from pithwood.ops.packing import Packing, Selection
 from pithwood.ops.triton_support import triton_misfit
@@ -26,6 +27,7 @@ MAX_HEAD_DIM = 256
 """Largest head dim of the Triton kernels."""
 
 
+@without_autocast
 def attend(
     q_THK: Tensor,
     k_TGK: Tensor,
@@ -42,7 +44,8 @@ def attend(
 
     q_THK       [T_q, H, K] float       k_TGK [T_k, G, K], v_TGV [T_k, G, V] of the same dtype; H a multiple of G
     selection                           unit 1 (tokens) or blocks, one row per query or per tile, S in {1, G, H};
-                                        the ids of a row differ from each other, those past the query are not seen
+                                        the ids of a row differ and lie within its document, which is not checked (see
+                                        `Selection`); those past the query are not seen
     scale                               factor of the scores; None: K ** -0.5
     sink_H      [H] float               a logit per head that takes part in the softmax without a value (not scaled)
     deterministic                       the backward pass repeats bit for bit; "triton" is slower then. None: where
@@ -72,6 +75,7 @@ def attend(
     if impl is None and q_THK.is_cuda and not misfit:
         impl = "triton"
     if impl != "triton":
+        selection = selection.within(packing)
         check_promise(selection, packing)
     scale = q_THK.shape[2] ** -0.5 if scale is None else scale
     if impl == "ref":
@@ -89,21 +93,6 @@ def attend(
     if sink_H is not None:
         o, lse = add_sink(o, lse, sink_H)
     return o.to(q_THK.dtype), lse
-
-
-def check_selection(selection: Selection, packing: Packing, num_heads: int, num_kv_heads: int) -> None:
-    """ValueError unless the selection fits the packing and the heads."""
-    ids = selection.ids
-    if ids.dim() != 3 or ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"selection ids must be integers [rows, sets, k], got {tuple(ids.shape)} {ids.dtype}")
-    if selection.unit < 1 or selection.row_size < 1:
-        raise ValueError(f"selection unit={selection.unit} and row_size={selection.row_size} must be at least 1")
-    if ids.shape[1] not in (1, num_kv_heads, num_heads):
-        allowed = f"1, {num_kv_heads} (KV heads), {num_heads} (query heads)"
-        raise ValueError(f"selection has {ids.shape[1]} sets per row; allowed are {allowed}")
-    rows = packing.num_rows_bound(selection.row_size)
-    if ids.shape[0] != rows:
-        raise ValueError(f"selection has {ids.shape[0]} rows; packing and row_size={selection.row_size} need {rows}")
 
 
 def check_promise(selection: Selection, packing: Packing) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pithwood.ops.attend.tiles import TILE_ROWS, Chunk, Geometry, Tiles, build_tiles
+from pithwood.ops.autocast import without_autocast
 from pithwood.ops.checks import compute_dtype, work_budget
 from pithwood.ops.dense_attention.banded import add_chunk_grads, attend_chunk
 from pithwood.ops.dense_attention.banded import chunks as dense_chunks
-from pithwood.ops.packing import Packing, Selection
+from pithwood.ops.packing import Packing, Selection, guarded
 from pithwood.ops.softmax import LN_2, LOG2_E, finite_or_zero, weights_
 
 LIVE_SCORES = 1 << 18
@@ -142,14 +143,15 @@ class KeyMajorAttention(torch.autograd.Function):
         by_head = [x.view(*y.shape).transpose(0, 1) for x, y in ((k_rows, k), (v_rows, v))]
         for whole in dense_chunks(packing, geo.num_heads, None, geo.whole_docs):
             attend_chunk(whole, (q, by_head[0], by_head[1]), (o, lse), True, None, scale)
-        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.save_for_backward(q, k, v, o, lse, *guarded(selection))
         ctx.geo, ctx.scale, ctx.work = geo, scale, work
         return o, lse
 
     @staticmethod
+    @without_autocast
     @once_differentiable
     def backward(ctx, grad_o, grad_lse):  # type: ignore[override]
-        q, k, v, o, lse = ctx.saved_tensors
+        q, k, v, o, lse, *_ = ctx.saved_tensors
         geo: Geometry = ctx.geo
         heads, groups = geo.num_heads, geo.num_kv_heads
         q_rows, k_rows, v_rows, do_rows = (_flat(x) for x in (q, k, v, grad_o))

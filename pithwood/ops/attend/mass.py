@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from pithwood.ops.attend.query_major import row_batches, row_scores
-from pithwood.ops.checks import check_heads, check_packed, compute_dtype
+from pithwood.ops.autocast import without_autocast
+from pithwood.ops.checks import check_heads, check_packed, check_selection, compute_dtype
 from pithwood.ops.packing import Packing, Selection
 from pithwood.ops.softmax import LOG2_E, finite_or_zero, weights_
 
 
+@without_autocast
 @torch.no_grad()
 def attention_mass(
     q_THK: Tensor,
@@ -35,14 +37,14 @@ def attention_mass(
     Chunked over rows: O(R S k unit) time, bounded workspace. Raises ValueError on shapes that do not fit.
     """
     check_packed("q", q_THK, packing.num_queries)
-    check_packed("k", k_TGK)
+    check_packed("k", k_TGK, packing.num_keys)
     num_heads, groups = q_THK.shape[1], k_TGK.shape[1]
     check_heads(num_heads, groups)
     if lse_TH.shape != q_THK.shape[:2]:
         raise ValueError(f"lse must be [T_q, H] = {tuple(q_THK.shape[:2])}, got {tuple(lse_TH.shape)}")
     ids = selection.ids
-    if ids.shape[1] not in (1, groups, num_heads):
-        raise ValueError(f"selection has {ids.shape[1]} sets per row; allowed are 1, {groups} (KV heads), {num_heads}")
+    check_selection(selection, packing, num_heads, groups)
+    selection = selection.within(packing)
     dtype = compute_dtype(q_THK.dtype)
     scale = q_THK.shape[2] ** -0.5 if scale is None else scale
     mass_RSk = torch.zeros(ids.shape, dtype=dtype, device=q_THK.device)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pithwood.ops.autocast import without_autocast
 from pithwood.ops.checks import compute_dtype, work_budget
-from pithwood.ops.packing import Packing, Selection
+from pithwood.ops.packing import Packing, Selection, guarded
 from pithwood.ops.softmax import LN_2, LOG2_E, finite_or_zero, weights_
 
 LIVE_KEYS = 1 << 15
@@ -102,14 +103,15 @@ class QueryMajorAttention(torch.autograd.Function):
                 o_rows[batch.target] = o_batch.view(-1, v_rows.shape[1])[batch.valid]
                 lse_rows[batch.target] = total.log2_().add_(peak[..., 0]).mul_(LN_2).view(-1)[batch.valid]
         o, lse = o_rows.view(*q.shape[:2], v.shape[2]).to(q.dtype), lse_rows.view(q.shape[:2])
-        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.save_for_backward(q, k, v, o, lse, *guarded(selection))
         ctx.args = (packing, selection, scale)
         return o, lse
 
     @staticmethod
+    @without_autocast
     @once_differentiable
     def backward(ctx, grad_o, grad_lse):  # type: ignore[override]
-        q, k, v, o, lse = ctx.saved_tensors
+        q, k, v, o, lse, *_ = ctx.saved_tensors
         packing, selection, scale = ctx.args
         groups = k.shape[1]
         q_rows, k_rows, v_rows, do_rows, o_rows = (_flat(x) for x in (q, k, v, grad_o, o))

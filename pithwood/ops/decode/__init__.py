@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pithwood.ops.attend import attend, check_selection
-from pithwood.ops.checks import check_impl, check_qkv
+from pithwood.ops.attend import attend
+from pithwood.ops.autocast import without_autocast
+from pithwood.ops.checks import check_impl, check_packing, check_qkv, check_selection, check_tensor
 from pithwood.ops.decode.ref import decode_ref, packed_keys
 from pithwood.ops.dense_attention import dense_attention
 from pithwood.ops.packing import Packing, Selection
@@ -27,6 +28,7 @@ LEAST_UNIT = 16
 """Smallest unit that the Triton kernel takes: each is worked on apart."""
 
 
+@without_autocast
 def decode_attend(
     q_THK: Tensor,
     k_TGK: Tensor,
@@ -46,7 +48,8 @@ def decode_attend(
     selection                           as `attend` takes it, but its promise `own` is not relied on; None: all keys
     scale                               factor of the scores; None: K ** -0.5
     key_start_N [N] int                 row of k and v at which each document's keys begin; their number is that of
-                                        packing.cu_k. For caches that leave room behind each document. None: packed
+                                        packing.cu_k. For caches that leave room behind each document. Rows that k lacks
+                                        are refused where no kernel runs: one reads no offsets. None: packed
     need_lse                            False may save the fallbacks work; lse is None then
     impl        "ref" | "torch" | "triton"   None: "triton" where `decodes_by_kernel` says so, and elsewhere what
                                         `attend` or `dense_attention` choose
@@ -129,10 +132,12 @@ def _check(
     selection: Selection | None,
     key_start_N: Tensor | None,
 ) -> None:
+    check_packing(packing)
     if key_start_N is not None and packing.self_attention:
         raise ValueError("key_start is for keys that are not the queries' own: give a packing with a cu_k of its own")
-    check_qkv(q_THK, k_TGK, v_TGV, packing)
+    check_qkv(q_THK, k_TGK, v_TGV, packing, packed_keys=key_start_N is None)
     if key_start_N is not None:
+        check_tensor("key_start", key_start_N)
         if key_start_N.shape != (packing.num_docs,) or key_start_N.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"key_start must hold one row number per document, [{packing.num_docs}] int32 or int64, got "

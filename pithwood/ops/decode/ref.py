@@ -26,9 +26,15 @@ def decode_ref(
 
 def packed_keys(k_TGK: Tensor, v_TGV: Tensor, packing: Packing, key_start_N: Tensor) -> tuple[Tensor, Tensor]:
     """k and v of the documents that begin at these rows, one after another as packing.cu_k says; reads the offsets on
-    the host.
+    the host. ValueError if a document's rows are not all there.
     """
     spans = list(zip(key_start_N.tolist(), packing.cu_k.diff().tolist(), strict=True))
+    for doc, (start, length) in enumerate(spans):
+        if length > 0 and not 0 <= start <= k_TGK.shape[0] - length:
+            raise ValueError(
+                f"key_start puts the {length} keys of document {doc} at rows {start} to {start + length - 1}, but k "
+                f"has {k_TGK.shape[0]} rows"
+            )
     if not spans:
         return k_TGK[:0], v_TGV[:0]
     k, v = (torch.cat([x[start : start + length] for start, length in spans]) for x in (k_TGK, v_TGV))

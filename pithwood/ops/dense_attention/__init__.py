@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pithwood.ops.autocast import without_autocast
 from pithwood.ops.checks import check_impl, check_positive, check_qkv, check_sink
 from pithwood.ops.dense_attention.banded import BandedAttention, banded_grads
 from pithwood.ops.dense_attention.cudnn import cudnn_attention, cudnn_grads, cudnn_misfit
@@ -24,6 +25,7 @@ PREFERRED: tuple[str, ...] = ("cudnn", "varlen")
 """What a call takes that names no implementation: the first of these that fits, else "torch"."""
 
 
+@without_autocast
 def dense_attention(
     q_THK: Tensor,
     k_TGK: Tensor,
@@ -89,6 +91,7 @@ def dense_attention(
     return o.to(q_THK.dtype), lse if need_lse else None
 
 
+@without_autocast
 def dense_attention_backward(
     grad_o_THV: Tensor,
     q_THK: Tensor,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pithwood.ops.autocast import without_autocast
 from pithwood.ops.checks import compute_dtype, work_budget
 from pithwood.ops.packing import Packing
 from pithwood.ops.softmax import LN_2, LOG2_E, weights_
@@ -75,6 +76,7 @@ class BandedAttention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
+    @without_autocast
     @once_differentiable
     def backward(ctx, grad_o, grad_lse):  # type: ignore[override]
         q, k, v, o, lse = ctx.saved_tensors

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pithwood.ops.autocast import without_autocast
 from pithwood.ops.checks import check_impl, check_sink, compute_dtype
 
 
+@without_autocast
 def merge(pieces: Sequence[tuple[Tensor, Tensor]], *, impl: str | None = None) -> tuple[Tensor, Tensor]:
     """Attention over the union of disjoint key sets, from attention over each: (o, lse) of the whole.
 

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from pithwood.ops.attend import attend
-from pithwood.ops.checks import check_heads, check_impl, check_positive
-from pithwood.ops.packing import Packing
+from pithwood.ops.checks import check_devices, check_heads, check_impl, check_positive, check_tensor
+from pithwood.ops.packing import ALWAYS_UNIT, Packing
 from pithwood.ops.select import select
 from pithwood.ops.summarise import summarise
 
 __all__ = ["moba_attention"]
+
+ALWAYS_IDS, FEW_IDS = 1024, 16
+"""Ids per query up to which top_k is taken as it is, and for blocks above ALWAYS_UNIT; above, as many as the longest
+document has blocks are enough."""
 
 
 def moba_attention(
@@ -46,7 +50,8 @@ def moba_attention(
     q               [T_q, H, K] packed, or [B, T_q, H, K]       k [.., G, K], v [.., G, V] alike; H a multiple of G
     block_size      keys per block; blocks restart at every document
     top_k           counts the query's own block (1: block-local attention); topk_includes_current=False adds one
-    cu_seqlens      [N + 1] int     offsets of packed documents, from 0 to T_q; None: one document. Not with 4-D input
+    cu_seqlens      [N + 1] int     offsets of packed documents, from 0 to T_q; None: one document, and T_k >= T_q if
+                                    causal. Not with 4-D input
     cu_seqlens_k    [N + 1] int     offsets of the keys if they differ; queries align with a document's last keys
     tie, mean_dtype, route_per      as in `pithwood.ops.select`
     causal          False: all blocks of the document are candidates and the own block is not forced
@@ -56,19 +61,23 @@ def moba_attention(
                     torch.use_deterministic_algorithms is on
     impl            "ref" | "torch" | "triton"; None: for each step "triton" where it fits on CUDA, "torch" elsewhere
     returns         o shaped like q with V in place of K, or (o, lse)
-    raises          ValueError on shapes, offsets or switches that do not fit
+    raises          ValueError on shapes, devices, offsets or switches that do not fit
 
     Gradients flow to q, k, v through the selected blocks only; the choice itself has none.
     Lu et al. 2025, "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv 2502.13189.
     """
     check_impl(impl, ("ref", "torch", "triton"))
     check_positive("top_k", top_k)
+    check_positive("block_size", block_size)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
     batch_shape = q.shape[:-2]
     if q.dim() == 4:
         if cu_seqlens is not None or cu_seqlens_k is not None:
             raise ValueError("cu_seqlens goes with packed 3-D inputs [T, H, K]; drop it or pack the batch")
         if k.dim() != 4 or v.dim() != 4 or not q.shape[0] == k.shape[0] == v.shape[0]:
             raise ValueError(f"q, k, v must share the batch, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+        _check_lengths(q.shape[1], k.shape[1], causal)
         keys = None if k.shape[1] == q.shape[1] else k.shape[1]
         packing = _uniform_packing(q.shape[0], q.shape[1], keys, causal, q.device, torch.is_inference_mode_enabled())
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -79,7 +88,11 @@ def moba_attention(
             f"q, k, v must be [T, heads, dim] or [B, T, heads, dim], got {q.dim()}, {k.dim()}, {v.dim()} dims"
         )
     check_heads(q.shape[1], k.shape[1])
+    check_devices(q, k, v, packing.cu_q)
     top_k = top_k if topk_includes_current or not causal else top_k + 1
+    # ids that no document has blocks for would only be room for -1, in every row and head
+    most = -(-packing.max_k // block_size)
+    top_k = min(top_k, max(most, ALWAYS_IDS if block_size <= ALWAYS_UNIT else FEW_IDS))
     summary = summarise(k, packing, block_size, impl=impl)
     selection = select(
         q,
@@ -107,17 +120,29 @@ def _uniform_packing(
     return Packing.from_lengths([length] * batch, keys, causal=causal, device=device)
 
 
+def _check_lengths(num_queries: int, num_keys: int, causal: bool) -> None:
+    """ValueError unless the queries of a sequence can be the last of its keys' tokens."""
+    if causal and num_keys < num_queries:
+        raise ValueError(
+            f"q has {num_queries} tokens and k has {num_keys}; queries are the last of the keys' tokens, so there must "
+            "not be more of them. The layout is [B, T, H, K] or packed [T, H, K]: tokens come before heads, so "
+            "transpose(1, 2) what scaled_dot_product_attention takes. For causal=False any numbers of tokens go"
+        )
+
+
 def _packing(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool) -> Packing:
     """A packing from user offsets; reads them on the host to check them."""
     if cu_q is None:
         if cu_k is not None:
             raise ValueError("cu_seqlens_k was given without cu_seqlens; give both")
+        _check_lengths(q.shape[0], k.shape[0], causal)
         keys = None if k.shape[0] == q.shape[0] else [k.shape[0]]
         return Packing.from_lengths([q.shape[0]], keys, causal=causal, device=q.device)
     for name, cu, rows in (
         ("cu_seqlens", cu_q, q.shape[0]),
         ("cu_seqlens_k", cu_q if cu_k is None else cu_k, k.shape[0]),
     ):
+        check_tensor(name, cu)
         if cu.dim() != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name} must be 1-D int32 or int64 offsets, got {tuple(cu.shape)} {cu.dtype}")
         offsets = cu.tolist()

@@ -9,7 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pithwood.ops.checks import check_choice, check_heads, check_impl, check_packed, check_positive
+from pithwood.ops.autocast import without_autocast
+from pithwood.ops.checks import (
+    check_choice,
+    check_heads,
+    check_impl,
+    check_packed,
+    check_packing,
+    check_positive,
+    check_summaries,
+    check_tensor,
+    check_with_packing,
+)
 from pithwood.ops.packing import Packing, Selection
 from pithwood.ops.select.means import packed_summary, rounded_means, routing_queries
 from pithwood.ops.select.ref import select_ref
@@ -20,6 +31,7 @@ from pithwood.ops.triton_support import triton_misfit
 __all__ = ["scores_at", "select"]
 
 
+@without_autocast
 @torch.no_grad()
 def select(
     q_THK: Tensor,
@@ -49,12 +61,13 @@ def select(
                                         document's block 0 first and then round. The subtracted vector is common to all
                                         blocks of a document, so exact ranking is invariant and rounding hurts less
     unit_start_N [N] int                row of s at which the summaries of each document's blocks begin, where they lie
-                                        in a cache; those of complete blocks suffice. Causal packings only. None: packed
+                                        in a cache; those of complete blocks suffice. Causal packings only. Rows that s
+                                        lacks are refused where no kernel runs: one reads no offsets. None: packed
     impl        "ref" | "torch" | "triton"   None: "triton" where it fits on CUDA (fp32, fp16 and bf16, K <= 256, top_k
                                         <= 64), "torch" elsewhere
     returns     Selection               ids [T_q, S, top_k], unit = block_size, row_size = 1
-    raises      ValueError on unknown switches, top_k < 1, H % G, shapes that do not fit the packing, "triton" where it
-                                        does not fit
+    raises      ValueError on unknown switches, top_k < 1, H % G, shapes that do not fit the packing (rows of s where
+                                        the host knows how many keys it has), "triton" where it does not fit
 
     Causal: candidates are the blocks strictly before the query's own, which are complete. Otherwise all blocks of the
     document are. With more keys than queries the own block is that of the query's key position; queries before the
@@ -64,6 +77,7 @@ def select(
     2.2.
     """
     check_impl(impl, ("ref", "torch", "triton"))
+    check_packing(packing)
     forced = ("own" if packing.causal else "none") if forced is None else forced
     check_choice("forced", forced, ("own", "none"))
     check_choice("tie", tie, ("later", "earlier"))
@@ -76,7 +90,12 @@ def select(
     check_heads(q_THK.shape[1], s_UGK.shape[1])
     if q_THK.shape[2] != s_UGK.shape[2]:
         raise ValueError(f"q has head dim {q_THK.shape[2]} but the summaries have {s_UGK.shape[2]}; they must agree")
-    check_unit_start(unit_start_N, packing)
+    check_with_packing("q", q_THK, packing)
+    check_with_packing("s", s_UGK, packing)
+    if unit_start_N is None:
+        check_summaries(s_UGK, packing, block_size)
+    else:
+        check_unit_start(unit_start_N, packing)
     own = forced == "own"
     misfit = triton_misfit(q_THK, s_UGK) or select_misfit(q_THK.shape[2], top_k)
     if impl == "triton" and misfit:
@@ -99,6 +118,8 @@ def select(
             ids_TSk, count_TS = select_short(q_THK, s_UGK, start_N, cu_q, cu_k, *arguments)
             return Selection(ids_TSk, count_TS, block_size, 1, own)
     if unit_start_N is not None:
+        if not by_kernel:
+            check_unit_rows(unit_start_N, packing, block_size, s_UGK.shape[0])
         s_UGK = packed_summary(s_UGK, packing, block_size, unit_start_N)
     if by_kernel:
         from pithwood.ops.select.triton import select_blocks
@@ -124,9 +145,8 @@ def select(
     return Selection(ids_TSk, (ids_TSk >= 0).sum(-1, dtype=torch.int32), block_size, 1, own)
 
 
-def check_unit_start(unit_start_N: Tensor | None, packing: Packing) -> None:
-    if unit_start_N is None:
-        return
+def check_unit_start(unit_start_N: Tensor, packing: Packing) -> None:
+    check_tensor("unit_start", unit_start_N)
     if not packing.causal:
         raise ValueError("unit_start is for complete blocks, as causal queries score them; pack the summaries")
     if unit_start_N.shape != (packing.num_docs,) or unit_start_N.dtype not in (torch.int32, torch.int64):
@@ -134,6 +154,17 @@ def check_unit_start(unit_start_N: Tensor | None, packing: Packing) -> None:
             f"unit_start must hold one row number per document, [{packing.num_docs}] int32 or int64, got "
             f"{tuple(unit_start_N.shape)} {unit_start_N.dtype}"
         )
+
+
+def check_unit_rows(unit_start_N: Tensor, packing: Packing, block_size: int, num_rows: int) -> None:
+    """ValueError unless all complete blocks have their rows; reads offsets on the host, as plain torch does."""
+    blocks_N = packing.cu_k.diff().div(block_size, rounding_mode="floor").tolist()
+    for doc, (start, blocks) in enumerate(zip(unit_start_N.tolist(), blocks_N, strict=True)):
+        if blocks > 0 and not 0 <= start <= num_rows - blocks:
+            raise ValueError(
+                f"unit_start puts the {blocks} complete blocks of document {doc} at rows {start} to "
+                f"{start + blocks - 1}, but there are {num_rows} summaries"
+            )
 
 
 def select_misfit(head_dim: int, top_k: int) -> str | None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pithwood.ops.checks import check_heads, check_packed, compute_dtype
+from pithwood.ops.autocast import without_autocast
+from pithwood.ops.checks import check_heads, check_packed, check_selection, check_summaries, compute_dtype
 from pithwood.ops.packing import Packing, Selection
 
 
+@without_autocast
 def scores_at(q_THK: Tensor, s_UGK: Tensor, selection: Selection, packing: Packing) -> Tensor:
     """[R, S, k] fp32 (fp64 for fp64) scores query . summary of the selected units, differentiable in q and s.
 
@@ -22,17 +24,17 @@ def scores_at(q_THK: Tensor, s_UGK: Tensor, selection: Selection, packing: Packi
 
     Queries and heads that share one id list share one score: the mean over the row's queries and over the set's heads,
     each head against the summary of its KV head. The mean ranks like the sum and does not grow with the row.
-    Memory O(R S k K). Raises ValueError if the sets are not 1, G or H.
+    Memory O(R S k K). Raises ValueError if the sets are not 1, G or H, or shapes do not fit.
     """
     check_packed("q", q_THK, packing.num_queries)
     check_packed("s", s_UGK)
     num_tokens, num_heads, dim = q_THK.shape
-    groups, sets = s_UGK.shape[1], selection.ids.shape[1]
+    groups = s_UGK.shape[1]
     check_heads(num_heads, groups)
-    if sets not in (1, groups, num_heads):
-        raise ValueError(f"selection has {sets} sets per row; allowed are 1, {groups} (KV heads), {num_heads}")
+    check_selection(selection, packing, num_heads, groups)
+    check_summaries(s_UGK, packing, selection.unit)
     dtype = compute_dtype(q_THK.dtype)
-    rows = selection.ids.shape[0]
+    rows, sets = selection.ids.shape[:2]
     # Heads that share a summary can be averaged before it is gathered.
     shared = max(sets, groups)
     q_TXK = q_THK.to(dtype).view(num_tokens, shared, num_heads // shared, dim).mean(2)

@@ -8,13 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pithwood.ops.checks import check_choice, check_impl, check_packed, check_positive
+from pithwood.ops.autocast import without_autocast
+from pithwood.ops.checks import (
+    check_choice,
+    check_impl,
+    check_packed,
+    check_packing,
+    check_positive,
+    check_with_packing,
+)
 from pithwood.ops.packing import Packing
 from pithwood.ops.summarise.ref import summarise_ref
 from pithwood.ops.summarise.segments import summarise_segments
 from pithwood.ops.triton_support import triton_misfit
 
 
+@without_autocast
 @torch.no_grad()
 def summarise(
     k_TGK: Tensor,
@@ -41,7 +50,9 @@ def summarise(
     check_impl(impl, ("ref", "torch", "triton"))
     check_choice("how", how, ("mean",))
     check_positive("block_size", block_size)
-    check_packed("k", k_TGK, packing.num_queries if packing.self_attention else None)
+    check_packing(packing)
+    check_packed("k", k_TGK, packing.num_keys)
+    check_with_packing("k", k_TGK, packing)
     misfit = triton_misfit(k_TGK)
     if impl == "triton" and misfit:
         raise ValueError(f"impl='triton' does not fit here: {misfit}; use impl='torch'")
