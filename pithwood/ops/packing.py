@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALWAYS_UNIT = 1 << 16
-"""Keys per unit up to which plain torch takes a selection as it is."""
 KEY_LENGTHS = "key_lengths"
 """Under which a packing remembers its documents' key lengths, where the host knows them."""
 
@@ -207,14 +205,6 @@ class Selection:
     own: bool = False
     """Promise that the ids of every query that stands at a key hold its own unit (MoBA: yes). It saves work; `attend`
     refuses it where it is not kept."""
-
-    def within(self, packing: Packing) -> Selection:
-        """The same choice in units that are not vastly longer than all documents, with the same digits: plain torch
-        works through all keys of a unit, and of units longer than a document only the first is ever there."""
-        most = max(packing.max_k, ALWAYS_UNIT)
-        # units are cut into parts of 128 keys, whose results are summed in vectors: both come out as they were
-        unit = self.unit - (self.unit - most) // 8192 * 8192
-        return replace(self, unit=unit) if self.unit > most else self
 
     def ids_per_head(self, packing: Packing, num_heads: int, num_kv_heads: int) -> Tensor:
         """[T_q, H, k] int32: the ids spelled out for every query and query head; S must be 1, G or H."""

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from pithwood.ops import Packing, Selection, attend, moba_attention, select, summarise
-from pithwood.ops import packing as packing_module
 from pithwood.ops.attend import key_major, tiles
 from tests.numerics import assert_close, rel_error
 from tests.ops.attending import CROSS, SELF, check_attend, expected_attention, moba_selection
@@ -473,20 +472,6 @@ def test_ids_of_inference_mode_serve_a_call_with_gradients(unit):
     expected, _ = attend(*inputs, moba_selection(inputs, unit, 2), impl="torch")
     for a, b in zip(gradients(o, None, inputs[:3]), gradients(expected, None, inputs[:3]), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize(("unit", "width"), [(30_000, 3), (33_000, 1), (70_001, 5)])
-@pytest.mark.parametrize("lengths", [([300, 90], None), ([100, 2], [300, 9])], ids=["self", "cross"])
-def test_units_far_beyond_the_documents_are_cut_without_a_digit_s_change(unit, width, lengths, monkeypatch):
-    inputs = make_inputs(*lengths, heads=2)
-    results = []
-    for always in (1 << 14, 1 << 60):
-        monkeypatch.setattr(packing_module, "ALWAYS_UNIT", always)
-        selection = moba_selection(inputs, unit, width)
-        o, lse = attend(*inputs, selection, impl="torch")
-        assert (selection.within(inputs.packing).unit < unit) == (always < unit)
-        results.append((o, lse, *gradients(o, lse, inputs[:3])))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_bad_selections_are_refused_with_what_is_allowed():

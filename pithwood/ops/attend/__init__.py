@@ -75,7 +75,6 @@ def attend(
     if impl is None and q_THK.is_cuda and not misfit:
         impl = "triton"
     if impl != "triton":
-        selection = selection.within(packing)
         check_promise(selection, packing)
     scale = q_THK.shape[2] ** -0.5 if scale is None else scale
     if impl == "ref":

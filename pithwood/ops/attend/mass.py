@@ -44,7 +44,6 @@ def attention_mass(
         raise ValueError(f"lse must be [T_q, H] = {tuple(q_THK.shape[:2])}, got {tuple(lse_TH.shape)}")
     ids = selection.ids
     check_selection(selection, packing, num_heads, groups)
-    selection = selection.within(packing)
     dtype = compute_dtype(q_THK.dtype)
     scale = q_THK.shape[2] ** -0.5 if scale is None else scale
     mass_RSk = torch.zeros(ids.shape, dtype=dtype, device=q_THK.device)

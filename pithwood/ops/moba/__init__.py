@@ -15,15 +15,11 @@ from torch import Tensor
 
 from pithwood.ops.attend import attend
 from pithwood.ops.checks import check_devices, check_heads, check_impl, check_positive, check_tensor
-from pithwood.ops.packing import ALWAYS_UNIT, Packing
+from pithwood.ops.packing import Packing
 from pithwood.ops.select import select
 from pithwood.ops.summarise import summarise
 
 __all__ = ["moba_attention"]
-
-ALWAYS_IDS, FEW_IDS = 1024, 16
-"""Ids per query up to which top_k is taken as it is, and for blocks above ALWAYS_UNIT; above, as many as the longest
-document has blocks are enough."""
 
 
 def moba_attention(
@@ -90,9 +86,6 @@ def moba_attention(
     check_heads(q.shape[1], k.shape[1])
     check_devices(q, k, v, packing.cu_q)
     top_k = top_k if topk_includes_current or not causal else top_k + 1
-    # ids that no document has blocks for would only be room for -1, in every row and head
-    most = -(-packing.max_k // block_size)
-    top_k = min(top_k, max(most, ALWAYS_IDS if block_size <= ALWAYS_UNIT else FEW_IDS))
     summary = summarise(k, packing, block_size, impl=impl)
     selection = select(
         q,
