@@ -185,18 +185,18 @@ def late(mesh: Mesh, store: str) -> tuple[float, str]:
     """How long this process waited for the first one, and what an exchange said of one that came as late."""
     stop_mesh(mesh)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pithwood.parallel.mesh.STARTUP_SECONDS", 2)
+        patch.setattr("pithwood.parallel.mesh.STARTUP_SECONDS", 8)
         mesh = join_mesh(mesh.cfg, mesh.device, mesh.rank, mesh.cfg.size, dist.FileStore(store, mesh.cfg.size))
     mesh.world.barrier()
     began = time.monotonic()
     if mesh.is_first:
-        time.sleep(4)
+        time.sleep(11)
     mesh.world.await_first()
     waited = time.monotonic() - began
     mesh.world.barrier()  # of all, as before
     try:
         if mesh.is_first:
-            time.sleep(4)
+            time.sleep(11)
         mesh.world.barrier()
     except RuntimeError as error:
         return waited, str(error)
@@ -205,10 +205,11 @@ def late(mesh: Mesh, store: str) -> tuple[float, str]:
     return waited, ""
 
 
+@pytest.mark.slow
 def test_the_first_process_is_awaited_for_longer_than_an_exchange_takes(tmp_path):
     _, *others = run_on(MeshConfig(dp_shard=3), late, str(tmp_path / "again"))
     for waited, told in others:
-        assert waited > 3
+        assert waited > 9
         assert "imed out" in told or "losed" in told  # by the one that gave up first
 
 
