@@ -38,14 +38,15 @@ def plot_attention(rows: list[dict[str, Any]], path: Path) -> bool:
         return False
     blocks = sorted({(row["block_size"], row["top_k"]) for row in drawn if row["op"] == "moba"})
     colours = {block: _MOBA[i % len(_MOBA)] for i, block in enumerate(blocks)}
-    panels = [(shape, pass_) for shape in shapes for pass_ in passes]
-    found = [[row for row in drawn if (_shape(row), row["pass"]) == panel] for panel in panels]
-    panels = [panel for panel, rows in zip(panels, found, strict=True) if rows]
+    panels: dict[tuple[Any, str], list[dict[str, Any]]] = {(shape, p): [] for shape in shapes for p in passes}
+    for row in drawn:
+        panels[_shape(row), row["pass"]].append(row)
+    panels = {panel: here for panel, here in panels.items() if here}
     across = min(2, len(panels))
     down = math.ceil(len(panels) / across)
     fig = Figure(figsize=(5.6 * across + 0.6, 4.4 * down), layout="constrained", dpi=130)
     axes = fig.subplots(down, across, squeeze=False).flat
-    for ax, (shape, pass_), here in zip(axes, panels, filter(None, found), strict=False):
+    for ax, ((shape, pass_), here) in zip(axes, panels.items(), strict=False):
         _panel(ax, here, colours)
         what = "forward + backward" if pass_ == "fwd+bwd" else "forward"
         ax.set_title(f"{what}\n{_title(shape)}", loc="left", fontsize=9.5, color=_INK)

@@ -54,8 +54,9 @@ def _folder(name: str, root: Path) -> str:
 
 def _ref(name: str, root: Path) -> str:
     path = _file(name, root, "ref.py")
-    if [file.name for file in path.parent.glob("*.py")] == ["__init__.py"]:
-        return "plain torch and other ops, in __init__.py alone"
+    parts = _ops_within(name, root) if not path.is_file() else []
+    if parts:
+        return f"made of {', '.join(parts)}, each with a ref.py"
     require(path.is_file(), f"{path.relative_to(root)} does not exist; write the plain-torch definition first")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     require(ast.get_docstring(tree) is not None, "ref.py has no docstring that says what the op is")
@@ -65,6 +66,17 @@ def _ref(name: str, root: Path) -> str:
     siblings = [m for m in imported if m.startswith(own) or m.partition(".")[0] == "triton"]
     require(not siblings, f"ref.py imports {', '.join(siblings)}; the definition must not depend on what it judges")
     return "plain torch, imports nothing of its folder"
+
+
+def _ops_within(name: str, root: Path) -> list[str]:
+    """The other ops that the only file of an op's folder calls, if all of them have a reference."""
+    if [file.name for file in _file(name, root).parent.glob("*.py")] != ["__init__.py"]:
+        return []
+    tree = ast.parse(_file(name, root).read_text(encoding="utf-8"))
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    ops = [module.removeprefix("pithwood.ops.") for module in modules if module.startswith("pithwood.ops.")]
+    ops = [op for op in ops if _file(op, root).is_file()]
+    return ops if all(_file(op, root, "ref.py").is_file() for op in ops) else []
 
 
 def _functions(name: str) -> dict[str, Callable[..., Any]]:

@@ -207,6 +207,15 @@ def test_one_thing_wrong_fails_at_its_gate(checkout, file, old, new, last_line):
     assert lines[-1].replace("GateError: ", "").startswith(last_line.replace("GateError", "tests/ops/test_halve.py"))
 
 
+def test_an_op_of_one_file_has_a_definition_elsewhere_or_fails(checkout):
+    folder = checkout / "pithwood/ops/halve"
+    for name in HALVE:
+        if name != "__init__.py":
+            (folder / name).unlink()
+    lines = report(run_gates(op_gates("halve", run_tests=False, root=checkout))).splitlines()
+    assert lines[-1].startswith("FAIL ref: pithwood/ops/halve/ref.py does not exist")
+
+
 def test_a_failing_test_is_named(checkout):
     path = checkout / "tests/ops/test_halve.py"
     path.write_text("def test_wrong():\n    assert 1 == 2\n")

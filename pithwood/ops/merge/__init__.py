@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pithwood.ops.autocast import without_autocast
-from pithwood.ops.checks import check_impl, check_sink, compute_dtype
+from pithwood.ops.checks import check_impl, check_sink
+from pithwood.ops.merge.ref import merge_ref
 
 
 @without_autocast
@@ -35,18 +36,7 @@ def merge(pieces: Sequence[tuple[Tensor, Tensor]], *, impl: str | None = None) -
                 f"pieces must agree: o {tuple(pieces[0][0].shape)} and {tuple(o.shape)}, lse {tuple(lse.shape)}; "
                 "every lse is o's shape without the last dimension"
             )
-    dtype = compute_dtype(
-        torch.float64 if any(torch.float64 in (o.dtype, lse.dtype) for o, lse in pieces) else torch.float32
-    )
-    lse_pTH = torch.stack([lse.to(dtype) for _, lse in pieces])
-    lse = _logsumexp(lse_pTH)
-    # -inf - -inf is NaN: where nothing was seen, every weight is zero.
-    seen_pTH = lse_pTH != float("-inf")
-    weight_pTH = torch.where(seen_pTH, torch.exp(torch.where(seen_pTH, lse_pTH - _finite(lse), 0.0)), 0.0)
-    total = torch.zeros_like(pieces[0][0], dtype=dtype)
-    for weight, seen, (o, _) in zip(weight_pTH, seen_pTH, pieces, strict=True):
-        total = total + weight[..., None] * torch.where(seen[..., None], o.to(dtype), 0.0)
-    return total.to(pieces[0][0].dtype), lse
+    return merge_ref(pieces)
 
 
 def add_sink(o: Tensor, lse: Tensor, sink_H: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,14 +50,3 @@ def add_sink(o: Tensor, lse: Tensor, sink_H: Tensor) -> tuple[Tensor, Tensor]:
     whole = torch.logaddexp(lse, sink_TH)
     # weight of the keys' share; 1 / (1 + exp(sink - lse)) neither overflows nor meets -inf - -inf, as sinks are finite
     return o * torch.sigmoid(lse - sink_TH)[..., None].to(o.dtype), whole
-
-
-def _logsumexp(lse_pTH: Tensor) -> Tensor:
-    """logsumexp over the pieces; -inf and zero gradient where all are -inf."""
-    empty_TH = (lse_pTH == float("-inf")).all(0)
-    lse = torch.where(empty_TH, 0.0, lse_pTH).logsumexp(0)
-    return torch.where(empty_TH, float("-inf"), lse)
-
-
-def _finite(lse: Tensor) -> Tensor:
-    return torch.where(lse == float("-inf"), 0.0, lse)
